@@ -1,0 +1,19 @@
+"""The library's own warnings and errors, so that users can filter or catch them by name."""
+
+__all__ = ["CaptureWarning", "CheckpointError", "NonFiniteError", "SamplerWarning"]
+
+
+class CaptureWarning(UserWarning):
+    """A model could not be captured as a graph; it runs one chain at a time, slower but correct."""
+
+
+class SamplerWarning(UserWarning):
+    """A sampler ran, but its draws need a second look (divergences, clamped noise, chains lost)."""
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss, a gradient or every chain became NaN or infinite; the message names the step and the parameter."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint or saved file is truncated, foreign, of another run, or of an unknown version. Nothing in it was executed."""
