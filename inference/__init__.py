@@ -1,1 +1,1 @@
-"""Engines for any Pyro model: log-densities captured as graphs, samplers, one optimisation loop, predictive, diagnostics."""
+"""Engines for any Pyro model: captured log-densities, samplers, one optimisation loop, predictive, diagnostics."""
