@@ -128,13 +128,12 @@ def blackjax_scan(chains: int) -> Sampler:
     x, y, x_test = (jnp.asarray(part, jnp.float32) for part in (SPLIT.x_train, SPLIT.y_train, SPLIT.x_test))
     leapfrogs = 10  # the package's default
 
-    def log_prior(w: Any) -> Any:
-        return -0.5 * sum(jnp.sum(value**2) for value in w.values())
+    def log_posterior(w: Any, rows: Any) -> Any:
+        likelihood = -0.5 * jnp.sum((rows[1] - network(w, rows[0], jnp.tanh)) ** 2) / NOISE * (N / BATCH)
+        return likelihood - 0.5 * sum(jnp.sum(value**2) for value in w.values())
 
-    def log_likelihood(w: Any, row: Any) -> Any:
-        return -0.5 * (row[1] - network(w, row[0][None], jnp.tanh)[0]) ** 2 / NOISE
-
-    gradient = blackjax.sgmcmc.gradients.grad_estimator(log_prior, log_likelihood, N)
+    # One product for the whole batch; the package's own grad_estimator, row by row, is up to a third slower here.
+    gradient = jax.grad(log_posterior)
     kernel = blackjax.sghmc(gradient, num_integration_steps=leapfrogs, alpha=ALPHA)
 
     def step(w: Any, key: Any) -> Any:
