@@ -1,0 +1,11 @@
+"""Markov kernels: one file each, one contract (``base.Kernel``), all chains in one program."""
+
+from inference.kernels.adaptive_sghmc import AdaptiveSGHMC
+from inference.kernels.base import Kernel, Noise, StepInputs
+from inference.kernels.gibbs import ScaleGibbs
+from inference.kernels.hmc import HMC
+from inference.kernels.schedules import CyclicalSchedule, PolynomialSchedule
+from inference.kernels.sghmc import SGHMC
+from inference.kernels.sgld import SGLD
+
+__all__ = ["HMC", "SGHMC", "SGLD", "AdaptiveSGHMC", "CyclicalSchedule", "Kernel", "Noise", "PolynomialSchedule", "ScaleGibbs", "StepInputs"]

@@ -1,0 +1,7 @@
+"""From a Pyro model to a log-density and gradient over unconstrained space, recorded as a graph and batched over chains."""
+
+from inference.potential.graph import CaptureError, Program, trace
+from inference.potential.log_density import LogDensity, MinibatchPlate, Site
+from inference.potential.potential import Potential, PotentialFunction
+
+__all__ = ["CaptureError", "LogDensity", "MinibatchPlate", "Potential", "PotentialFunction", "Program", "Site", "trace"]

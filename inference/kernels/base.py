@@ -1,0 +1,149 @@
+"""The contract that every sampler meets, for one chain or thousands in the same program.
+
+A kernel is configuration only.  Its functions are pure: ``init`` maps starting points to a state, ``step`` maps a state and its inputs to the next
+state and a record of what happened.  All randomness comes in as ``StepInputs.noise``, drawn by the driver from one generator per chain, so a kernel never
+touches a generator.  States are named tuples of tensors whose first field is ``position`` of shape ``(chain, dim)``.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from pyro.infer.autoguide.initialization import init_to_uniform
+from torch import Tensor
+
+from inference.potential import Potential
+
+__all__ = ["Kernel", "Lift", "Noise", "StepInputs", "nonnegative", "positive"]
+
+State = Any
+Info = dict[str, Tensor]
+Lift = Callable[[Callable[..., Any], int], Callable[..., Any]]
+
+
+class Noise(NamedTuple):
+    """What one step of one chain consumes.
+
+    Attributes:
+        normal: number of standard normals.
+        uniform: number of uniforms.
+        gamma: concentrations ``(k,)`` of standard gamma draws.
+    """
+
+    normal: int = 0
+    uniform: int = 0
+    gamma: Tensor | None = None
+
+
+class StepInputs(NamedTuple):
+    """Everything a step needs besides its state.
+
+    Attributes:
+        noise: ``normal``, ``uniform`` and ``gamma`` draws, each ``(chain, k)``.
+        control: scalars that the kernel scheduled for this step (0-dim tensors).
+        batch: indices of each minibatch plate, ``(batch_size,)`` or ``(chain, batch_size)``.
+    """
+
+    noise: dict[str, Tensor]
+    control: dict[str, Tensor]
+    batch: dict[str, Tensor]
+
+
+class Kernel(ABC):
+    """A Markov kernel on the unconstrained space of a Pyro model.
+
+    Attributes:
+        stochastic: whether it tolerates a minibatch gradient; a Metropolis-corrected kernel does not.
+    """
+
+    stochastic: ClassVar[bool] = False
+    model: Callable[..., Any] | None = None
+    potential_fn: Callable[[dict[str, Tensor]], Tensor] | None = None
+    transforms: Mapping[str, Any] | None = None
+    max_plate_nesting: int | None = None
+    init_strategy: Callable[[Any], Any] = staticmethod(init_to_uniform)
+
+    def _set_target(
+        self,
+        model: Callable[..., Any] | None,
+        potential_fn: Callable[[dict[str, Tensor]], Tensor] | None,
+        transforms: Mapping[str, Any] | None,
+        max_plate_nesting: int | None,
+        init_strategy: Callable[[Any], Any],
+    ) -> None:
+        if (model is None) == (potential_fn is None):
+            raise ValueError("give exactly one of model and potential_fn")
+        if not callable(model if model is not None else potential_fn):
+            raise TypeError("model (or potential_fn) must be callable")
+        self.model, self.potential_fn = model, potential_fn
+        self.transforms, self.max_plate_nesting, self.init_strategy = transforms, max_plate_nesting, init_strategy
+
+    @abstractmethod
+    def noise(self, potential: Potential) -> Noise:
+        """The random numbers that one step of one chain consumes."""
+
+    @abstractmethod
+    def init(self, position: Tensor, potential: Potential) -> State:
+        """The state at starting points ``(chain, dim)``."""
+
+    @abstractmethod
+    def step(self, state: State, inputs: StepInputs, potential: Potential) -> tuple[State, Info]:
+        """The next state of all chains and what happened, each entry of the record ``(chain,)``."""
+
+    def build(self, potential: Potential, lift: Lift) -> Callable[[State, StepInputs, Any], tuple[State, Info]]:
+        """``step`` with its pieces recorded as graphs: ``lift(function, calls_per_step)`` returns the function as a graph. One graph unless overridden."""
+        recorded = lift(lambda state, inputs: self.step(state, inputs, potential), 1)
+        return lambda state, inputs, plan: recorded(state, inputs)
+
+    def controls(self, start: int, stop: int, warmup_steps: int) -> dict[str, Sequence[float]]:
+        """The scheduled scalars of steps ``start`` to ``stop``, by name."""
+        return {}
+
+    def boundaries(self, warmup_steps: int) -> list[int]:
+        """Steps of the warm-up after which ``end_window`` is called."""
+        return []
+
+    def end_window(self, state: State, step: int, warmup_steps: int, potential: Potential) -> State:
+        """Adaptation that is due between steps rather than in each."""
+        return state
+
+    def plan(self, state: State) -> Any:
+        """Host-side numbers for the coming block of steps, read back once a block."""
+        return None
+
+    def kept_steps(self, num_samples: int, thin: int) -> Sequence[int]:
+        """Steps after the warm-up (from 0) whose positions are the draws; every ``thin``-th unless the kernel schedules otherwise."""
+        return range(thin - 1, num_samples * thin, thin)
+
+    def describe(self) -> dict[str, Any]:
+        """The configuration that identifies a run, as plain values."""
+        plain = (int, float, str, bool, type(None))
+        return {k: v if isinstance(v, plain) else repr(v) for k, v in sorted(vars(self).items()) if isinstance(v, plain) or k == "schedule"}
+
+
+def positive(name: str, value: Any, *, upper: float = math.inf) -> float:
+    """``value`` as a float in ``(0, upper]``; raises ``TypeError`` or ``ValueError`` naming the argument."""
+    return _real(name, value, 0.0, upper, open_below=True)
+
+
+def nonnegative(name: str, value: Any, *, upper: float = math.inf) -> float:
+    """``value`` as a float in ``[0, upper]``; raises ``TypeError`` or ``ValueError`` naming the argument."""
+    return _real(name, value, 0.0, upper, open_below=False)
+
+
+def _real(name: str, value: Any, lower: float, upper: float, *, open_below: bool) -> float:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    inside = (value > lower if open_below else value >= lower) and value <= upper and math.isfinite(value)
+    if not inside:
+        raise ValueError(f"{name} must lie in {'(' if open_below else '['}{lower:g}, {upper:g}], got {value!r}")
+    return float(value)
+
+
+def per_chain_norm(x: Tensor) -> Tensor:
+    """Euclidean norm of each chain's row, ``(chain, 1)``."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)

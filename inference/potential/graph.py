@@ -1,0 +1,289 @@
+"""Turn a Python function of tensors into a flat graph of tensor operations, so that Python's and Pyro's overhead is paid once.
+
+``trace`` records one evaluation with ``make_fx``.  The recorded graph is cleaned: constants are folded, repeated and dead nodes dropped, and the
+error checks of matrix factorisations become NaN in the chain that failed, instead of an exception for all.  ``program`` runs a function of
+pytrees as such a graph, and compiles it where that pays.
+"""
+
+import operator
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from inference._errors import CaptureWarning
+
+__all__ = ["CaptureError", "Program", "trace"]
+
+# A node of an uncompiled graph costs about this on a CPU; compilation costs about BASE + PER_NODE.  Only their ratio to a run's length matters, and
+# they are constants rather than timings so that the same run makes the same choice, and hence the same bits, every time.
+_SECONDS_PER_NODE = 5e-6
+_COMPILE_SECONDS = 6.0
+_COMPILE_SECONDS_PER_NODE = 0.05
+
+_FOLD_LIMIT = 1 << 24  # elements; a larger constant is recomputed rather than held
+_NAN_ON_FAILURE = {
+    torch.ops.aten.linalg_cholesky_ex.default: 1,
+    torch.ops.aten.linalg_inv_ex.default: 1,
+    torch.ops.aten._linalg_solve_ex.default: 3,
+    torch.ops.aten.linalg_lu_factor_ex.default: 2,
+}
+_SHAPE_ONLY = {
+    torch.ops.aten.zeros_like.default: 0.0,
+    torch.ops.aten.ones_like.default: 1.0,
+    torch.ops.aten.new_zeros.default: 0.0,
+    torch.ops.aten.new_ones.default: 1.0,
+}
+_IDENTITIES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.default}
+
+
+class CaptureError(RuntimeError):
+    """The function cannot be recorded as a graph; the message says which operation stands in the way."""
+
+
+def trace(function: Callable[..., Any], *example: Tensor) -> fx.GraphModule:
+    """Record ``function`` at ``example`` as a graph of tensor operations.
+
+    Raises:
+        CaptureError: the function reads a value back to Python (a branch on a tensor, ``float()``, ``.item()``), or draws random numbers.
+    """
+    try:
+        graph = make_fx(lambda *inputs: function(*inputs))(*example)
+    except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
+        raise CaptureError(str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__) from error
+    random = [n for n in graph.graph.nodes if isinstance(n.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in n.target.tags]
+    if random:
+        raise CaptureError(f"the function draws random numbers ({random[0].target}): its value would change from call to call")
+    if any(_mutates(n) for n in graph.graph.nodes):
+        # In-place operations cannot be mapped over chains where only their right-hand side has a chain dimension.
+        graph = make_fx(torch.func.functionalize(graph, remove="mutations_and_views"))(*example)
+    return _clean(graph)
+
+
+def _mutates(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _clean(module: fx.GraphModule) -> fx.GraphModule:
+    _nan_where_factorisation_failed(module)
+    _fold_constants(module)
+    _merge_repeated(module)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
+def _nan_where_factorisation_failed(module: fx.GraphModule) -> None:
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten._linalg_check_errors.default:
+            graph.erase_node(node)
+    for node in list(graph.nodes):
+        if node.target not in _NAN_ON_FAILURE:
+            continue
+        results = {u.args[1]: u for u in node.users if u.target is operator.getitem}
+        if 0 not in results:
+            continue
+        result = results[0]
+        with graph.inserting_after(result):
+            info = graph.call_function(operator.getitem, (node, _NAN_ON_FAILURE[node.target]))
+        with graph.inserting_after(info):
+            ok = graph.call_function(torch.ops.aten.eq.Scalar, (info, 0))
+        with graph.inserting_after(ok):
+            column = graph.call_function(torch.ops.aten.unsqueeze.default, (ok, -1))
+        with graph.inserting_after(column):
+            square = graph.call_function(torch.ops.aten.unsqueeze.default, (column, -1)) if not _is_vector_solve(node) else column
+        with graph.inserting_after(square):
+            safe = graph.call_function(torch.ops.aten.where.ScalarOther, (square, result, float("nan")))
+        result.replace_all_uses_with(safe, delete_user_cb=lambda user, keep=safe: user is not keep)
+
+
+def _is_vector_solve(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    if node.target is not torch.ops.aten._linalg_solve_ex.default or value is None:
+        return False
+    return value[0].dim() == value[3].dim() + 1
+
+
+def _fold_constants(module: fx.GraphModule) -> None:
+    """Evaluate every node that no input reaches, once and now."""
+    graph = module.graph
+    known: dict[fx.Node, Any] = {}
+    mutated = {n.args[0] for n in graph.nodes if _mutates(n) and n.args}
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            known[node] = _attribute(module, str(node.target))
+            continue
+        if node.op != "call_function":
+            continue
+        value = node.meta.get("val")
+        if node.target in _SHAPE_ONLY and isinstance(value, Tensor) and node not in mutated:
+            known[node] = torch.full(value.shape, _SHAPE_ONLY[node.target], dtype=value.dtype, device=value.device)
+        else:
+            if node in mutated or _mutates(node):
+                continue
+            if not all(n in known for n in node.all_input_nodes):
+                continue
+            if isinstance(value, Tensor) and value.numel() > _FOLD_LIMIT:
+                continue
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])
+            with torch.no_grad():
+                known[node] = node.target(*args, **kwargs)
+    for index, (node, value) in enumerate(known.items()):
+        if node.op == "get_attr" or not isinstance(value, Tensor) or all(u in known for u in node.users):
+            continue
+        name = f"_folded_{index}"
+        module.register_buffer(name, value.detach(), persistent=False)
+        with graph.inserting_before(node):
+            constant = graph.get_attr(name)
+        constant.meta = dict(node.meta)
+        node.replace_all_uses_with(constant)
+        graph.erase_node(node)
+
+
+def _merge_repeated(module: fx.GraphModule) -> None:
+    """Common subexpressions once; identities and additions of the number zero not at all."""
+    graph = module.graph
+    if any(_mutates(n) for n in graph.nodes):
+        return
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op not in ("call_function", "get_attr"):
+            continue
+        target = node.target
+        plain_zero = target is torch.ops.aten.add.Tensor and len(node.args) == 2 and node.args[1] in (0, 0.0) and not isinstance(node.args[1], fx.Node)
+        first_power = target is torch.ops.aten.pow.Tensor_Scalar and node.args[1] == 1
+        if target in _IDENTITIES or plain_zero or first_power:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+            continue
+        key = (node.op, target, _hashable(node.args), _hashable(node.kwargs))
+        try:
+            first = seen.setdefault(key, node)
+        except TypeError:
+            continue
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return (type(value).__name__, *(_hashable(v) for v in value))
+    if isinstance(value, dict):
+        return tuple(sorted((k, _hashable(v)) for k, v in value.items()))
+    return (type(value).__name__, value)
+
+
+def _attribute(module: fx.GraphModule, target: str) -> Any:
+    value: Any = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+class Program:
+    """A pure function of pytrees of tensors, run as a recorded graph.
+
+    The first call records it (and compiles it, if asked to); later calls run the graph alone.  A call whose shapes, dtypes or devices differ is
+    recorded anew.
+
+    Args:
+        function: pure; tensors in, tensors out, in any nesting of tuples, named tuples, lists and dicts.
+        calls: how often the run will call it; with ``compile="auto"`` it is compiled where that saves more than it costs.
+        compile: ``True``, ``False`` or ``"auto"``.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, calls: int = 0, compile: bool | str = "auto") -> None:
+        if compile not in (True, False, "auto"):
+            raise ValueError(f"compile must be True, False or 'auto', got {compile!r}")
+        self.function, self.calls, self.compile = function, calls, compile
+        self.compiled = False
+        self._recorded: dict[Any, tuple[Callable[..., Any], Any]] = {}
+        self._last: tuple[Any, Callable[..., Any], Any] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        flat: list[Tensor] = []
+        _flatten(args, flat)
+        key = tuple([x.shape for x in flat])
+        if self._last is None or self._last[0] != key:
+            if key not in self._recorded:
+                self._recorded[key] = self._record(flat, args)
+            self._last = (key, *self._recorded[key])
+        _, run, structure = self._last
+        with torch.no_grad():
+            return _unflatten(structure, iter(run(*flat)))
+
+    def _record(self, flat: list[Tensor], args: tuple[Any, ...]) -> tuple[Callable[..., Any], Any]:
+        structure: list[Any] = []
+
+        def flat_function(*inputs: Tensor) -> list[Tensor]:
+            result = self.function(*_unflatten(args, iter(inputs)))
+            structure[:] = [_skeleton(result)]
+            outputs: list[Tensor] = []
+            _flatten(result, outputs)
+            return outputs
+
+        with torch.no_grad():
+            graph = trace(flat_function, *flat)
+            nodes = sum(n.op == "call_function" for n in graph.graph.nodes)
+            worth = self.calls * nodes * _SECONDS_PER_NODE > _COMPILE_SECONDS + nodes * _COMPILE_SECONDS_PER_NODE
+            if self.compile is True or (self.compile == "auto" and worth):
+                return self._compiled(graph, flat), structure[0]
+        return graph, structure[0]
+
+    def _compiled(self, graph: fx.GraphModule, flat: list[Tensor]) -> Callable[..., Any]:
+        try:
+            # Straight to the compiler: Dynamo has nothing left to find in a flat graph, and its guards would double the cost of a small step.
+            import torch._inductor as inductor
+
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                run = inductor.compile(graph, list(flat))
+                run(*flat)
+            self.compiled = True
+            return run
+        except Exception as error:
+            message = str(error).strip().splitlines()
+            warnings.warn(
+                f"compilation failed ({type(error).__name__}: {message[0][:200] if message else ''}); the uncompiled graph runs instead. "
+                "A C++ compiler is needed on CPUs; compile=False silences this",
+                CaptureWarning,
+                stacklevel=3,
+            )
+            return graph
+
+
+# torch's own pytrees cost as much as a small step does; these handle what programs are made of and nothing else.
+def _flatten(tree: Any, leaves: list[Tensor]) -> None:
+    if isinstance(tree, Tensor):
+        leaves.append(tree)
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            _flatten(value, leaves)
+    elif isinstance(tree, tuple | list):
+        for value in tree:
+            _flatten(value, leaves)
+    else:
+        raise TypeError(f"a program takes and returns tensors in tuples, lists and dicts, got {type(tree).__name__}")
+
+
+def _unflatten(tree: Any, leaves: Iterator[Tensor]) -> Any:
+    if isinstance(tree, dict):
+        return {k: _unflatten(v, leaves) for k, v in tree.items()}
+    if isinstance(tree, tuple):
+        parts = [_unflatten(v, leaves) for v in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+    if isinstance(tree, list):
+        return [_unflatten(v, leaves) for v in tree]
+    return next(leaves)
+
+
+def _skeleton(tree: Any) -> Any:
+    """The structure of a pytree without its tensors, which a recording must not keep alive."""
+    leaves: list[Tensor] = []
+    _flatten(tree, leaves)
+    return _unflatten(tree, iter([None] * len(leaves)))  # type: ignore[list-item]

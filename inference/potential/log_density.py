@@ -1,0 +1,311 @@
+"""A Pyro model as a log-density over unconstrained space, one chain at a time.
+
+For latent sites ``x = T(z)``, with ``T`` the bijection from the real line to each site's support,
+
+    log p(z) = log p(x, data) + sum_sites log |det dT/dz|.
+
+``z`` is one flat vector; each site owns a slice.  Supports are read while the model runs, so a support that depends on another latent variable
+(``Uniform(0, theta)``) is right as well.  Discrete latent sites are summed out where Pyro can enumerate them.  The indices of subsampled plates
+are inputs, so that the density of a minibatch is a pure function and Pyro's own scale ``N / B`` applies.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.distributions.util import scale_and_mask
+from pyro.infer import config_enumerate
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_uniform
+from pyro.infer.mcmc.util import TraceEinsumEvaluator
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+from torch.distributions import Distribution, Transform, biject_to, identity_transform
+
+from inference.runtime.generators import scoped_seed
+
+__all__ = ["LogDensity", "MinibatchPlate", "Site", "scoped_model"]
+
+
+class Site(NamedTuple):
+    """A continuous latent site and its place in the flat vector.
+
+    Attributes:
+        name: the site's name in the model.
+        shape: shape of its value, in constrained space.
+        unconstrained_shape: shape of its unconstrained value (a simplex of K has K - 1).
+        start, stop: its slice of the flat vector.
+        dtype: dtype of its value.
+    """
+
+    name: str
+    shape: torch.Size
+    unconstrained_shape: torch.Size
+    start: int
+    stop: int
+    dtype: torch.dtype
+
+
+class MinibatchPlate(NamedTuple):
+    """A plate that draws ``batch_size`` of ``size`` indices on every evaluation."""
+
+    name: str
+    size: int
+    batch_size: int
+
+
+@contextmanager
+def scoped_model(validate: bool) -> Iterator[None]:
+    """Run a model without leaving a trace: handlers outside it see nothing, and the parameter store and validation flags are put back."""
+    store = pyro.get_param_store()
+    with poutine.block(), store.scope(store.get_state()), pyro.validation_enabled(validate):
+        yield
+
+
+def _without_validation(fn: Any) -> Any:
+    """A copy of a distribution, and of those it is built from, that does not branch on values; the user's own object is left alone."""
+    if not isinstance(fn, Distribution):
+        return fn
+    clone = copy.copy(fn)
+    for key, value in vars(fn).items():
+        if isinstance(value, Distribution):
+            setattr(clone, key, _without_validation(value))
+    clone._validate_args = False
+    return clone
+
+
+class _Unconstrained(Messenger):
+    """Give every latent site the value that its unconstrained input maps to, and collect the log-Jacobians."""
+
+    def __init__(
+        self, values: Mapping[str, Tensor], batch: Mapping[str, Tensor], transforms: Mapping[str, Transform]
+    ) -> None:
+        super().__init__()
+        self.values, self.batch, self.transforms = values, batch, transforms
+        self.log_det: Tensor | float = 0.0
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name, fn = msg["name"], msg["fn"]
+        if isinstance(fn, _Subsample):
+            if name in self.batch:
+                msg["value"] = self.batch[name]
+            return
+        fn = msg["fn"] = _without_validation(fn)
+        if name in self.values:
+            transform = self.transforms[name].inv if name in self.transforms else biject_to(fn.support)
+            z = self.values[name]
+            x = transform(z)
+            if transform is not identity_transform:
+                self.log_det = self.log_det + transform.log_abs_det_jacobian(z, x).sum()
+            msg["value"] = x
+            msg["is_observed"] = True
+
+
+class LogDensity:
+    """The log-joint of ``model(*args, **kwargs)`` as a function of one chain's flat unconstrained vector.
+
+    Construction runs the model once, eagerly and with validation on, so that a faulty model fails here with Pyro's own message.
+
+    Args:
+        model: any Pyro model (function or ``PyroModule``).
+        args, kwargs: what the model is called with.
+        transforms: site name to a transform *from* its support *to* unconstrained space, as in ``pyro.infer.HMC``; the rest use ``biject_to``.
+        max_plate_nesting: needed only for enumerated models whose nesting cannot be guessed.
+        init_strategy: how the dry run chooses latent values; flat priors cannot be drawn from, so the default is uniform on (-2, 2).
+
+    Raises:
+        ValueError: no continuous latent site; a discrete latent site that cannot be enumerated; a latent site inside a subsampled plate.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        transforms: Mapping[str, Transform] | None = None,
+        max_plate_nesting: int | None = None,
+        init_strategy: Callable[[Any], Any] = init_to_uniform,
+    ) -> None:
+        self.model, self.args, self.kwargs = model, args, dict(kwargs or {})
+        self.transforms = dict(transforms or {})
+        self._init_strategy = init_strategy
+        # One eager run outside any seed scope of the caller's: the first use of a parameter or module happens here.
+        with scoped_seed(0, self._argument_device()), scoped_model(validate=True):
+            trace = self._initial_trace()
+            trace.compute_log_prob(site_filter=lambda _, site: not isinstance(site["fn"], _Subsample))
+        self.sites: dict[str, Site] = {}
+        self.observed: dict[str, Tensor] = {}
+        self.priors: dict[str, Any] = {}
+        self.plates: dict[str, MinibatchPlate] = {}
+        enumerated: list[str] = []
+        start = 0
+        for name, node in trace.nodes.items():
+            if node["type"] != "sample":
+                continue
+            fn, value = node["fn"], node["value"]
+            if isinstance(fn, _Subsample):
+                if fn.subsample_size is not None and fn.subsample_size < fn.size and not node["is_observed"]:
+                    self.plates[name] = MinibatchPlate(name, fn.size, fn.subsample_size)
+                continue
+            if node["is_observed"]:
+                if not node["infer"].get("_deterministic") and type(fn).__name__ != "Unit":
+                    self.observed[name] = value
+                continue
+            if node["infer"].get("is_auxiliary"):
+                raise ValueError(f"site {name!r} is auxiliary: its draw would make the log-density random; observe it or sample it as a latent site")
+            if fn.support.is_discrete:
+                if not fn.has_enumerate_support:
+                    raise ValueError(
+                        f"latent site {name!r} is discrete ({type(fn).__name__}) and cannot be enumerated: marginalise it by hand, "
+                        "observe it, or use a kernel for discrete sites"
+                    )
+                enumerated.append(name)
+                continue
+            z = self._to_unconstrained(name, fn, value)
+            self.sites[name] = Site(name, value.shape, z.shape, start, start + z.numel(), value.dtype)
+            self.priors[name] = fn
+            start += z.numel()
+        self.dim = start
+        if not self.sites:
+            raise ValueError("the model has no continuous latent site to sample; every site is observed, discrete or deterministic")
+        self._refuse_wrong_minibatches(trace, enumerated)
+        first = trace.nodes[next(iter(self.sites))]["value"]
+        self.device = first.device
+        self.dtype = torch.float32
+        for site in self.sites.values():
+            self.dtype = torch.promote_types(self.dtype, site.dtype)
+        self._enumerated = bool(enumerated)
+        self._max_plate_nesting = self._plate_nesting(trace) if max_plate_nesting is None else max_plate_nesting
+        self._evaluator = self._build_evaluator() if enumerated else None
+
+    def __call__(self, z: Tensor, batch: Mapping[str, Tensor] | None = None) -> Tensor:
+        """log p(z) of one chain, a scalar; ``z`` is ``(dim,)``, ``batch`` gives each minibatch plate its ``(batch_size,)`` indices."""
+        return self.run(self.unflatten(z), batch)[0]
+
+    def run(
+        self, values: Mapping[str, Tensor], batch: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """log p(z), the constrained value of every latent site, and every deterministic site, at one chain's unconstrained ``values``."""
+        messenger = _Unconstrained(values, batch or {}, self.transforms)
+        with scoped_model(validate=False):
+            if self._evaluator is None:
+                with poutine.trace() as recorder, messenger:
+                    self.model(*self.args, **self.kwargs)
+                log_prob = _log_prob_sum(recorder.trace)
+            else:
+                trace = self._enumerated_trace(messenger)
+                log_prob = self._evaluator.log_prob(trace)
+                recorder = None
+        nodes = (recorder.trace if recorder is not None else trace).nodes
+        constrained = {name: nodes[name]["value"] for name in self.sites}
+        deterministic = {n: s["value"] for n, s in nodes.items() if s["type"] == "sample" and s["infer"].get("_deterministic")}
+        return log_prob + messenger.log_det, constrained, deterministic
+
+    def unflatten(self, z: Tensor) -> dict[str, Tensor]:
+        """Split flat vectors ``(..., dim)`` into the sites' unconstrained values ``(..., *unconstrained_shape)``."""
+        return {
+            s.name: z[..., s.start : s.stop].reshape((*z.shape[:-1], *s.unconstrained_shape)).to(s.dtype)
+            for s in self.sites.values()
+        }
+
+    def flatten(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Join the sites' unconstrained values ``(chain, *unconstrained_shape)`` into flat vectors ``(chain, dim)``.
+
+        Raises:
+            ValueError: a site is missing, unknown, or of the wrong shape.
+        """
+        unknown = sorted(set(values) - set(self.sites))
+        missing = sorted(set(self.sites) - set(values))
+        if unknown or missing:
+            raise ValueError(f"initial values must name the model's latent sites {sorted(self.sites)}; missing {missing}, unknown {unknown}")
+        rows = []
+        for site in self.sites.values():
+            value = torch.as_tensor(values[site.name], dtype=self.dtype, device=self.device)
+            if value.shape[1:] != site.unconstrained_shape:
+                raise ValueError(
+                    f"initial value of {site.name!r} has shape {tuple(value.shape)}; it needs (num_chains, *{tuple(site.unconstrained_shape)}) in "
+                    "unconstrained space"
+                )
+            rows.append(value.reshape(len(value), -1))
+        if len({len(r) for r in rows}) > 1:
+            raise ValueError(f"initial values differ in their number of chains: { {n: len(r) for n, r in zip(self.sites, rows, strict=True)} }")
+        return torch.cat(rows, dim=1)
+
+    def initial_position(self, seed: int, strategy: Callable[[Any], Any] | None = None) -> Tensor:
+        """One chain's flat starting point ``(dim,)`` chosen by a Pyro init strategy under ``seed``."""
+        with scoped_seed(seed, self.device), scoped_model(validate=False):
+            trace = self._initial_trace(strategy)
+        parts = [
+            self._to_unconstrained(name, trace.nodes[name]["fn"], trace.nodes[name]["value"]).reshape(-1).to(self.dtype)
+            for name in self.sites
+        ]
+        return torch.cat(parts).detach()
+
+    def minibatch(self, seed: int = 0) -> dict[str, Tensor]:
+        """Indices for every minibatch plate, for a dry evaluation."""
+        with scoped_seed(seed):
+            return {p.name: torch.randperm(p.size)[: p.batch_size].to(self.device) for p in self.plates.values()}
+
+    # ------------------------------------------------------------------ internals
+    def _argument_device(self) -> torch.device:
+        tensors = [a for a in (*self.args, *self.kwargs.values()) if isinstance(a, Tensor)]
+        return tensors[0].device if tensors else torch.device("cpu")
+
+    def _initial_trace(self, strategy: Callable[[Any], Any] | None = None) -> Any:
+        with poutine.trace() as recorder, InitMessenger(strategy or self._init_strategy):
+            self.model(*self.args, **self.kwargs)
+        return recorder.trace
+
+    def _to_unconstrained(self, name: str, fn: Any, value: Tensor) -> Tensor:
+        transform = self.transforms[name] if name in self.transforms else biject_to(fn.support).inv
+        return transform(value)
+
+    def _refuse_wrong_minibatches(self, trace: Any, enumerated: list[str]) -> None:
+        for name in (*self.sites, *enumerated):
+            inside = [f.name for f in trace.nodes[name]["cond_indep_stack"] if f.name in self.plates]
+            if inside:
+                raise ValueError(
+                    f"latent site {name!r} lies inside the subsampled plate {inside[0]!r}: each minibatch would hold other variables. "
+                    "Use the full plate, or marginalise the site in the likelihood"
+                )
+
+    @staticmethod
+    def _plate_nesting(trace: Any) -> int:
+        sites = [n for n in trace.nodes.values() if n["type"] == "sample"]
+        return max((-f.dim for s in sites for f in s["cond_indep_stack"] if f.vectorized), default=0)
+
+    def _enumerated_trace(self, messenger: _Unconstrained) -> Any:
+        enum = EnumMessenger(first_available_dim=-1 - self._max_plate_nesting)
+        model = config_enumerate(self.model, default="parallel")
+        with poutine.trace(graph_type="flat") as recorder, enum, messenger:
+            model(*self.args, **self.kwargs)
+        return recorder.trace
+
+    def _build_evaluator(self) -> TraceEinsumEvaluator:
+        z = torch.zeros(self.dim, dtype=self.dtype, device=self.device)
+        with scoped_model(validate=False):
+            trace = self._enumerated_trace(_Unconstrained(self.unflatten(z), self.minibatch(), self.transforms))
+            return TraceEinsumEvaluator(trace, has_enumerable_sites=True, max_plate_nesting=self._max_plate_nesting)
+
+
+def _log_prob_sum(trace: Any) -> Tensor:
+    """Sum of the scaled and masked log-probabilities of all sample sites but the deterministic ones, which have none."""
+    total: Tensor | float = 0.0
+    for site in trace.nodes.values():
+        fn = site["fn"] if site["type"] == "sample" else None
+        if fn is None or isinstance(fn, _Subsample) or site["infer"].get("_deterministic"):
+            continue
+        if not isinstance(fn, TorchDistributionMixin | Distribution):
+            raise ValueError(f"site {site['name']!r} holds a {type(fn).__name__}, which has no log-density")
+        log_prob = fn.log_prob(site["value"], *site["args"], **site["kwargs"])
+        total = total + scale_and_mask(log_prob, site["scale"], site["mask"]).sum()
+    if not isinstance(total, Tensor):
+        raise ValueError("the model has no sample site with a density")
+    return total

@@ -1,0 +1,225 @@
+"""The potential energy U(z) = -log p(z) and its gradient, for all chains in one batch of tensor operations.
+
+The gradient of *one* chain is recorded through ordinary autograd as a graph of tensor operations, in which no Pyro is left, and the graph is mapped
+over chains.  Recording through autograd rather than ``torch.func`` lets models with old-style ``autograd.Function``s (Pyro's enumeration, gpytorch) be
+captured like any other.  A model that cannot be recorded runs one chain at a time, with one warning that says why.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+from torch.distributions import Transform
+from torch.func import vmap
+
+from inference._errors import CaptureWarning
+from inference.potential.graph import CaptureError, trace
+from inference.potential.log_density import LogDensity, MinibatchPlate, Site
+from inference.runtime.generators import derive_seed
+
+__all__ = ["Density", "Potential", "PotentialFunction"]
+
+Batch = Mapping[str, Tensor]
+
+
+class Density(Protocol):
+    """What a potential is made of: the log-density of one chain and the layout of its flat vector."""
+
+    dim: int
+    dtype: torch.dtype
+    device: torch.device
+    sites: dict[str, Site]
+    plates: dict[str, MinibatchPlate]
+
+    def run(self, values: Mapping[str, Tensor], batch: Batch | None = None) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Log-density, constrained latent values and deterministic values at one chain's unconstrained values."""
+
+    def unflatten(self, z: Tensor) -> dict[str, Tensor]:
+        """Sites' unconstrained values."""
+
+    def flatten(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Flat vectors ``(chain, dim)``."""
+
+    def minibatch(self, seed: int = 0) -> dict[str, Tensor]:
+        """Indices for a dry evaluation."""
+
+
+class PotentialFunction(LogDensity):
+    """A user's own ``potential_fn``: unconstrained values by site name in, a scalar energy out, as ``pyro.infer.HMC(potential_fn=...)``.
+
+    Args:
+        potential_fn: maps a dict of one chain's unconstrained values to the scalar energy.
+        example: one chain's values, for shapes, dtypes and device.
+        transforms: site name to the transform from its support to unconstrained space, to report constrained draws.
+    """
+
+    def __init__(
+        self, potential_fn: Callable[[dict[str, Tensor]], Tensor], example: Mapping[str, Tensor], transforms: Mapping[str, Transform] | None = None
+    ) -> None:
+        if not example:
+            raise ValueError("potential_fn needs initial_params: a dict of unconstrained tensors, one entry a site")
+        self.potential_fn = potential_fn
+        self.transforms = dict(transforms or {})
+        self.sites, self.plates, self.observed, self.priors = {}, {}, {}, {}
+        start = 0
+        for name, value in example.items():
+            constrained = self.transforms[name].inv(value) if name in self.transforms else value
+            self.sites[name] = Site(name, constrained.shape, value.shape, start, start + value.numel(), value.dtype)
+            start += value.numel()
+        first = next(iter(example.values()))
+        self.dim, self.device, self.dtype = start, first.device, first.dtype
+
+    def run(self, values: Mapping[str, Tensor], batch: Batch | None = None) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Minus the energy, and the values in constrained space."""
+        constrained = {n: self.transforms[n].inv(v) if n in self.transforms else v for n, v in values.items()}
+        return -self.potential_fn(dict(values)), constrained, {}
+
+    def initial_position(self, seed: int, strategy: Callable[[Any], Any] | None = None) -> Tensor:
+        """There is no model to start from."""
+        raise ValueError("a kernel with potential_fn needs initial_params in MCMC(...)")
+
+
+class Potential:
+    """U(z) and its gradient for chains ``(chain, dim)``.
+
+    Args:
+        density: a ``LogDensity`` (a Pyro model) or ``PotentialFunction``.
+        chunk_size: most chains evaluated at once; bounds memory, changes nothing else.
+        capture: ``False`` runs the model itself, one chain at a time (for debugging and for tests).
+
+    Attributes:
+        captured: whether the model runs as a graph.
+    """
+
+    def __init__(self, density: Density, *, chunk_size: int | None = None, capture: bool = True) -> None:
+        if chunk_size is not None and (not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1):
+            raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
+        self.density, self.chunk_size = density, chunk_size
+        self.dim, self.dtype, self.device = density.dim, density.dtype, density.device
+        self.sites, self.plates = density.sites, density.plates
+        self._plate_names = list(density.plates)
+        self.captured = False
+        self._dry_batch = density.minibatch()
+        self._names: list[str] = []
+        self._graph: fx.GraphModule | None = None
+        self._constrain_graph: fx.GraphModule | None = None
+        if capture:
+            self._capture()
+
+    # ------------------------------------------------------------------ evaluation
+    def __call__(self, z: Tensor, batch: Batch | None = None) -> Tensor:
+        """U of each chain, ``(chain,)``; ``batch`` gives each minibatch plate indices ``(batch_size,)`` shared by all chains or ``(chain, batch_size)``."""
+        return self.value_and_grad(z, batch)[0]
+
+    def value_and_grad(self, z: Tensor, batch: Batch | None = None) -> tuple[Tensor, Tensor]:
+        """U ``(chain,)`` and dU/dz ``(chain, dim)`` at ``z`` ``(chain, dim)``. Not finite where the density is not, for that chain alone."""
+        indices = self._indices(batch)
+        parts = []
+        for start in range(0, len(z), self.chunk_size or len(z)):
+            stop = start + (self.chunk_size or len(z))
+            rows = [i if i.dim() == 1 else i[start:stop] for i in indices]
+            parts.append(self._evaluate(z[start:stop], rows))
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    def constrain(self, z: Tensor, *, deterministic: bool = False) -> dict[str, Tensor]:
+        """Values of the latent sites in constrained space, ``(n, *shape)`` for ``z`` of shape ``(n, dim)``; with ``deterministic``, those sites too."""
+        if self._constrain_graph is not None:
+            with torch.no_grad():
+                values = vmap(self._constrain_graph)(z)
+        else:
+            rows = [self._constrain_one(row) for row in z]
+            values = [torch.stack([r[i] for r in rows]) for i in range(len(rows[0]))]
+        named = dict(zip(self._names, values, strict=True))
+        return named if deterministic else {n: named[n] for n in self.sites}
+
+    def _indices(self, batch: Batch | None) -> list[Tensor]:
+        if set(batch or {}) != set(self._plate_names):
+            raise ValueError(f"the model's minibatch plates are {self._plate_names}; indices were given for {sorted(batch or {})}")
+        return [batch[name] for name in self._plate_names] if batch else []
+
+    def _evaluate(self, z: Tensor, indices: list[Tensor]) -> tuple[Tensor, Tensor]:
+        if self._graph is not None:
+            in_dims = (0, *(None if i.dim() == 1 else 0 for i in indices))
+            return vmap(self._graph, in_dims=in_dims)(z, *indices)
+        rows = [self._one(z[c], *(i if i.dim() == 1 else i[c] for i in indices)) for c in range(len(z))]
+        return torch.stack([r[0] for r in rows]), torch.stack([r[1] for r in rows])
+
+    # ------------------------------------------------------------------ one chain
+    def _one(self, z: Tensor, *indices: Tensor) -> tuple[Tensor, Tensor]:
+        # Leaves per site rather than one flat leaf: the gradient is then one concatenation instead of a padded sum of slices.
+        values = {n: v.detach().requires_grad_(True) for n, v in self.density.unflatten(z).items()}
+        with torch.enable_grad():
+            energy = -self.density.run(values, dict(zip(self._plate_names, indices, strict=True)))[0]
+            gradients = torch.autograd.grad(energy, list(values.values()), allow_unused=True, materialize_grads=True)
+        return energy.detach().to(self.dtype), torch.cat([g.reshape(-1).to(self.dtype) for g in gradients])
+
+    def _constrain_one(self, z: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            _, sites, deterministic = self.density.run(self.density.unflatten(z), self._dry_batch)
+        self._names = [*sites, *deterministic]
+        return [*sites.values(), *deterministic.values()]
+
+    # ------------------------------------------------------------------ capture
+    def _capture(self) -> None:
+        for attempt in range(20):
+            z = self._trial(attempt)
+            batch = self.density.minibatch(attempt)
+            indices = [batch[n] for n in self._plate_names]
+            try:
+                expected = self._one(z, *indices)
+            except (ValueError, RuntimeError):
+                if attempt == 19:
+                    raise
+                continue
+            if bool(torch.isfinite(expected[0])):
+                break
+        self._dry_batch = batch
+        try:
+            self._graph = trace(self._one, z, *indices)
+            self._constrain_graph = trace(self._constrain_one, z)
+            self._check_against_model()
+        except CaptureError as error:
+            self._graph = self._constrain_graph = None
+            if "random numbers" in str(error):
+                raise ValueError(f"the model is not a deterministic function of its latent values: {error}. Put dropout layers in eval mode") from error
+            warnings.warn(
+                f"this model runs one chain at a time, which is slow, because it cannot be recorded as a graph: {error}. Branches on latent "
+                "values, float() and .item() in the model are the usual reason",
+                CaptureWarning,
+                stacklevel=4,
+            )
+            return
+        self.captured = True
+
+    def _trial(self, attempt: int) -> Tensor:
+        noise = torch.Generator().manual_seed(derive_seed(attempt, "trial"))
+        scale = 0.5 * 0.8**attempt
+        return (scale * torch.randn(self.dim, generator=noise)).to(device=self.device, dtype=self.dtype)
+
+    def _check_against_model(self) -> None:
+        """The graph at another point and minibatch must be the model there: a branch that was frozen while recording would show."""
+        batch = self.density.minibatch(101)
+        indices = [batch[n] for n in self._plate_names]
+        z = torch.stack([self._trial(101), self._trial(102)])
+        try:
+            direct = [self._one(row, *indices) for row in z]
+        except (ValueError, RuntimeError):
+            return
+        assert self._graph is not None and self._constrain_graph is not None
+        try:
+            with torch.no_grad():
+                value, gradient = vmap(self._graph, in_dims=(0, *(None for _ in indices)))(z, *indices)
+                vmap(self._constrain_graph)(z)
+        except RuntimeError as error:
+            raise CaptureError(f"its graph cannot be mapped over chains: {str(error).strip().splitlines()[0][:200]}") from error
+        tolerance = 1e-3 if self.dtype in (torch.float32, torch.bfloat16, torch.float16) else 1e-8
+        for row, (energy, slope) in enumerate(direct):
+            same = torch.isclose(value[row], energy, rtol=tolerance, atol=tolerance, equal_nan=True) & torch.isclose(
+                gradient[row], slope, rtol=tolerance, atol=tolerance * (1 + slope.abs().max().nan_to_num()), equal_nan=True
+            ).all()
+            if not same:
+                raise CaptureError("it takes another path at other latent values than at those it was recorded with")
