@@ -101,6 +101,9 @@ def _collect(part: Callable[[int, int], Draws], num: int, step: int) -> Draws:
     for lo in range(0, num, step):
         hi = min(lo + step, num)
         for name, value in part(lo, hi).items():
+            if hi - lo == num:  # a copy: a site's value may be the user's own data
+                result[name] = value.clone(memory_format=torch.contiguous_format)
+                continue
             if lo == 0:
                 result[name] = value.new_empty((num, *value.shape[1:]))
             elif value.shape[1:] != result[name].shape[1:]:
@@ -109,7 +112,6 @@ def _collect(part: Callable[[int, int], Draws], num: int, step: int) -> Draws:
                     f"{tuple(result[name].shape[1:])} in the first: draws of different shapes cannot be stacked"
                 )
             result[name].narrow(0, lo, hi - lo).copy_(value)
-            del value
     return result
 
 

@@ -642,10 +642,11 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in kilobytes on Linux only")
-def test_peak_memory_is_below_twice_the_result_and_one_chunk() -> None:
+def test_peak_memory_is_the_result_and_one_chunk() -> None:
     run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    # measured 77 MB; all draws in one chunk take 120 MB and Pyro, which keeps the traces, 253 MB
     peak, result, chunk = int(run.stdout), 500 * 20000 * 4, 32 * 2**20
-    assert peak < 2 * result + chunk, f"{peak / 2**20:.0f} MiB"
+    assert peak < result + 1.5 * chunk, f"{peak / 2**20:.0f} MiB"
 
 
 def test_fake_cuda_tensors_meet_no_tensor_of_another_device() -> None:
@@ -654,8 +655,9 @@ def test_fake_cuda_tensors_meet_no_tensor_of_another_device() -> None:
         s = pyro.sample("s", dist.Gamma(torch.ones((), device=x.device), 1.0))
         with pyro.plate("data", 30, subsample_size=None if y is None else 5, device=x.device) as index:
             mean = x.index_select(0, index) @ w
-            pyro.sample("b", dist.Bernoulli(logits=mean))
-            pyro.sample("t", dist.StudentT(s, mean, torch.ones((), device=x.device)))
+            if y is None:
+                pyro.sample("b", dist.Bernoulli(logits=mean))
+                pyro.sample("t", dist.StudentT(s, mean, torch.ones((), device=x.device)))
             pyro.sample("y", dist.Normal(mean, s), obs=None if y is None else y.index_select(0, index))
 
     with FakeTensorMode(), pyro.validation_enabled(False):
