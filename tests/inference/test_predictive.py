@@ -646,9 +646,9 @@ print(peak() - before)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
 def test_peak_memory_is_the_result_and_one_chunk() -> None:
     run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
-    # measured 77 MB; all draws in one chunk take 120 MB and Pyro, which keeps the traces, 253 MB
+    # 107 MB; measured 77 to 92 MB, with all draws in one chunk 120 MB, and Pyro, which keeps the traces, 255 MB
     peak, result, chunk = int(run.stdout), 500 * 20000 * 4, 32 * 2**20
-    assert peak < result + 1.5 * chunk, f"{peak / 2**20:.0f} MiB"
+    assert peak < result + 2 * chunk, f"{peak / 2**20:.0f} MiB"
 
 
 def test_fake_cuda_tensors_meet_no_tensor_of_another_device() -> None:
