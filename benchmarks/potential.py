@@ -118,7 +118,8 @@ def main() -> None:
     with pyro.validation_enabled(False):
         for name, build in (("eight schools", eight_schools), ("logistic 1000 x 10", logistic)):
             rows += measure(name, *build(), options.repeats)
-    shown = [{**row, f"ms for {CHAINS} gradients": record.spread(row.pop("ms"))} for row in [dict(row) for row in rows]]
+    label = f"ms for {CHAINS} gradients"
+    shown = [{"model": row["model"], "way": row["way"], label: record.spread(row["ms"])} for row in rows]
     print(record.markdown_table(shown))
     record.save(options.out / "potential.json", rows, ("torch", "pyro-ppl"))
 
