@@ -16,4 +16,7 @@ class NonFiniteError(ArithmeticError):
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint or saved file is truncated, foreign, of another run, or of an unknown version. Nothing in it was executed."""
+    """A checkpoint or saved file is truncated, foreign, of another run, or of an unknown version.
+
+    Nothing in it was executed.
+    """

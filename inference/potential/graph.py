@@ -7,13 +7,12 @@ pytrees as such a graph, and compiles it where that pays.
 
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
 
 from inference._errors import CaptureWarning
 
@@ -58,7 +57,14 @@ def trace(function: Callable[..., Any], *example: Tensor) -> fx.GraphModule:
     random = [n for n in graph.graph.nodes if isinstance(n.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in n.target.tags]
     if random:
         raise CaptureError(f"the function draws random numbers ({random[0].target}): its value would change from call to call")
+    if any(_mutates(n) for n in graph.graph.nodes):
+        # In-place operations cannot be mapped over chains where only their right-hand side has a chain dimension.
+        graph = make_fx(torch.func.functionalize(graph, remove="mutations_and_views"))(*example)
     return _clean(graph)
+
+
+def _mutates(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _clean(module: fx.GraphModule) -> fx.GraphModule:
@@ -106,7 +112,7 @@ def _fold_constants(module: fx.GraphModule) -> None:
     """Evaluate every node that no input reaches, once and now."""
     graph = module.graph
     known: dict[fx.Node, Any] = {}
-    mutated = {n.args[0] for n in graph.nodes if isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable and n.args}
+    mutated = {n.args[0] for n in graph.nodes if _mutates(n) and n.args}
     for node in list(graph.nodes):
         if node.op == "get_attr":
             known[node] = _attribute(module, str(node.target))
@@ -117,7 +123,7 @@ def _fold_constants(module: fx.GraphModule) -> None:
         if node.target in _SHAPE_ONLY and isinstance(value, Tensor) and node not in mutated:
             known[node] = torch.full(value.shape, _SHAPE_ONLY[node.target], dtype=value.dtype, device=value.device)
         else:
-            if node in mutated or (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable):
+            if node in mutated or _mutates(node):
                 continue
             if not all(n in known for n in node.all_input_nodes):
                 continue
@@ -141,7 +147,7 @@ def _fold_constants(module: fx.GraphModule) -> None:
 def _merge_repeated(module: fx.GraphModule) -> None:
     """Common subexpressions once; identities and additions of the number zero not at all."""
     graph = module.graph
-    if any(isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in graph.nodes):
+    if any(_mutates(n) for n in graph.nodes):
         return
     seen: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
@@ -200,22 +206,25 @@ class Program:
         self._last: tuple[Any, Callable[..., Any], Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
-        flat, spec = pytree.tree_flatten(args)
-        key = (spec, *((x.shape, x.dtype, x.device) for x in flat))
+        flat: list[Tensor] = []
+        _flatten(args, flat)
+        key = tuple([x.shape for x in flat])
         if self._last is None or self._last[0] != key:
             if key not in self._recorded:
-                self._recorded[key] = self._record(flat, spec)
+                self._recorded[key] = self._record(flat, args)
             self._last = (key, *self._recorded[key])
-        _, run, out_spec = self._last
+        _, run, structure = self._last
         with torch.no_grad():
-            return pytree.tree_unflatten(run(*flat), out_spec)
+            return _unflatten(structure, iter(run(*flat)))
 
-    def _record(self, flat: list[Tensor], spec: Any) -> tuple[Callable[..., Any], Any]:
-        out_spec: list[Any] = []
+    def _record(self, flat: list[Tensor], args: tuple[Any, ...]) -> tuple[Callable[..., Any], Any]:
+        structure: list[Any] = []
 
         def flat_function(*inputs: Tensor) -> list[Tensor]:
-            outputs, tree = pytree.tree_flatten(self.function(*pytree.tree_unflatten(list(inputs), spec)))
-            out_spec[:] = [tree]
+            result = self.function(*_unflatten(args, iter(inputs)))
+            structure[:] = [_skeleton(result)]
+            outputs: list[Tensor] = []
+            _flatten(result, outputs)
             return outputs
 
         with torch.no_grad():
@@ -223,8 +232,8 @@ class Program:
             nodes = sum(n.op == "call_function" for n in graph.graph.nodes)
             worth = self.calls * nodes * _SECONDS_PER_NODE > _COMPILE_SECONDS + nodes * _COMPILE_SECONDS_PER_NODE
             if self.compile is True or (self.compile == "auto" and worth):
-                return self._compiled(graph, flat), out_spec[0]
-        return graph, out_spec[0]
+                return self._compiled(graph, flat), structure[0]
+        return graph, structure[0]
 
     def _compiled(self, graph: fx.GraphModule, flat: list[Tensor]) -> Callable[..., Any]:
         try:
@@ -246,3 +255,35 @@ class Program:
                 stacklevel=3,
             )
             return graph
+
+
+# torch's own pytrees cost as much as a small step does; these handle what programs are made of and nothing else.
+def _flatten(tree: Any, leaves: list[Tensor]) -> None:
+    if isinstance(tree, Tensor):
+        leaves.append(tree)
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            _flatten(value, leaves)
+    elif isinstance(tree, tuple | list):
+        for value in tree:
+            _flatten(value, leaves)
+    else:
+        raise TypeError(f"a program takes and returns tensors in tuples, lists and dicts, got {type(tree).__name__}")
+
+
+def _unflatten(tree: Any, leaves: Iterator[Tensor]) -> Any:
+    if isinstance(tree, dict):
+        return {k: _unflatten(v, leaves) for k, v in tree.items()}
+    if isinstance(tree, tuple):
+        parts = [_unflatten(v, leaves) for v in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+    if isinstance(tree, list):
+        return [_unflatten(v, leaves) for v in tree]
+    return next(leaves)
+
+
+def _skeleton(tree: Any) -> Any:
+    """The structure of a pytree without its tensors, which a recording must not keep alive."""
+    leaves: list[Tensor] = []
+    _flatten(tree, leaves)
+    return _unflatten(tree, iter([None] * len(leaves)))  # type: ignore[list-item]

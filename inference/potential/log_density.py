@@ -211,7 +211,7 @@ class LogDensity:
     def unflatten(self, z: Tensor) -> dict[str, Tensor]:
         """Split flat vectors ``(..., dim)`` into the sites' unconstrained values ``(..., *unconstrained_shape)``."""
         return {
-            s.name: z[..., s.start : s.stop].reshape(*z.shape[:-1], *s.unconstrained_shape).to(s.dtype)
+            s.name: z[..., s.start : s.stop].reshape((*z.shape[:-1], *s.unconstrained_shape)).to(s.dtype)
             for s in self.sites.values()
         }
 

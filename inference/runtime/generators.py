@@ -1,9 +1,9 @@
 """Random streams that depend on the seed, the chain and the purpose, and on nothing else.
 
-In torch, ``randn(4, n)`` and the first rows of ``randn(8, n)`` differ at one seed, so a chain that draws from a shared generator
-changes when a chain is added beside it.  Here every chain owns a generator whose seed is a hash of ``(seed, purpose, chain)``; a block of
-``T`` steps is drawn in one call per chain, so the cost per step vanishes.  Chain ``i`` is then the same alone, in a batch, resumed, or on another
-process.
+In torch, ``randn(4, n)`` and the first rows of ``randn(8, n)`` differ at one seed, so a chain that draws from a shared
+generator changes when a chain is added beside it.  Here every chain owns a generator whose seed is a hash of ``(seed,
+purpose, chain)``; a block of ``T`` steps is drawn in one call per chain, so the cost per step vanishes.  Chain ``i`` is
+then the same alone, in a batch, resumed, or on another process.
 """
 
 import hashlib
@@ -33,8 +33,8 @@ def generator(seed: int, *stream: int | str, device: torch.device | str = "cpu")
 def scoped_seed(seed: int, device: torch.device | str | None = None) -> Iterator[None]:
     """Seed torch's global generators inside the block and put them back as they were afterwards.
 
-    For code that draws from the global generator, such as Pyro's ``sample`` statements.  ``device`` names an accelerator whose generator is
-    scoped as well.
+    For code that draws from the global generator, such as Pyro's ``sample`` statements.  ``device`` names an
+    accelerator whose generator is scoped as well.
     """
     kind = torch.device("cpu" if device is None else device)
     devices = [kind] if kind.type not in ("cpu", "meta") else []
@@ -55,7 +55,9 @@ class ChainGenerators:
         stream: the purpose (``"noise"``, ``"batch"``, ...).
     """
 
-    def __init__(self, seed: int, chains: Sequence[int], device: torch.device | str = "cpu", stream: str = "noise") -> None:
+    def __init__(
+        self, seed: int, chains: Sequence[int], device: torch.device | str = "cpu", stream: str = "noise"
+    ) -> None:
         self.device = torch.device(device)
         self._generators = [generator(seed, stream, chain, device=self.device) for chain in chains]
 

@@ -1,0 +1,76 @@
+# One command sets everything up: `make demo` or `make test`.  `make help` lists the rest.
+# Needs Python 3.11 or newer with venv, and GNU make.  Variables that may be set on the command line:
+#   PYTHON     the interpreter that the environment is made from             (default python3)
+#   VENV       where the environment goes                                    (default .venv)
+#   PIP_FLAGS  passed to every pip install, e.g. another index for torch     (default none)
+#   WORKERS    processes that the tests are spread over                      (default one per core)
+#   OUT        where the demo writes its figures and its ArviZ file          (default out)
+
+PYTHON ?= python3
+VENV ?= .venv
+BENCH_VENV ?= .bench-venv
+PIP_FLAGS ?=
+WORKERS ?= auto
+OUT ?= out
+
+RUN := $(VENV)/bin/python
+BENCH := $(BENCH_VENV)/bin/python
+PIP_INSTALL := -m pip install --disable-pip-version-check --quiet $(PIP_FLAGS) -c constraints.txt
+
+# The tensors here are small: one thread a process, and the cores go to processes.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+
+.PHONY: help demo test lint format check-format types reproduce bench clean
+.DEFAULT_GOAL := help
+
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/.installed-demo  ## fit the main model to real data: table, figures and ArviZ file in out/
+	$(RUN) -m benchmarks.demo --out $(OUT)
+
+test: lint types  ## everything that CI checks: ruff, import arrows, mypy, all tests
+	$(ONE_THREAD) $(RUN) -m pytest -n $(WORKERS) --dist worksteal
+
+lint: $(VENV)/.installed-test  ## ruff (rules and format) and the arrows between the three rooms
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(VENV)/bin/lint-imports
+
+types: $(VENV)/.installed-test  ## mypy
+	$(RUN) -m mypy
+
+format: $(VENV)/.installed-test  ## let ruff repair and format the tree
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+reproduce: $(VENV)/.installed-test  ## the published tables, as tests marked slow (hours)
+	$(ONE_THREAD) $(RUN) -m pytest -m slow -n $(WORKERS) --timeout 0
+
+bench: $(BENCH_VENV)/.installed  ## side by side with posteriors, blackjax and Pyro, in an environment of its own
+	$(ONE_THREAD) $(BENCH) -m benchmarks.potential --out $(OUT)
+	$(ONE_THREAD) $(BENCH) -m benchmarks.sgmcmc_peers --out $(OUT)
+
+clean:  ## remove the environments, outputs and caches
+	rm -rf $(VENV) $(BENCH_VENV) $(OUT) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+
+# torch comes first and alone: pinned, so that what follows finds it in place and pulls no second, larger build.
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, %s is %d.%d; set PYTHON=" % ((sys.executable,) + sys.version_info[:2]) or 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) $(PIP_INSTALL) torch
+	@touch $@
+
+$(VENV)/.installed-demo: $(VENV)/.torch pyproject.toml
+	$(RUN) $(PIP_INSTALL) -e '.[data,plots]'
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.torch pyproject.toml
+	$(RUN) $(PIP_INSTALL) -e '.[test]'
+	@touch $@ $(VENV)/.installed-demo
+
+$(BENCH_VENV)/.installed: constraints.txt pyproject.toml benchmarks/requirements.txt
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH) $(PIP_INSTALL) torch
+	$(BENCH) $(PIP_INSTALL) -e '.[data]' -r benchmarks/requirements.txt
+	@touch $@

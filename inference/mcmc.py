@@ -1,0 +1,541 @@
+"""The driver of all samplers: every chain in one program, with Pyro's names.
+
+    kernel = HMC(model)
+    mcmc = MCMC(kernel, num_samples=1000, warmup_steps=500, num_chains=4)
+    mcmc.run(data)
+    mcmc.summary()
+
+The driver owns what kernels must not: random streams, minibatch indices, warm-up, thinning, progress, draws on disk, checkpoints.  Steps run in blocks; noise and
+indices of a block are drawn at once, and nothing is read back to Python within it.
+"""
+
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inference._errors import CheckpointError, NonFiniteError, SamplerWarning
+from inference.kernels.base import Kernel, Noise, StepInputs
+from inference.potential import LogDensity, Potential, PotentialFunction, Program
+from inference.results import diagnostics as _diagnostics
+from inference.results.export import to_arviz
+from inference.results.predictive import log_likelihood
+from inference.runtime.checkpoint import fingerprint, load_checkpoint, save_checkpoint
+from inference.runtime.draws import DrawStore
+from inference.runtime.generators import ChainGenerators, derive_seed
+from inference.runtime.progress import Progress
+
+__all__ = ["MCMC"]
+
+_KIND = "mcmc"
+_NOISE_PER_BLOCK = 1 << 18  # random numbers a chain draws at once; bounds memory, and is no function of the number of chains
+_STEPS_PER_BLOCK = 128
+_INIT_TRIES = 100
+_SHOWN = ("acceptance_rate", "step_size", "kinetic_temperature")
+
+
+class MCMC:
+    """Run a kernel for many chains and keep the draws; names and meaning as in ``pyro.infer.MCMC``.
+
+    Args:
+        kernel: a kernel of this library, built on a Pyro model.
+        num_samples: draws kept per chain.
+        warmup_steps: adaptation steps whose positions are discarded; ``num_samples`` if not given.
+        initial_params: site name to unconstrained starting values ``(num_chains, *shape)``; with one chain, ``shape`` alone will do, as in Pyro.
+        num_chains: chains, all advanced together.
+        hook_fn: called after every step as ``hook_fn(kernel, values, stage, i)`` with the chains' unconstrained values, stage ``"Warmup"`` or ``"Sample"``. Slow.
+        mp_context: accepted for Pyro's sake; chains are rows of one batch and no process is started.
+        disable_progbar: no progress bar, as in Pyro; same as ``progress=False``.
+        disable_validation: accepted for Pyro's sake; the model is validated once before sampling and never inside it.
+        transforms: as in Pyro; overrides the kernel's.
+        save_params: keep only these sites' draws.
+        thin: steps per kept draw.
+        seed: same seed, same machine, same draws to the bit; chain i's random numbers depend on nothing but the seed and i.
+        minibatch: ``"shared"`` gives all chains the same indices at a step, ``"per_chain"`` each its own.
+        checkpoint: a folder for draws and checkpoints.  If it holds an unfinished run of the same configuration and data, ``run`` goes on from there, to the bit.
+        checkpoint_every: seconds between checkpoints.
+        progress: ``True`` for a bar, ``False`` for none, or a function that receives a dict a block.
+        compile: ``"auto"`` compiles the step for long runs, ``True`` always, ``False`` never.
+        chunk_size: most chains whose gradients are evaluated at once.
+        capture: ``False`` runs the Pyro model itself at every step, one chain at a time.
+
+    Raises:
+        ValueError, TypeError: bad counts or arguments; a minibatch model in a Metropolis-corrected kernel; no finite starting point.
+        NonFiniteError: every chain became non-finite.
+        CheckpointError: the checkpoint folder belongs to another run, is damaged, or cannot be written.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        num_samples: int,
+        warmup_steps: int | None = None,
+        initial_params: Mapping[str, Tensor] | None = None,
+        num_chains: int = 1,
+        hook_fn: Callable[..., None] | None = None,
+        mp_context: str | None = None,
+        disable_progbar: bool = False,
+        disable_validation: bool | None = True,
+        transforms: Mapping[str, Any] | None = None,
+        save_params: list[str] | None = None,
+        *,
+        thin: int = 1,
+        seed: int = 0,
+        minibatch: str = "shared",
+        checkpoint: str | Path | None = None,
+        checkpoint_every: float = 30.0,
+        progress: bool | Callable[[dict[str, Any]], None] = True,
+        compile: bool | str = "auto",
+        chunk_size: int | None = None,
+        capture: bool = True,
+    ) -> None:
+        if not isinstance(kernel, Kernel):
+            raise TypeError(f"kernel must be a kernel of this library (inference.HMC, SGHMC, ...), got {type(kernel).__name__}")
+        self.kernel = kernel
+        self.num_samples = _count("num_samples", num_samples, 1)
+        self.warmup_steps = _count("warmup_steps", num_samples if warmup_steps is None else warmup_steps, 0)
+        self.num_chains = _count("num_chains", num_chains, 1)
+        self.thin = _count("thin", thin, 1)
+        if minibatch not in ("shared", "per_chain"):
+            raise ValueError(f"minibatch must be 'shared' or 'per_chain', got {minibatch!r}")
+        derive_seed(seed)
+        self.seed, self.minibatch = seed, minibatch
+        self.initial_params, self.hook_fn = initial_params, hook_fn
+        self.transforms, self.save_params = transforms, save_params
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self.checkpoint_every = checkpoint_every
+        self.progress: bool | Callable[[dict[str, Any]], None] = False if disable_progbar else progress
+        self.compile, self.chunk_size, self.capture = compile, chunk_size, capture
+        self.interrupted = False
+        self.seconds = 0.0
+        self.num_gradients = 0
+        self.compiled = False
+        self._samples: dict[str, Tensor] | None = None
+        self.sample_stats: dict[str, Tensor] = {}
+        self._args: tuple[Any, ...] = ()
+        self._kwargs: dict[str, Any] = {}
+        self.potential: Potential | None = None
+
+    # ------------------------------------------------------------------ running
+    def run(self, *args: Any, **kwargs: Any) -> "MCMC":
+        """Sample the posterior of ``model(*args, **kwargs)``.  ``KeyboardInterrupt`` ends the run and keeps the draws made so far."""
+        self._args, self._kwargs = args, kwargs
+        self.interrupted = False
+        potential = self.potential = self._potential()
+        if potential.plates and not self.kernel.stochastic:
+            names = sorted(potential.plates)
+            raise ValueError(
+                f"{type(self.kernel).__name__} needs the exact density, but plate {names[0]!r} is subsampled: its acceptance step would be wrong. "
+                "Remove subsample_size, or use SGLD, SGHMC or AdaptiveSGHMC"
+            )
+        started = time.perf_counter()
+        with torch.no_grad():
+            self._sample(potential)
+        self.seconds = time.perf_counter() - started
+        return self
+
+    def _potential(self) -> Potential:
+        kernel = self.kernel
+        transforms = self.transforms or kernel.transforms
+        if kernel.potential_fn is not None:
+            if self.initial_params is None:
+                raise ValueError("a kernel with potential_fn needs initial_params")
+            example = {n: v if self.num_chains == 1 and not self._leading(v) else v[0] for n, v in self.initial_params.items()}
+            density: LogDensity = PotentialFunction(kernel.potential_fn, example, transforms)
+        else:
+            assert kernel.model is not None
+            density = LogDensity(
+                kernel.model,
+                self._args,
+                self._kwargs,
+                transforms=transforms,
+                max_plate_nesting=kernel.max_plate_nesting,
+                init_strategy=kernel.init_strategy,
+            )
+        return Potential(density, chunk_size=self.chunk_size, capture=self.capture)
+
+    @staticmethod
+    def _leading(value: Tensor) -> bool:
+        return value.dim() > 0 and value.shape[0] == 1
+
+    def _sample(self, potential: Potential) -> None:
+        kernel, device = self.kernel, potential.device
+        noise_spec = kernel.noise(potential)
+        kept = list(kernel.kept_steps(self.num_samples, self.thin))
+        total = self.warmup_steps + kept[-1] + 1
+        edges = self._edges(noise_spec, total)
+        noise = ChainGenerators(self.seed, range(self.num_chains), device)
+        owners = range(1) if self.minibatch == "shared" else range(self.num_chains)
+        batches = ChainGenerators(self.seed, owners, device, stream="minibatch")
+        step = kernel.build(potential, lambda function, calls: self._lift(function, calls * total, potential))
+
+        identity = self._identity(potential) if self.checkpoint is not None else ""
+        resumed = self._load(identity, noise, batches) if self.checkpoint is not None else None
+        state = kernel.init(self._starting_points(potential), potential)
+        done, drawn, gradients, stats_example = 0, 0, 0, None
+        if resumed is not None:
+            state = _restore(state, resumed[0])
+            done, drawn, gradients = resumed[1]["step"], resumed[1]["drawn"], resumed[1]["num_gradients"]
+            stats_example = resumed[1]["stats"]
+        store = DrawStore(self.num_chains, self.num_samples, self.checkpoint)
+        example = self._select(potential.constrain(state.position))
+        if stats_example is not None:
+            store.allocate(self._columns(example, {n: state.position[:, 0] for n in stats_example}), resume=True)
+        bar = Progress(total, "sample" if not self.warmup_steps else "warmup", self.progress)
+        kept_set = {self.warmup_steps + k for k in kept}
+        last_saved = time.perf_counter()
+        divergences = 0.0
+        lost: set[int] = set()
+        with bar:
+            try:
+                for start, stop in zip(edges[:-1], edges[1:], strict=True):
+                    if stop <= done:
+                        continue
+                    inputs = self._inputs(noise_spec, potential, noise, batches, start, stop)
+                    plan = kernel.plan(state)
+                    positions, records = [], []
+                    diverged: Tensor | None = None
+                    for t in range(start, stop):
+                        state, info = step(state, inputs[t - start], plan)
+                        if self.hook_fn is not None:
+                            self._hook(potential, state, t)
+                        if "diverging" in info and t >= self.warmup_steps:
+                            diverged = info["diverging"] if diverged is None else torch.maximum(diverged, info["diverging"])
+                            info = {**info, "diverging": diverged}
+                        if t in kept_set:
+                            positions.append(state.position)
+                            records.append(info)
+                            diverged = None
+                    gradients += (stop - start) * (plan if isinstance(plan, int) else 1)
+                    if positions:
+                        stats = {n: torch.stack([r[n] for r in records], dim=1) for n in records[0]}
+                        draws = self._constrain(potential, torch.stack(positions, dim=1))
+                        if stats_example is None:
+                            stats_example = list(stats)
+                            store.allocate(self._columns(example, {n: s[:, 0] for n, s in stats.items()}), resume=False)
+                        store.write(drawn, self._columns(draws, stats))
+                        drawn += len(positions)
+                        divergences += float(stats["diverging"].sum()) if "diverging" in stats else 0.0
+                    state = kernel.end_window(state, stop, self.warmup_steps, potential) if stop <= self.warmup_steps else state
+                    done = stop
+                    lost = self._lost_chains(state.position, done)
+                    fields = {n: f"{info[n].mean().item():.3g}" for n in _SHOWN if n in info}
+                    if divergences:
+                        fields["divergences"] = f"{divergences:.0f}"
+                    bar.update(done, stage="warmup" if done < self.warmup_steps else "sample", **fields)
+                    if self.checkpoint is not None and (done == total or time.perf_counter() - last_saved >= self.checkpoint_every):
+                        store.flush()
+                        self._save(identity, state, noise, batches, done, drawn, gradients, stats_example)
+                        last_saved = time.perf_counter()
+            except KeyboardInterrupt:
+                self.interrupted = True
+        self._finish(store, drawn, stats_example or [], lost, divergences)
+        self.num_gradients = gradients * self.num_chains
+
+    def _lift(self, function: Callable[..., Any], calls: int, potential: Potential) -> Callable[..., Any]:
+        if not potential.captured:
+            return function
+        return _Noted(Program(function, calls=calls, compile=self.compile), self)
+
+    def _edges(self, spec: Noise, total: int) -> list[int]:
+        per_step = max(1, spec.normal + spec.uniform + (0 if spec.gamma is None else spec.gamma.numel()))
+        block = max(1, min(_STEPS_PER_BLOCK, _NOISE_PER_BLOCK // per_step))
+        inner = [b for b in (self.warmup_steps, *self.kernel.boundaries(self.warmup_steps)) if 0 < b < total]
+        return sorted({0, total, *inner, *range(0, total, block)})
+
+    def _inputs(
+        self, spec: Noise, potential: Potential, noise: ChainGenerators, batches: ChainGenerators, start: int, stop: int
+    ) -> list[StepInputs]:
+        steps, dtype, device = stop - start, potential.dtype, potential.device
+        streams: dict[str, Tensor] = {}
+        if spec.normal:
+            streams["normal"] = noise.normal(steps, spec.normal, dtype)
+        if spec.uniform:
+            streams["uniform"] = noise.uniform(steps, spec.uniform, dtype)
+        if spec.gamma is not None:
+            streams["gamma"] = noise.gamma(steps, spec.gamma)
+        controls = {
+            n: torch.tensor(list(v), dtype=dtype, device=device)
+            for n, v in self.kernel.controls(start, stop, self.warmup_steps).items()
+        }
+        indices: dict[str, Tensor] = {}
+        for plate in potential.plates.values():
+            drawn = batches.indices(steps, plate.size, plate.batch_size)
+            indices[plate.name] = drawn[:, 0] if self.minibatch == "shared" else drawn
+        rows = [{n: v.unbind(0) for n, v in group.items()} for group in (streams, controls, indices)]
+        return [StepInputs(*({n: v[t] for n, v in group.items()} for group in rows)) for t in range(steps)]
+
+    # ------------------------------------------------------------------ starting points
+    def _starting_points(self, potential: Potential) -> Tensor:
+        density = potential.density
+        if self.initial_params is not None:
+            given = dict(self.initial_params)
+            if self.num_chains == 1:
+                given = {n: v if n in density.sites and v.dim() == len(density.sites[n].unconstrained_shape) + 1 else v.unsqueeze(0) for n, v in given.items()}
+            position = density.flatten(given).detach().clone()
+            if len(position) != self.num_chains:
+                raise ValueError(f"initial_params hold {len(position)} chains; num_chains is {self.num_chains}")
+            bad = self._bad_starts(potential, position)
+            if bad:
+                raise ValueError(f"initial_params give chains {bad} a density or gradient that is not finite; start them elsewhere")
+            return position
+        assert isinstance(density, LogDensity)
+        position = torch.stack([self._draw_start(density, chain, 0) for chain in range(self.num_chains)])
+        for attempt in range(1, _INIT_TRIES + 1):
+            bad = self._bad_starts(potential, position)
+            if not bad:
+                return position
+            for chain in bad:
+                position[chain] = self._draw_start(density, chain, attempt)
+        raise ValueError(
+            f"no starting point with a finite density and gradient was found in {_INIT_TRIES} tries for chains {bad}: check the model for "
+            "impossible observations, or give initial_params or an init_strategy"
+        )
+
+    def _draw_start(self, density: LogDensity, chain: int, attempt: int) -> Tensor:
+        return density.initial_position(derive_seed(self.seed, "init", chain, attempt), self.kernel.init_strategy)
+
+    def _bad_starts(self, potential: Potential, position: Tensor) -> list[int]:
+        energy, gradient = potential.value_and_grad(position, self._dry_batch(potential))
+        fine = torch.isfinite(energy) & torch.isfinite(gradient).all(1)
+        return (~fine).nonzero()[:, 0].tolist()
+
+    def _dry_batch(self, potential: Potential) -> dict[str, Tensor]:
+        return potential.density.minibatch(derive_seed(self.seed, "start"))
+
+    # ------------------------------------------------------------------ draws
+    def _select(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.save_params is None:
+            return values
+        unknown = sorted(set(self.save_params) - set(values))
+        if unknown:
+            raise ValueError(f"save_params names sites {unknown} that the model does not have; its latent sites are {sorted(values)}")
+        return {n: values[n] for n in self.save_params}
+
+    def _constrain(self, potential: Potential, positions: Tensor) -> dict[str, Tensor]:
+        flat = potential.constrain(positions.flatten(0, 1))
+        return {n: v.unflatten(0, positions.shape[:2]) for n, v in self._select(flat).items()}
+
+    @staticmethod
+    def _columns(draws: Mapping[str, Tensor], stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {**{f"draw/{n}": v for n, v in draws.items()}, **{f"stat/{n}": v for n, v in stats.items()}}
+
+    def _hook(self, potential: Potential, state: Any, step: int) -> None:
+        values = potential.density.unflatten(state.position)
+        warming = step < self.warmup_steps
+        assert self.hook_fn is not None
+        self.hook_fn(self.kernel, values, "Warmup" if warming else "Sample", step if warming else step - self.warmup_steps)
+
+    @staticmethod
+    def _lost_chains(position: Tensor, step: int) -> set[int]:
+        fine = torch.isfinite(position).all(1)
+        if bool(fine.all()):
+            return set()
+        lost = set((~fine).nonzero()[:, 0].tolist())
+        if len(lost) == len(position):
+            raise NonFiniteError(f"every chain had become non-finite by step {step}: use a smaller step size, or check the model's density and data")
+        return lost
+
+    def _finish(self, store: DrawStore, drawn: int, stats: list[str], lost: set[int], divergences: float) -> None:
+        if not drawn:
+            self._samples = None
+            if self.interrupted:
+                warnings.warn("the run was interrupted in its warm-up; there are no draws", SamplerWarning, stacklevel=4)
+            return
+        tensors = store.tensors(drawn)
+        self._samples = {n.removeprefix("draw/"): v for n, v in tensors.items() if n.startswith("draw/")}
+        self.sample_stats = {n.removeprefix("stat/"): v for n, v in tensors.items() if n.startswith("stat/")}
+        if self.interrupted:
+            warnings.warn(f"the run was interrupted; {drawn} of {self.num_samples} draws a chain are kept", SamplerWarning, stacklevel=4)
+        if lost:
+            warnings.warn(
+                f"chains {sorted(lost)} became non-finite and their draws are not usable: use a smaller step size or more friction",
+                SamplerWarning,
+                stacklevel=4,
+            )
+        if divergences:
+            warnings.warn(
+                f"{divergences:.0f} of {drawn * self.num_chains} transitions diverged: raise target_accept_prob or reparametrise the model",
+                SamplerWarning,
+                stacklevel=4,
+            )
+
+    # ------------------------------------------------------------------ checkpoints
+    def _identity(self, potential: Potential) -> str:
+        model = self.kernel.model if self.kernel.model is not None else self.kernel.potential_fn
+        described = {
+            "model": getattr(model, "__qualname__", type(model).__qualname__),
+            "kernel": type(self.kernel).__qualname__,
+            "options": self.kernel.describe(),
+            "gibbs": [repr(g) for g in getattr(self.kernel, "gibbs", ())],
+            "run": [self.num_samples, self.warmup_steps, self.num_chains, self.thin, self.seed, self.minibatch, str(self.compile), self.capture],
+            "sites": [[s.name, list(s.shape), str(s.dtype)] for s in potential.sites.values()],
+            "plates": [list(p) for p in potential.plates.values()],
+            "data": [_identify(a) for a in (*self._args, *self._kwargs.values())],
+            "start": None if self.initial_params is None else {n: _identify(v) for n, v in self.initial_params.items()},
+        }
+        return fingerprint(described)
+
+    @property
+    def _checkpoint_file(self) -> Path:
+        assert self.checkpoint is not None
+        return self.checkpoint / "state.safetensors"
+
+    def _save(
+        self,
+        identity: str,
+        state: Any,
+        noise: ChainGenerators,
+        batches: ChainGenerators,
+        step: int,
+        drawn: int,
+        gradients: int,
+        stats: list[str] | None,
+    ) -> None:
+        leaves: list[Tensor] = []
+        _leaves(state, leaves)
+        tensors = {f"state/{i}": leaf.contiguous() for i, leaf in enumerate(leaves)}
+        tensors |= {f"noise/{n}": g for n, g in noise.state_dict().items()} | {f"batch/{n}": g for n, g in batches.state_dict().items()}
+        meta = {"identity": identity, "step": step, "drawn": drawn, "num_gradients": gradients, "stats": stats, "sites": list(self._saved_sites())}
+        save_checkpoint(self._checkpoint_file, tensors, meta, kind=_KIND)
+
+    def _saved_sites(self) -> list[str]:
+        assert self.potential is not None
+        return list(self._select(dict.fromkeys(self.potential.sites)))  # type: ignore[arg-type]
+
+    def _load(self, identity: str, noise: ChainGenerators, batches: ChainGenerators) -> tuple[list[Tensor], dict[str, Any]] | None:
+        found = load_checkpoint(self._checkpoint_file, kind=_KIND)
+        if found is None:
+            return None
+        tensors, meta = found
+        if meta["identity"] != identity:
+            raise CheckpointError(
+                f"{self._checkpoint_file} belongs to a run with other settings, data or model; give the same ones, or another checkpoint folder"
+            )
+        groups: dict[str, dict[str, Tensor]] = {"state": {}, "noise": {}, "batch": {}}
+        for name, tensor in tensors.items():
+            group, key = name.split("/", 1)
+            groups[group][key] = tensor
+        noise.load_state_dict(groups["noise"])
+        batches.load_state_dict(groups["batch"])
+        return [groups["state"][str(i)] for i in range(len(groups["state"]))], meta
+
+    # ------------------------------------------------------------------ results
+    def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> dict[str, Tensor]:
+        """The draws by site, ``(num_chains * draws, *shape)``, or ``(num_chains, draws, *shape)`` with ``group_by_chain``.
+
+        With ``num_samples`` that many are drawn from them with replacement, as in Pyro.
+        """
+        if self._samples is None:
+            raise RuntimeError("there are no draws yet; call run(...) first")
+        samples = self._samples
+        if num_samples is not None:
+            first = next(iter(samples.values()))
+            size = first.shape[1] if group_by_chain else first.shape[0] * first.shape[1]
+            rows = torch.randint(size, (num_samples,), generator=torch.Generator().manual_seed(derive_seed(self.seed, "resample")))
+            return {n: v[:, rows] if group_by_chain else v.flatten(0, 1)[rows] for n, v in samples.items()}
+        return dict(samples) if group_by_chain else {n: v.flatten(0, 1) for n, v in samples.items()}
+
+    def summary(self, prob: float = 0.9) -> "_diagnostics.Summary":
+        """Print and return mean, sd, median, interval, effective sample sizes and R-hat of every scalar."""
+        table = _diagnostics.summary(self.get_samples(group_by_chain=True), prob=prob)
+        print(table)
+        if "diverging" in self.sample_stats:
+            print(f"Number of divergences: {int(self.sample_stats['diverging'].sum())}")
+        return table
+
+    def diagnostics(self) -> dict[str, Any]:
+        """As in Pyro: ``n_eff`` and ``r_hat`` by site, and by chain the divergent draws and the mean acceptance rate."""
+        result: dict[str, Any] = {}
+        for name, value in self.get_samples(group_by_chain=True).items():
+            result[name] = {"n_eff": _diagnostics.ess_bulk(value), "r_hat": _diagnostics.rhat(value)}
+        if "diverging" in self.sample_stats:
+            flags = self.sample_stats["diverging"]
+            result["divergences"] = {f"chain {c}": flags[c].nonzero()[:, 0].tolist() for c in range(len(flags))}
+        else:
+            result["divergences"] = {f"chain {c}": [] for c in range(self.num_chains)}
+        if "acceptance_rate" in self.sample_stats:
+            rates = self.sample_stats["acceptance_rate"].mean(1)
+            result["acceptance rate"] = {f"chain {c}": float(r) for c, r in enumerate(rates)}
+        return result
+
+    def to_arviz(self, *, dims: Mapping[str, list[str]] | None = None, coords: Mapping[str, Any] | None = None, log_likelihood: bool = True, **groups: Any) -> Any:
+        """An ArviZ object (InferenceData in 0.2x, DataTree in 1.x) with posterior, sample_stats, log_likelihood and observed_data.
+
+        Args:
+            dims, coords: names of the sites' dimensions and their labels.
+            log_likelihood: whether to evaluate the pointwise log-likelihood of the observed sites (needed for ``az.loo``).
+            **groups: further groups of ``inference.to_arviz``, such as ``posterior_predictive``.
+        """
+        posterior = self.get_samples(group_by_chain=True)
+        stats = dict(self.sample_stats)
+        if "diverging" in stats:
+            stats["diverging"] = stats["diverging"] > 0
+        if "potential_energy" in stats:
+            stats["lp"] = -stats.pop("potential_energy")
+        if self.potential is not None and self.kernel.model is not None and self.save_params is None:
+            if log_likelihood and "log_likelihood" not in groups:
+                groups["log_likelihood"] = _log_likelihood(self.kernel.model, posterior, *self._args, **self._kwargs)
+            groups.setdefault("observed_data", self._observed())
+        return to_arviz(posterior, sample_stats=stats, dims=dims, coords=coords, **groups)
+
+    def _observed(self) -> dict[str, Tensor]:
+        assert self.potential is not None
+        density = self.potential.density
+        return {} if self.potential.plates else dict(getattr(density, "observed", {}))
+
+
+_log_likelihood = log_likelihood
+
+
+class _Noted:
+    """A program that tells its driver whether it was compiled."""
+
+    def __init__(self, program: Program, driver: MCMC) -> None:
+        self.program, self.driver = program, driver
+
+    def __call__(self, *args: Any) -> Any:
+        result = self.program(*args)
+        self.driver.compiled |= self.program.compiled
+        return result
+
+
+def _count(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value
+
+
+def _identify(value: Any) -> str:
+    try:
+        return fingerprint(value)
+    except TypeError:
+        return type(value).__qualname__
+
+
+def _leaves(state: Any, leaves: list[Tensor]) -> None:
+    for value in state:
+        if isinstance(value, Tensor):
+            leaves.append(value)
+        else:
+            _leaves(value, leaves)
+
+
+def _restore(state: Any, leaves: list[Tensor]) -> Any:
+    """``state`` with its tensors replaced, in order."""
+    current: list[Tensor] = []
+    _leaves(state, current)
+    if [(a.shape, a.dtype) for a in current] != [(b.shape, b.dtype) for b in leaves]:
+        raise CheckpointError("the checkpoint's sampler state does not fit this kernel")
+    queue = [b.to(a.device) for a, b in zip(current, leaves, strict=True)]
+
+    def rebuild(part: Any) -> Any:
+        return type(part)(*(queue.pop(0) if isinstance(v, Tensor) else rebuild(v) for v in part))
+
+    return rebuild(state)
