@@ -398,10 +398,16 @@ def _parts(value: Any) -> Iterator[bytes | memoryview]:
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield from (b"dataclass", _name(type(value)))
         yield from (_encode((field.name, getattr(value, field.name))) for field in dataclasses.fields(value))
-    elif isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):
+    elif isinstance(value, type | types.FunctionType) or _is_builtin(value):
         yield from (b"callable", _name(value))
     else:
         raise TypeError(f"fingerprint does not know how to identify an object of type {_name(type(value)).decode()}")
+
+
+def _is_builtin(value: Any) -> bool:
+    """A function of a module or a class; a method bound to an object would need the object's fingerprint too."""
+    owner = getattr(value, "__self__", None)
+    return isinstance(value, types.BuiltinFunctionType) and isinstance(owner, type | types.ModuleType | None)
 
 
 def _name(value: type | Callable[..., Any]) -> bytes:
