@@ -1,8 +1,8 @@
 """Convergence diagnostics of Markov chains: R-hat, effective sample sizes, Monte Carlo standard errors, E-BFMI.
 
 Every function takes draws ``(chain, draw, *event)``, works in float64 on the tensor's own device, and treats all
-scalars of the event at once.  With ``z`` the rank-normalised draws (equation 14 of Vehtari et al.), ``n`` the length of a
-half chain, ``M`` the number of half chains and ``W``, ``B`` their within- and between-chain variances,
+scalars of the event at once.  With ``z`` the rank-normalised draws (equation 14 of Vehtari et al.), ``n`` the length of
+a half chain, ``M`` the number of half chains and ``W``, ``B`` their within- and between-chain variances,
 
     R-hat = sqrt((B / W + n - 1) / n)              the larger one of ``z`` and of the folded ``|x - median|``
     ESS   = M n / tau,   tau = -1 + 2 sum_t rho_t  summed over Geyer's initial monotone sequence of lag pairs

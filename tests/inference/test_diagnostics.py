@@ -50,7 +50,7 @@ def cases():
     for shape in ((4, 200), (3, 201), (1, 150)):
         x = autoregressive(rng, shape, 0.7)
         yield f"ties {shape}", np.round(x)
-        yield f"tenths {shape}", np.round(x, 1) + 0.1  # ties whose quantile, interpolated, is off by the last bit
+        yield f"tenths {shape}", np.round(x, 1) + 0.1
         yield f"counts {shape}", rng.poisson(3.0, shape).astype(float)
         yield f"binary {shape}", (x > 0).astype(float)
         yield f"rare {shape}", (x > np.quantile(x, 0.97)).astype(float)
@@ -63,6 +63,8 @@ def cases():
         yield f"one chain stuck {shape}", np.where(np.arange(shape[0])[:, None] == 0, 0.5, x)
         yield f"NaN {shape}", np.where(np.arange(x.size).reshape(shape) == 17, np.nan, x)
         yield f"infinite {shape}", np.where(np.arange(x.size).reshape(shape) == 17, np.inf, x)
+    # 0.2 * 2.9 + 0.8 * 2.9 < 2.9: the quantile between two equal draws falls below both, and the indicator changes
+    yield "rounded quantile", np.where(np.arange(17) < 6, 2.9, 1.0 + 2.9 * np.arange(17.0))[None]
 
 
 CASES = dict(cases())
@@ -90,10 +92,26 @@ def test_constants_follow_arviz():
 
 
 def test_stuck_chains_have_infinite_rhat():
-    stuck = torch.tensor([0.1, 0.2, 0.7])[:, None].expand(3, 50)
+    stuck = torch.tensor([0.1, 0.2, 0.7])[:, None].expand(3, 1000)  # so many that the mean of equal numbers is rounded
     assert rhat(stuck) == torch.inf
     assert ess_bulk(stuck) < 6
-    assert 3 < rhat(stuck + torch.linspace(0, 1e-4, 50)) < torch.inf  # ranks bound it once the chains move at all
+    assert 3 < rhat(stuck + torch.linspace(0, 1e-4, 1000)) < torch.inf  # ranks bound it once the chains move at all
+
+
+def test_balanced_binary_draws():
+    """Half zeros, half ones: folding at the median leaves a constant, whose R-hat is NaN; that of the draws counts."""
+    x = np.random.default_rng(4).permuted(np.tile([0.0, 1.0], (4, 50)), axis=1)
+    assert math.isfinite(rhat(torch.from_numpy(x)))
+    np.testing.assert_allclose(rhat(torch.from_numpy(x)).item(), az.rhat(x), rtol=RTOL)
+
+
+@pytest.mark.parametrize("draws", range(4, 18))
+def test_short_chains_equal_arviz(draws):
+    """Few lags: Geyer's sequence then runs to its last pair, whose even lag may be negative."""
+    x = autoregressive(np.random.default_rng(draws), (2 * 60, draws), 0.3).reshape(60, 2, draws)
+    for function in (ess_mean, ess_bulk, ess_tail):
+        ours = function(torch.from_numpy(x).permute(1, 2, 0)).numpy()
+        np.testing.assert_allclose(ours, [REFERENCES[function](row) for row in x], rtol=RTOL)
 
 
 def test_folding_catches_different_scales():
