@@ -13,7 +13,7 @@ normalisation (Wu and He, ECCV 2018), which normalises each image by itself and 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -59,11 +59,13 @@ class Network(nn.Module):
         layers: layer l is ``layers[l - 1]`` and has the weights ``W{l}`` and, unless it has no bias, ``b{l}``.
         in_features: size D of a flattened input.
         out_features: number of outputs K.
+        widest: most values that one layer holds for one input, for sizing chunks.
     """
 
     layers: tuple[Layer, ...]
     in_features: int
     out_features: int
+    widest: int
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -128,6 +130,7 @@ class MLP(Network):
         self.in_features, self.out_features = in_features, out_features
         self.activation = _activation(activation)
         widths = [in_features, *hidden, out_features]
+        self.widest = max(widths)
         self.layers = tuple(Layer((a, b), a, (b,)) for a, b in zip(widths[:-1], widths[1:], strict=True))
 
     def forward(self, weights: Weights, x: Tensor) -> Tensor:
@@ -141,6 +144,8 @@ class MLP(Network):
 class _ImageNetwork(Network):
     """Common part of the convolutional networks: flattened images come in and are put back to ``(N, C, H, W)``."""
 
+    _channels_at_full_size: ClassVar[int]
+
     def __init__(self, image_shape: Sequence[int], out_features: int, activation: str, least_side: int) -> None:
         super().__init__()
         channels, height, width = image_shape
@@ -150,6 +155,7 @@ class _ImageNetwork(Network):
             )
         self.image_shape = (channels, height, width)
         self.in_features, self.out_features = math.prod(image_shape), out_features
+        self.widest = height * width * self._channels_at_full_size
         self.activation = _activation(activation)
 
     def _images(self, x: Tensor) -> Tensor:
@@ -165,6 +171,8 @@ class LeNet5(_ImageNetwork):
 
     Images of 28 x 28 are padded by 2 in the first convolution as in the original, so that 28 and 32 pixels give 16 x 5 x 5 features alike.
     """
+
+    _channels_at_full_size = 6
 
     def __init__(self, image_shape: Sequence[int], out_features: int, activation: str = "relu") -> None:
         super().__init__(image_shape, out_features, activation, least_side=12)
@@ -192,6 +200,7 @@ class LeNet5(_ImageNetwork):
 class VGG16(_ImageNetwork):
     """Simonyan and Zisserman (2015): thirteen 3 x 3 convolutions, five 2 x 2 max-pools, one dense layer, as used for CIFAR-10; no normalisation."""
 
+    _channels_at_full_size = 64
     _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
     def __init__(self, image_shape: Sequence[int], out_features: int, activation: str = "relu") -> None:
@@ -224,6 +233,8 @@ class PreResNet20(_ImageNetwork):
     norm-activation-conv-norm-activation-conv plus its input, through a strided 1 x 1 convolution where the shape changes; norm-activation, global
     average pool, dense layer.  Convolutions have no bias.  The normalisation is by groups of channels of one image (see the module's docstring).
     """
+
+    _channels_at_full_size = 16
 
     def __init__(self, image_shape: Sequence[int], out_features: int, activation: str = "relu") -> None:
         super().__init__(image_shape, out_features, activation, least_side=8)
