@@ -1,0 +1,1 @@
+"""Measurements: the demo against baselines, and the engines against their peers. Results stand in ``RESULTS.md``."""

@@ -11,6 +11,10 @@ import pyro
 import pytest
 import torch
 
+from tests.accelerator import register_stand_in
+
+register_stand_in()
+
 
 def _param_store() -> dict[str, Any]:
     return {name: value.detach().clone() for name, value in pyro.get_param_store().items()}

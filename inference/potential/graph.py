@@ -59,7 +59,7 @@ def trace(function: Callable[..., Any], *example: Tensor) -> fx.GraphModule:
         raise CaptureError(f"the function draws random numbers ({random[0].target}): its value would change from call to call")
     if any(_mutates(n) for n in graph.graph.nodes):
         # In-place operations cannot be mapped over chains where only their right-hand side has a chain dimension.
-        graph = make_fx(torch.func.functionalize(graph, remove="mutations_and_views"))(*example)
+        graph = make_fx(torch.func.functionalize(graph, remove="mutations"))(*example)
     return _clean(graph)
 
 

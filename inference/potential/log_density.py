@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import ImproperUniform
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import config_enumerate
@@ -137,7 +138,9 @@ class LogDensity:
         self.transforms = dict(transforms or {})
         self._init_strategy = init_strategy
         # One eager run outside any seed scope of the caller's: the first use of a parameter or module happens here.
-        with scoped_seed(0, self._argument_device()), scoped_model(validate=True):
+        # Validation reads values, which fake tensors do not have.
+        validate = torch._guards.detect_fake_mode([*args, *self.kwargs.values()]) is None
+        with scoped_seed(0, self._argument_device()), scoped_model(validate=validate):
             trace = self._initial_trace()
             trace.compute_log_prob(site_filter=lambda _, site: not isinstance(site["fn"], _Subsample))
         self.sites: dict[str, Site] = {}
@@ -259,7 +262,16 @@ class LogDensity:
         return tensors[0].device if tensors else torch.device("cpu")
 
     def _initial_trace(self, strategy: Callable[[Any], Any] | None = None) -> Any:
-        with poutine.trace() as recorder, InitMessenger(strategy or self._init_strategy):
+        chosen = strategy or self._init_strategy
+
+        def initial_value(site: Any) -> Tensor | None:
+            fn = site["fn"]
+            if isinstance(fn, ImproperUniform):  # nothing to draw from, whatever the strategy
+                transform = biject_to(fn.support)
+                return transform(4 * torch.rand(transform.inverse_shape(fn.shape())) - 2)
+            return None if fn.support.is_discrete else chosen(site)
+
+        with poutine.trace() as recorder, InitMessenger(initial_value):
             self.model(*self.args, **self.kwargs)
         return recorder.trace
 

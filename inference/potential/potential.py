@@ -17,7 +17,7 @@ from torch.func import vmap
 from inference._errors import CaptureWarning
 from inference.potential.graph import CaptureError, trace
 from inference.potential.log_density import LogDensity, MinibatchPlate, Site
-from inference.runtime.generators import derive_seed
+from inference.runtime.generators import derive_seed, scoped_seed
 
 __all__ = ["Density", "Potential", "PotentialFunction"]
 
@@ -106,7 +106,8 @@ class Potential:
         self._graph: fx.GraphModule | None = None
         self._constrain_graph: fx.GraphModule | None = None
         if capture:
-            self._capture()
+            with scoped_seed(0, self.device):
+                self._capture()
 
     # ------------------------------------------------------------------ evaluation
     def __call__(self, z: Tensor, batch: Batch | None = None) -> Tensor:
@@ -190,7 +191,7 @@ class Potential:
                 f"this model runs one chain at a time, which is slow, because it cannot be recorded as a graph: {error}. Branches on latent "
                 "values, float() and .item() in the model are the usual reason",
                 CaptureWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
             return
         self.captured = True

@@ -37,7 +37,9 @@ def scoped_seed(seed: int, device: torch.device | str | None = None) -> Iterator
     accelerator whose generator is scoped as well.
     """
     kind = torch.device("cpu" if device is None else device)
-    devices = [kind] if kind.type not in ("cpu", "meta") else []
+    # A device that is not there (fake tensors name one) has no generator to put back.
+    backend = getattr(torch, kind.type, None)
+    devices = [kind] if hasattr(backend, "get_rng_state") and backend.is_available() else []
     with torch.random.fork_rng(devices=devices, device_type=kind.type if devices else "cuda"):
         torch.random.default_generator.manual_seed(derive_seed(seed, "global"))
         if devices:

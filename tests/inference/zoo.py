@@ -112,7 +112,7 @@ def enumerated_hmm(y: Tensor) -> None:
     stay = pyro.sample("stay", dist.Beta(8 + zero(y), 2 + zero(y)))
     m = pyro.sample("m", dist.Normal(zero(y, 2), 3.0).to_event(1))
     c: Tensor | int = 0
-    for t in pyro.markov(range(20)):
+    for t in pyro.markov(range(8)):
         p1 = torch.where(torch.as_tensor(c) == 0, 1 - stay, stay)
         c = pyro.sample(f"c{t}", dist.Bernoulli(p1), infer={"enumerate": "parallel"}).long()
         pyro.sample(f"y{t}", dist.Normal(m[c], 1.0), obs=y[t])

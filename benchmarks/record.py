@@ -1,0 +1,71 @@
+"""How a measurement is kept: seconds of repeated calls, a table for people, a JSON file with the machine beside it."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+__all__ = ["markdown_table", "one_core", "save", "spread"]
+
+
+def one_core() -> None:
+    """Keep this process on one core, so that a peer with its own thread pool is compared like with like."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Median, and the smallest and largest in brackets, to ``digits`` significant digits."""
+
+    def text(value: float) -> str:
+        rounded = float(f"{value:.{digits}g}")
+        return f"{rounded:,.0f}" if abs(rounded) >= 100 else f"{rounded:.{digits}g}"
+
+    return f"{text(statistics.median(values))} [{text(min(values))}, {text(max(values))}]"
+
+
+def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows with the same keys as a Markdown table."""
+    columns = list(rows[0])
+    lines = [columns, *([str(row[column]) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    cells = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    head, *body = ["| " + " | ".join(line) + " |" for line in cells]
+    return "\n".join([head, "|" + "|".join("-" * (width + 2) for width in widths) + "|", *body])
+
+
+def save(path: Path, rows: Sequence[Mapping[str, Any]], packages: Sequence[str]) -> None:
+    """Write ``rows`` as JSON with the date, the commit, the machine and the versions that they were measured with."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    context = {"date": datetime.now(UTC).date().isoformat(), "commit": _commit(), "machine": _machine()}
+    context["versions"] = {name: _version(name) for name in packages}
+    path.write_text(json.dumps({**context, "rows": list(rows)}, indent=1) + "\n")
+    print(f"{context['date']}, commit {context['commit']}, {context['machine']}\nwritten to {path}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    root = Path(__file__).parent
+    found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
+
+
+def _machine() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return (
+        f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    )
