@@ -36,6 +36,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 _GROUP_CHANNELS = 8  # channels normalised together; the narrowest stage of PreResNet20 has 16
+_GROUP_FLOOR = 1e-5  # added to a group's variance: a flat image has none
 
 
 class Layer(NamedTuple):
@@ -252,7 +253,10 @@ class PreResNet20(_ImageNetwork):
         self.layers = (*layers, Layer((64, out_features), 64, (out_features,)))
 
     def _normalise(self, h: Tensor) -> Tensor:
-        return self.activation(F.group_norm(h, h.shape[-3] // _GROUP_CHANNELS))
+        grouped = h.unflatten(-3, (-1, _GROUP_CHANNELS))
+        centred = grouped - grouped.mean((-3, -2, -1), keepdim=True)
+        variance = centred.square().mean((-3, -2, -1), keepdim=True)
+        return self.activation((centred * torch.rsqrt(variance + _GROUP_FLOOR)).reshape(h.shape))
 
     def forward(self, weights: Weights, x: Tensor) -> Tensor:
         """Function values ``(N, K)``."""
