@@ -32,14 +32,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import record
-from benchmarks.boston import boston
+from benchmarks.data import split
 
 HIDDEN, NOISE, BATCH, EPS, ALPHA = 100, 0.1, 32, 3e-3, 30.0
 CHAINS = (1, 8, 64)
 PACKAGES = ("torch", "pyro-ppl", "jax", "jaxlib", "blackjax", "posteriors", "arviz", "numpy")
 
-SPLIT = boston(2).standardised()
-N, D = SPLIT.x_train.shape
+SPLIT = split(2)
+Y_SCALE = float(SPLIT.y_train.std(correction=0))
+X, Y, X_TEST, Y_TEST = (part.numpy() for part in SPLIT.standardised()[2:])
+N, D = X.shape
 
 Functions = NDArray[np.floating[Any]]
 
@@ -91,7 +93,7 @@ def posteriors_batched(chains: int) -> Sampler:
     import posteriors
 
     torch.manual_seed(0)
-    x, y, x_test = (torch.tensor(part, dtype=torch.float32) for part in (SPLIT.x_train, SPLIT.y_train, SPLIT.x_test))
+    x, y, x_test = (torch.tensor(part) for part in (X, Y, X_TEST))
 
     def log_posterior(w: dict[str, torch.Tensor], index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         f = network(w, x[index], torch.tanh)
@@ -137,7 +139,7 @@ def blackjax_scan(chains: int) -> Sampler:
     import jax
     import jax.numpy as jnp
 
-    x, y, x_test = (jnp.asarray(part, jnp.float32) for part in (SPLIT.x_train, SPLIT.y_train, SPLIT.x_test))
+    x, y, x_test = (jnp.asarray(part) for part in (X, Y, X_TEST))
     leapfrogs = 10  # the package's default
 
     def log_posterior(w: Any, rows: Any) -> Any:
@@ -189,7 +191,7 @@ def pyro_model(subsample: int | None) -> Callable[[], None]:
     import pyro.distributions as dist
     import torch
 
-    x, y = (torch.tensor(part, dtype=torch.float32) for part in (SPLIT.x_train, SPLIT.y_train))
+    x, y = torch.tensor(X), torch.tensor(Y)
     shapes = {name: value.shape[1:] for name, value in initial(1).items()}
     noise = math.sqrt(NOISE)
 
@@ -230,7 +232,7 @@ def pyro_hmc(chains: int) -> Sampler:
         return proposals(steps) * kernel.num_steps
 
     def draws(steps: int, thin: int) -> Functions:
-        x_test = torch.tensor(SPLIT.x_test, dtype=torch.float32)
+        x_test = torch.tensor(X_TEST)
         kept = []
         for _ in range(proposals(steps)):
             advance(1)
@@ -248,7 +250,7 @@ def ours(kernel: str) -> Callable[[int], Sampler]:
 
         from inference import MCMC, SGHMC, AdaptiveSGHMC
 
-        x_test = torch.tensor(SPLIT.x_test, dtype=torch.float32)
+        x_test = torch.tensor(X_TEST)
         position = {name: torch.tensor(value) for name, value in initial(chains).items()}
         model = pyro_model(BATCH)
 
@@ -328,7 +330,7 @@ def measure(name: str, *, block_seconds: float, repeats: int, ess_steps: int | N
     split = functions if len(functions) > 1 else functions.reshape(2, -1, functions.shape[-1])
     ess = [float(az.ess(split[..., i], method="bulk")) for i in range(split.shape[-1])]
     rhat = [float(az.rhat(split[..., i])) for i in range(split.shape[-1])]
-    rmse = float(np.sqrt(np.mean((functions.mean((0, 1)) - SPLIT.y_test) ** 2)) * np.std(boston(2).y_train))
+    rmse = float(np.sqrt(np.mean((functions.mean((0, 1)) - Y_TEST) ** 2))) * Y_SCALE
     for row in rows:
         row |= {"ess_per_gradient": min(ess) / (steps * chains), "rhat": max(rhat), "rmse": rmse}
     return rows
