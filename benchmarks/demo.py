@@ -27,11 +27,11 @@ MATCHED, STANDARD = "BNN, prior matched to a GP", "BNN, N(0, 1) prior"
 def bayesian_network(data: Split, *, match: bool, quick: bool) -> tuple[FunctionalPriorBNN, dict[str, Any]]:
     """Four chains of scale-adapted SGHMC on a 100-unit network, after matching its prior if asked to; its scores."""
     start = time.perf_counter()
-    bnn = FunctionalPriorBNN(in_features=data.x_train.shape[1])
+    bnn = FunctionalPriorBNN(in_features=data.x_train.shape[1], noise_variance="learned")
     if match:
         target = HierarchicalRBF(data.x_train.shape[1])
         bnn.match_prior(target, data.x_train, num_steps=5 if quick else 200)
-    size = {"warmup_steps": 50, "num_samples": 10, "thin": 2} if quick else {"num_samples": 100, "thin": 100}
+    size = {"warmup_steps": 50, "num_samples": 10, "thin": 2} if quick else {"num_samples": 150, "thin": 100}
     posterior = bnn.fit(data.x_train, data.y_train, num_chains=4, **size)
     prediction = bnn.predict(data.x_test)
     scores = gaussian_scores(prediction.mean[:, 0], prediction.variance[:, 0].sqrt(), data.y_test)

@@ -34,7 +34,7 @@ def prior_functions(path: Path, bnn: FunctionalPriorBNN, target: Callable[[Tenso
     """Functions of the standard prior, the matched one and the process, along the inputs' first principal axis."""
     inputs = bnn.input_units(data.x_train)
     axis = torch.linalg.svd(inputs, full_matrices=False).Vh[0]
-    reach = torch.linspace(-3, 3, 81) * (inputs @ axis).std()
+    reach = torch.linspace(-2, 2, 81) * (inputs @ axis).std()
     line = reach[:, None] * axis
     standard = FunctionalPriorBNN(in_features=line.shape[1], standardise=False)
     matched = FunctionalPriorBNN(in_features=line.shape[1], standardise=False)
@@ -56,7 +56,7 @@ def prior_functions(path: Path, bnn: FunctionalPriorBNN, target: Callable[[Tenso
                 low, high = f.quantile((1 - level) / 2, 0), f.quantile((1 + level) / 2, 0)
                 ax.fill_between(reach, low, high, color=colour, alpha=alpha, lw=0, label=f"{level:.0%} of functions")
             ax.plot(reach, f[:8].T, color=colour, lw=0.8, alpha=0.8)
-            ax.set(title=title, xlabel="first principal axis of the inputs")
+            ax.set(title=title, xlabel="first principal axis of the inputs", ylim=(-4, 4))
         axes[0].set_ylabel("f, in standard deviations of y")
         axes[0].legend(loc="upper left", fontsize=8)
         figure.savefig(path)
@@ -92,7 +92,7 @@ def calibration(path: Path, moments: Mapping[str, Sequence[tuple[Tensor, Tensor,
         figure.savefig(path)
 
 
-def ranks(path: Path, functions: Tensor, points: int = 4, bins: int = 20) -> None:
+def ranks(path: Path, functions: Tensor, points: int = 4, bins: int = 10) -> None:
     """Rank histograms (Vehtari et al. 2021) of f at a few test points: chains that agree are flat.
 
     Args:

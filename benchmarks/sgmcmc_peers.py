@@ -127,10 +127,7 @@ def posteriors_loop(chains: int) -> Sampler:
         # The harmonic mean of the chains' speeds is that of running them one after the other.
         return chains / sum(1 / sampler.speed(steps) for sampler in samplers)
 
-    def draws(steps: int, thin: int) -> Functions:
-        return np.concatenate([sampler.draws(steps, thin) for sampler in samplers])
-
-    return Sampler(speed, draws)
+    return Sampler(speed, posteriors_batched(chains).draws)  # the same update in less time
 
 
 def blackjax_scan(chains: int) -> Sampler:
@@ -294,11 +291,11 @@ def ours(kernel: str) -> Callable[[int], Sampler]:
 
 IMPLEMENTATIONS: dict[str, tuple[Callable[[int], Sampler], tuple[int, ...], int]] = {
     # name: (builder, numbers of chains, gradients a chain of the run that ESS is taken from)
-    "inference SGHMC": (ours("SGHMC"), CHAINS, 60_000),
-    "inference AdaptiveSGHMC": (ours("AdaptiveSGHMC"), CHAINS, 60_000),
-    "posteriors 0.1.3 SGHMC, chains batched by hand": (posteriors_batched, CHAINS, 60_000),
-    "posteriors 0.1.3 SGHMC, chain by chain": (posteriors_loop, CHAINS, 60_000),
-    "blackjax 1.7.1 SGHMC, vmap and scan": (blackjax_scan, CHAINS, 60_000),
+    "inference SGHMC": (ours("SGHMC"), CHAINS, 40_000),
+    "inference AdaptiveSGHMC": (ours("AdaptiveSGHMC"), CHAINS, 40_000),
+    "posteriors 0.1.3 SGHMC, chains batched by hand": (posteriors_batched, CHAINS, 40_000),
+    "posteriors 0.1.3 SGHMC, chain by chain": (posteriors_loop, CHAINS, 40_000),
+    "blackjax 1.7.1 SGHMC, vmap and scan": (blackjax_scan, CHAINS, 40_000),
     "Pyro 1.9.2 HMC, whole data": (pyro_hmc, (1,), 20_000),
 }
 
