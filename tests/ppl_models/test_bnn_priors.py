@@ -106,7 +106,11 @@ def test_a_posterior_draw_gives_its_weights_back(name: str) -> None:
     prior = PRIORS[name]()
     torch.manual_seed(0)
     trace = poutine.trace(prior).get_trace()
-    sites = {n: s["value"].expand(3, *s["value"].shape) for n, s in trace.nodes.items() if s["type"] == "sample" and not s["is_observed"]}
+    sites = {
+        n: s["value"].expand(3, *s["value"].shape)
+        for n, s in trace.nodes.items()
+        if s["type"] == "sample" and not s["is_observed"]
+    }
     again = prior.draw(3, sites)
     for n, value in trace.nodes["_RETURN"]["value"].items():
         assert torch.allclose(again[n], value.expand(3, *value.shape))
@@ -193,7 +197,9 @@ def test_tuning_brings_the_functions_to_the_target(prior: str) -> None:
     kernel.base_kernel.lengthscale, kernel.outputscale = 0.6, 1.0
     bnn = FunctionalPriorBNN(1, hidden=(50, 50, 50), prior=prior, standardise=False)
     target = gp_functions(x, 1000, 0.6, seed=5)
-    before = energy_distance(FunctionalPriorBNN(1, hidden=(50, 50, 50), standardise=False).sample_prior(x, 1000)[..., 0], target)
+    before = energy_distance(
+        FunctionalPriorBNN(1, hidden=(50, 50, 50), standardise=False).sample_prior(x, 1000)[..., 0], target
+    )
     history = bnn.match_prior(kernel, x, num_steps=150, measurement=x, progress=False)
     f = bnn.sample_prior(x, 1000, seed=1)[..., 0]
     after = energy_distance(f, target)
@@ -216,7 +222,9 @@ def test_exact_covariance_matching_finds_the_scales_that_made_the_target() -> No
             return torch.zeros(n, len(x), 1)
 
         def covariance(self, x: Tensor) -> Tensor:
-            return one_hidden_layer_covariance(x, **{k: torch.tensor(v) for k, v in scales.items()}, activation=torch.tanh)
+            return one_hidden_layer_covariance(
+                x, **{k: torch.tensor(v) for k, v in scales.items()}, activation=torch.tanh
+            )
 
     x = torch.linspace(-2, 2, 15)[:, None]
     truth.match_prior(Target(), x, num_steps=250, discrepancy="covariance", measurement=x, progress=False)
@@ -255,9 +263,19 @@ def test_every_discrepancy_runs_reproducibly_and_changes_the_prior(discrepancy: 
 
     def tuned() -> WeightPrior:
         bnn = FunctionalPriorBNN(2, 3, hidden=(5,), likelihood="categorical")
-        bnn.match_prior(gpytorch.kernels.RBFKernel(), x, num_steps=2, discrepancy=discrepancy, num_functions=8, num_points=10, progress=False)
+        bnn.match_prior(
+            gpytorch.kernels.RBFKernel(),
+            x,
+            num_steps=2,
+            discrepancy=discrepancy,
+            num_functions=8,
+            num_points=10,
+            progress=False,
+        )
         return bnn.prior
 
     first, second = tuned(), tuned()
-    for a, b, fresh in zip(first.parameters(), second.parameters(), GaussianPrior(MLP(2, 3, (5,))).parameters(), strict=True):
+    for a, b, fresh in zip(
+        first.parameters(), second.parameters(), GaussianPrior(MLP(2, 3, (5,))).parameters(), strict=True
+    ):
         assert torch.equal(a, b) and not torch.equal(a, fresh)
