@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
-# The README's runs are of a size that gives a usable result; the test wants to know that they run, and makes them short.
+# The README's runs are long enough for a usable result; the test only wants to know that they run, and shortens them.
 SMALL = {
     "num_steps": 3,
     "warmup_steps": 20,
