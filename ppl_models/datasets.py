@@ -166,7 +166,7 @@ def uci_splits(n: int, num_splits: int = 10, seed: int = 1, train_share: float =
     size = math.floor(round(n * train_share, 9))
     if not 0 < size < n:
         raise ValueError(f"n = {n} rows and train_share = {train_share} leave {size} rows to train on and {n - size} to test on; both must be positive")
-    rng = np.random.RandomState(seed)  # noqa: NPY002
+    rng = np.random.RandomState(seed)
     splits = []
     for _ in range(num_splits):
         rows = torch.from_numpy(rng.choice(n, n, replace=False).astype(np.int64))

@@ -35,24 +35,41 @@ _CHUNK_BYTES_ACCELERATOR = 2**30
 
 
 def over_draws(
-    one: Callable[[Draws], Draws], samples: Draws, num: int, chunk_size: int | None, counted: "CountBytes"
+    one: Callable[[Draws], Draws],
+    samples: Draws,
+    num: int,
+    chunk_size: int | None,
+    counted: "CountBytes",
+    *,
+    stacklevel: int,
 ) -> Draws:
-    """``one`` over all draws, vectorised in chunks, or draw by draw where ``vmap`` cannot."""
+    """``one`` over all draws, vectorised in chunks, or draw by draw where ``vmap`` cannot.
+
+    Args:
+        one: values of one draw's sites -> what is wanted of that draw.
+        samples: site -> ``(num, ...)``; may be empty.
+        num: number of draws.
+        chunk_size: draws a vectorised pass; ``None``: by the bytes that one draw wrote.
+        counted: what the eager run of one draw wrote.
+        stacklevel: of the user's call, for the warning.
+    """
     if chunk_size is None:
         budget = _CHUNK_BYTES.get(counted.device, _CHUNK_BYTES_ACCELERATOR)
         chunk_size = max(1, budget // max(counted.bytes, 1))
 
     def vectorised(lo: int, hi: int) -> Draws:
         # vmap needs a batched input even where there are no samples (prior predictive)
-        part = {name: value[lo:hi] for name, value in samples.items()}
+        part = {name: value.narrow(0, lo, hi - lo) for name, value in samples.items()}
         with VmapSafeDraws(), pyro.settings.context(**_NO_VALIDATION):
-            return torch.func.vmap(lambda draws, _: one(draws), randomness="different")(part, torch.empty(hi - lo))
+            return torch.func.vmap(lambda draws, _: one(draws), randomness="different")(
+                part, torch.empty(hi - lo, device="cpu")
+            )
 
     def single(lo: int, hi: int) -> Draws:
         with noting(f"in the run of the model on draw {lo}"):
             return {
                 name: value.unsqueeze(0)
-                for name, value in one({name: value[lo] for name, value in samples.items()}).items()
+                for name, value in one({name: value.select(0, lo) for name, value in samples.items()}).items()
             }
 
     try:
@@ -65,7 +82,7 @@ def over_draws(
     warnings.warn(
         f"the model cannot be vectorised over draws and runs {num} times, slower but correct: {reason}",
         CaptureWarning,
-        stacklevel=4,
+        stacklevel=stacklevel,
     )
     return _collect(single, num, 1)
 
@@ -84,6 +101,9 @@ def _collect(part: Callable[[int, int], Draws], num: int, step: int) -> Draws:
     for lo in range(0, num, step):
         hi = min(lo + step, num)
         for name, value in part(lo, hi).items():
+            if hi - lo == num:  # a copy: a site's value may be the user's own data
+                result[name] = value.clone(memory_format=torch.contiguous_format)
+                continue
             if lo == 0:
                 result[name] = value.new_empty((num, *value.shape[1:]))
             elif value.shape[1:] != result[name].shape[1:]:
@@ -91,7 +111,7 @@ def _collect(part: Callable[[int, int], Draws], num: int, step: int) -> Draws:
                     f"site {name!r} has shape {tuple(value.shape[1:])} in draw {lo} and "
                     f"{tuple(result[name].shape[1:])} in the first: draws of different shapes cannot be stacked"
                 )
-            result[name][lo:hi] = value
+            result[name].narrow(0, lo, hi - lo).copy_(value)
     return result
 
 

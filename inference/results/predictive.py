@@ -132,9 +132,13 @@ class Predictive(torch.nn.Module):
                 return poutine.trace(poutine.condition(self.model, data)).get_trace(*args, **kwargs)
 
         with scope(self.seed, self.full_plates, (samples, args, kwargs), (self.model, self.guide)):
-            with CountBytes() as counted, noting("in the run of the model on the first draw"):
-                trace = run({name: value[0] for name, value in samples.items()})
-            _check_samples(trace, samples, self.batch_ndims)
+            first = {name: value.select(0, 0) for name, value in samples.items()}
+            with (
+                noting("in the run of the model on the first draw"),
+                CountBytes() as counted,
+                _Fitting(first, self.batch_ndims),
+            ):
+                trace = run(first)
             padding = self._sites(trace)
 
             def one(draws: Draws) -> Draws:
@@ -142,7 +146,7 @@ class Predictive(torch.nn.Module):
                 return {name: _site_value(nodes, name) for name in padding}
 
             del trace
-            found = over_draws(one, samples, self.num_samples, self.chunk_size, counted)
+            found = over_draws(one, samples, self.num_samples, self.chunk_size, counted, stacklevel=5)
         return {
             name: value.reshape(*self._leading, *(1,) * padding[name], *value.shape[1:])
             for name, value in found.items()
@@ -229,14 +233,13 @@ def log_likelihood(
             CountBytes() as counted,
             noting("in the run of the model on the first draw, on all elements of its plates"),
         ):
-            trace = run({name: value[0] for name, value in samples.items()})
+            trace = run({name: value.select(0, 0) for name, value in samples.items()})
             if missing:
                 raise ValueError(
-                    f"the sites {sorted(set(missing))} are neither observed nor in posterior_samples: pass the data and "
-                    "draws of every latent site (a discrete site that was summed out has none: write its sum into the "
-                    "model, as MixtureSameFamily does)"
+                    f"the sites {sorted(set(missing))} are neither observed nor in posterior_samples: pass the data "
+                    "and draws of every latent site (a discrete site that was summed out has none: write its sum into "
+                    "the model, as MixtureSameFamily does)"
                 )
-            _check_samples(trace, samples, batch_ndims)
             observed = [name for name, site in trace.nodes.items() if _is_data(site)]
             for name in observed:
                 _site_log_prob(trace.nodes[name])
@@ -248,11 +251,57 @@ def log_likelihood(
             return {name: _site_log_prob(nodes[name]) for name in observed}
 
         del trace
-        found = over_draws(one, samples, leading.numel(), chunk_size, counted)
+        found = over_draws(one, samples, leading.numel(), chunk_size, counted, stacklevel=3)
     return {name: value.reshape(*leading, *value.shape[1:]) for name, value in found.items()}
 
 
 # ---------------------------------------------------------------- sites
+class _Fitting(Messenger):
+    """The outermost handler of the eager run: each sample fits its site.
+
+    Checked at the site, before the model computes with the value; a sample grouped by chain could broadcast into
+    nonsense.
+    """
+
+    def __init__(self, samples: Draws, batch_ndims: int) -> None:
+        super().__init__()
+        self.samples = samples
+        self.batch_ndims = batch_ndims
+        self.seen: set[str] = set()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if error == (None, None, None) and self.samples and not self.samples.keys() & self.seen:
+            raise ValueError(
+                f"posterior_samples name {sorted(self.samples)}, none of which is a site of the model, "
+                f"which has {sorted(self.seen)}"
+            )
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name, fn = msg["name"], msg["fn"]
+        self.seen.add(name)
+        if name not in self.samples or msg["infer"].get("_deterministic"):
+            return
+        if not isinstance(fn, torch.distributions.Distribution) or not isinstance(msg["value"], Tensor):
+            return
+        given, needed = msg["value"].shape, fn.batch_shape + fn.event_shape
+        try:
+            fits = torch.broadcast_shapes(given, needed).numel() == needed.numel()
+        except RuntimeError:
+            fits = False
+        if fits and given[len(given) - len(fn.event_shape) :] == fn.event_shape:
+            return
+        if self.batch_ndims == 1 and given[1:] == needed:
+            remedy = "the samples look grouped by chain: pass batch_ndims=2"
+        elif any(frame.size != frame.full_size for frame in msg["cond_indep_stack"]):
+            remedy = "the site is in a plate that is subsampled: pass full_plates=True for draws of all its elements"
+        else:
+            remedy = "give draws of this model with these arguments, or leave the site out to have it drawn"
+        raise ValueError(
+            f"posterior_samples[{name!r}]: each draw has shape {tuple(given)}, the site {tuple(needed)}; {remedy}"
+        )
+
+
 class _Given(Messenger):
     """Sets latent sites to given values, and not observed ones, whose data ``poutine.condition`` would replace."""
 
@@ -293,9 +342,10 @@ def _site_value(nodes: Mapping[str, Any], name: str) -> Tensor:
 
 def _site_log_prob(site: Any) -> Tensor:
     log_prob: Tensor = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-    if site["mask"] is False:
-        return torch.zeros_like(log_prob)
-    return log_prob if site["mask"] in (None, True) else torch.where(site["mask"], log_prob, 0)
+    mask = site["mask"]
+    if mask is None or mask is True:
+        return log_prob
+    return torch.zeros_like(log_prob) if mask is False else torch.where(mask, log_prob, 0)
 
 
 # ---------------------------------------------------------------- checks
@@ -334,34 +384,3 @@ def _leading_shape(samples: Mapping[str, Tensor], batch_ndims: int) -> torch.Siz
 
 def _flatten_draws(samples: Mapping[str, Tensor], batch_ndims: int) -> Draws:
     return {name: value.detach().flatten(0, batch_ndims - 1) for name, value in samples.items()}
-
-
-def _check_samples(trace: poutine.Trace, samples: Draws, batch_ndims: int) -> None:
-    """Samples fit the sites that they name: one grouped by chain would otherwise broadcast into nonsense."""
-    sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
-    if samples and not samples.keys() & sites.keys():
-        raise ValueError(
-            f"posterior_samples name {sorted(samples)}, none of which is a site of the model, which has {sorted(sites)}"
-        )
-    for name in samples.keys() & sites.keys():
-        fn = sites[name]["fn"]
-        if not isinstance(fn, torch.distributions.Distribution) or sites[name]["infer"].get("_deterministic"):
-            continue
-        given, needed = samples[name].shape[1:], fn.batch_shape + fn.event_shape
-        try:
-            fits = torch.broadcast_shapes(given, needed).numel() == needed.numel()
-        except RuntimeError:
-            fits = False
-        if fits and given[len(given) - len(fn.event_shape) :] == fn.event_shape:
-            continue
-        grouped = batch_ndims == 1 and given[1:] == needed
-        subsampled = any(frame.size != frame.full_size for frame in sites[name]["cond_indep_stack"])
-        if grouped:
-            remedy = "the samples look grouped by chain: pass batch_ndims=2"
-        elif subsampled:
-            remedy = "the site is in a plate that is subsampled: pass full_plates=True for draws of all its elements"
-        else:
-            remedy = "give draws of this model with these arguments, or leave the site out to have it drawn"
-        raise ValueError(
-            f"posterior_samples[{name!r}]: each draw has shape {tuple(given)}, the site {tuple(needed)}; {remedy}"
-        )

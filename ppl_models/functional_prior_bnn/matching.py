@@ -76,7 +76,7 @@ def prior_objective(
         sampler = bnn.input_units(check_inputs("measurement", measurement, bnn.network.in_features, bnn.image_shape).to(x))
         num_points = len(sampler)
     if discrepancy == "covariance":
-        return CovarianceMatching(bnn.prior, _exact_covariance(bnn), _target_covariance(target), sampler, num_points=num_points)
+        return CovarianceMatching(bnn.prior, _exact_covariance(bnn), _target_covariance(kernel, target), sampler, num_points=num_points)
     if isinstance(discrepancy, str):
         if discrepancy not in _DISCREPANCIES:
             raise ValueError(f"discrepancy must be one of {[*_DISCREPANCIES, 'covariance']} or a callable, got {discrepancy!r}")
@@ -88,7 +88,7 @@ def prior_objective(
 
 def _exact_covariance(bnn: "FunctionalPriorBNN") -> Callable[[Tensor], Tensor]:
     network, prior = bnn.network, bnn.prior
-    if not isinstance(network, MLP) or len(network.layers) != 2 or not isinstance(prior, GaussianPrior) or prior.raw["W1"].ndim:
+    if not isinstance(network, MLP) or len(network.layers) != 2 or not isinstance(prior, GaussianPrior) or prior.log_scale["W1"].ndim:
         raise ValueError(
             "discrepancy = 'covariance' is for an MLP with one hidden layer and a Gaussian prior with prior_scope = 'layer', whose covariance is known in "
             "closed form; use 'energy' for any other"
@@ -103,8 +103,8 @@ def _exact_covariance(bnn: "FunctionalPriorBNN") -> Callable[[Tensor], Tensor]:
     return covariance
 
 
-def _target_covariance(target: Any) -> Callable[[Tensor], Tensor]:
-    covariance = getattr(target, "covariance", None)
+def _target_covariance(kernel: Any, target: Any) -> Callable[[Tensor], Tensor]:
+    covariance = getattr(target, "covariance", getattr(kernel, "covariance", None))
     if covariance is None:
         raise ValueError("discrepancy = 'covariance' needs a target with a covariance function, such as a gpytorch kernel; use 'energy' for a sampler of functions")
 

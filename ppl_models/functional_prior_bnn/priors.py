@@ -18,7 +18,6 @@ from contextlib import contextmanager
 import pyro
 import pyro.distributions as dist
 import torch
-import torch.nn.functional as F
 from pyro import poutine
 from torch import Tensor, nn
 
@@ -27,6 +26,9 @@ from ppl_models.functional_prior_bnn.flows import PlanarFlow
 from ppl_models.functional_prior_bnn.networks import Network
 
 __all__ = ["FlowPrior", "GaussianPrior", "HierarchicalPrior", "WeightPrior"]
+
+# With a below 1/2 the weights have no mean, nor then has any distance between functions, and the variances overflow.
+_LEAST_CONCENTRATION = 0.5
 
 
 class WeightPrior(nn.Module):
@@ -86,11 +88,11 @@ class GaussianPrior(WeightPrior):
 
     def __init__(self, network: Network, per_parameter: bool = False, noncentred: bool = True) -> None:
         super().__init__(network, noncentred)
-        self.raw = _positive_parameters(self.shapes, per_parameter, 1.0)
+        self.log_scale = _log_parameters(self.shapes, per_parameter, 1.0)
 
     def scale(self, name: str) -> Tensor:
         """Standard deviation s of ``W{l}`` or ``b{l}``: a scalar, or one a weight."""
-        return F.softplus(self.raw[name])
+        return self.log_scale[name].exp()
 
     def forward(self) -> dict[str, Tensor]:
         """Sample statements; name to ``(*plates, *shape)``."""
@@ -111,23 +113,24 @@ class HierarchicalPrior(WeightPrior):
     def __init__(self, network: Network, per_parameter: bool = False, noncentred: bool = False) -> None:
         super().__init__(network, noncentred)
         self.per_parameter = per_parameter
-        self.raw_concentration = _positive_parameters(self.shapes, per_parameter, 1.0)
-        self.raw_rate = _positive_parameters(self.shapes, per_parameter, 1.0)
+        self.log_concentration = _log_parameters(self.shapes, per_parameter, 1.0 - _LEAST_CONCENTRATION)
+        self.log_rate = _log_parameters(self.shapes, per_parameter, 1.0)
         self.register_buffer("_tuned", torch.tensor(False))
 
     def concentration(self, name: str) -> Tensor:
         """Shape a of the variance's inverse gamma."""
-        return F.softplus(self.raw_concentration[name])
+        return _LEAST_CONCENTRATION + self.log_concentration[name].exp()
 
     def rate(self, name: str) -> Tensor:
         """Rate r of the variance's inverse gamma."""
-        return F.softplus(self.raw_rate[name])
+        return self.log_rate[name].exp()
 
     def start_tuning(self) -> None:
         """The first time, a = r = softplus(3)."""
         if not bool(self._tuned):
-            for raw in (*self.raw_concentration.values(), *self.raw_rate.values()):
-                nn.init.constant_(raw, _inverse_softplus(self._TUNING_START))
+            for concentration, rate in zip(self.log_concentration.values(), self.log_rate.values(), strict=True):
+                nn.init.constant_(concentration, math.log(self._TUNING_START - _LEAST_CONCENTRATION))
+                nn.init.constant_(rate, math.log(self._TUNING_START))
             self._tuned.fill_(True)
 
     def gibbs_sites(self) -> list[tuple[str, str]]:
@@ -189,12 +192,9 @@ def _normal(name: str, shape: tuple[int, ...], scale: Tensor, noncentred: bool) 
     return pyro.sample(name, dist.Normal(torch.zeros_like(scale), scale).to_event(len(shape)))
 
 
-def _positive_parameters(shapes: Mapping[str, tuple[int, ...]], per_parameter: bool, value: float) -> nn.ParameterDict:
-    raw = _inverse_softplus(value)
+def _log_parameters(shapes: Mapping[str, tuple[int, ...]], per_parameter: bool, value: float) -> nn.ParameterDict:
+    """Logarithms: psi span two orders of magnitude, and on this scale a step is relative.  The reference's softplus took twice the steps."""
+    start = math.log(value)
     return nn.ParameterDict(
-        {name: nn.Parameter(torch.full(shape if per_parameter else (), raw), requires_grad=False) for name, shape in shapes.items()}
+        {name: nn.Parameter(torch.full(shape if per_parameter else (), start), requires_grad=False) for name, shape in shapes.items()}
     )
-
-
-def _inverse_softplus(value: float) -> float:
-    return math.log(math.expm1(value))

@@ -228,7 +228,7 @@ def gp_target(kernel: gpytorch.kernels.Kernel, num_outputs: int | None = None, *
     if outputs < 1 or batch not in ((), (outputs,)):
         raise ValueError(f"kernel's batch shape must be () or (num_outputs,) = ({outputs},), got {batch}")
     for name, parameter in kernel.named_parameters():
-        if parameter.device.type == "cpu" and not bool(torch.isfinite(parameter).all()):
+        if parameter.is_cpu and not bool(torch.isfinite(parameter).all()):
             raise ValueError(f"kernel's parameter {name} is NaN or infinite")
     return GPTarget(kernel, outputs, jitter)
 
@@ -262,7 +262,7 @@ def as_target(obj: Any, num_outputs: int = 1) -> Callable[[Tensor, int], Tensor]
         if not isinstance(draws, Tensor) or tuple(draws.shape) != expected:
             found = tuple(draws.shape) if isinstance(draws, Tensor) else type(draws).__name__
             raise ValueError(f"target must return (n, M, K) = {expected}, got {found}")
-        if draws.device.type == "cpu" and not bool(torch.isfinite(draws).all()):
+        if draws.is_cpu and not bool(torch.isfinite(draws).all()):
             raise ValueError("target drew NaN or infinite function values")
         return draws
 
@@ -293,7 +293,7 @@ def _factorise(covariance: Tensor, jitter: float) -> Tensor:
     for _ in range(_MAX_DOUBLINGS):
         covariance.diagonal(dim1=-2, dim2=-1).add_((jitter - added) * scale)
         factor, info = torch.linalg.cholesky_ex(covariance)
-        if covariance.device.type != "cpu":
+        if not covariance.is_cpu:
             return factor.masked_fill((info != 0)[..., None, None], math.nan)
         if not bool(info.any()):
             return factor

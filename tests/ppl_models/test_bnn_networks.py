@@ -9,7 +9,7 @@ from pyro import poutine
 from torch import Tensor
 
 from ppl_models.functional_prior_bnn import FunctionalPriorBNN
-from ppl_models.functional_prior_bnn.networks import ACTIVATIONS, MLP, LeNet5, Network, PreResNet20, VGG16, evaluate
+from ppl_models.functional_prior_bnn.networks import ACTIVATIONS, MLP, VGG16, LeNet5, Network, PreResNet20, evaluate
 from tests.accelerator import fake_accelerator
 
 NETWORKS: dict[str, tuple[Network, int]] = {

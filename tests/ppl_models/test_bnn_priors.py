@@ -1,6 +1,7 @@
 """Weight priors: flows, hierarchies, Gibbs conditionals, tuning."""
 
 import math
+from collections.abc import Iterator
 
 import gpytorch
 import pyro
@@ -11,19 +12,27 @@ from pyro import poutine
 from scipy import stats
 from torch import Tensor
 
+from inference.runtime.generators import scoped_seed
 from ppl_models.functional_prior_bnn import FunctionalPriorBNN
+from ppl_models.functional_prior_bnn.covariance import one_hidden_layer_covariance
 from ppl_models.functional_prior_bnn.flows import PlanarFlow
 from ppl_models.functional_prior_bnn.networks import MLP
 from ppl_models.functional_prior_bnn.priors import FlowPrior, GaussianPrior, HierarchicalPrior, WeightPrior
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    with scoped_seed(0):
+        yield
+
+
 # ---------------------------------------------------------------- planar flows
-def strong_flow(dim: int, seed: int = 0) -> PlanarFlow:
+def strong_flow(dim: int, seed: int = 0, factor: float = 3.0) -> PlanarFlow:
     """Maps far from the identity: the wrong density (of the inverse flow) is then far off."""
     flow = PlanarFlow(dim, 4, torch.Generator().manual_seed(seed)).double()
     with torch.no_grad():
         for p in flow.parameters():
-            p.mul_(3.0)
+            p.mul_(factor)
     return flow
 
 
@@ -57,7 +66,7 @@ def test_planar_flow_density_obeys_steins_identity() -> None:
 
 def test_planar_flow_density_integrates_to_one_and_agrees_with_the_sampler() -> None:
     """Sheet E7, in two dimensions: by the trapezoidal rule, and cell by cell against draws."""
-    flow = strong_flow(2, seed=4)
+    flow = strong_flow(2, seed=4, factor=2.0)  # stronger ones fold the plane more sharply than the grid resolves
     side = torch.linspace(-9, 9, 601, dtype=torch.float64)
     step = (side[1] - side[0]).item()
     grid = torch.cartesian_prod(side, side)
@@ -68,8 +77,8 @@ def test_planar_flow_density_integrates_to_one_and_agrees_with_the_sampler() -> 
         inside = (side >= low) & (side < high)
         mass = p[inside].sum().item() * step**2
         share = ((w[:, 0] >= low) & (w[:, 0] < high)).double().mean().item()
-        # 4 standard errors of the share, and one grid cell of slack for the Riemann sum's edges.
-        assert abs(mass - share) < 4 * math.sqrt(share * (1 - share) / len(w)) + step * 0.4
+        # 4 standard errors of the share, and for the sum's edges one grid cell of the marginal, whose density is below 1.
+        assert abs(mass - share) < 4 * math.sqrt(share * (1 - share) / len(w)) + step
 
 
 # ---------------------------------------------------------------- priors as Pyro code
@@ -89,7 +98,6 @@ PRIORS = {
 @pytest.mark.parametrize("name", PRIORS)
 def test_draws_have_their_shapes_and_depend_on_every_hyperparameter(name: str) -> None:
     prior = PRIORS[name]()
-    torch.manual_seed(0)
     for parameter in prior.parameters():
         assert not parameter.requires_grad
     with prior.tuning():
@@ -104,13 +112,8 @@ def test_draws_have_their_shapes_and_depend_on_every_hyperparameter(name: str) -
 @pytest.mark.parametrize("name", PRIORS)
 def test_a_posterior_draw_gives_its_weights_back(name: str) -> None:
     prior = PRIORS[name]()
-    torch.manual_seed(0)
     trace = poutine.trace(prior).get_trace()
-    sites = {
-        n: s["value"].expand(3, *s["value"].shape)
-        for n, s in trace.nodes.items()
-        if s["type"] == "sample" and not s["is_observed"]
-    }
+    sites = {n: s["value"].expand(3, *s["value"].shape) for n, s in trace.nodes.items() if s["type"] == "sample" and not s["is_observed"]}
     again = prior.draw(3, sites)
     for n, value in trace.nodes["_RETURN"]["value"].items():
         assert torch.allclose(again[n], value.expand(3, *value.shape))
@@ -120,7 +123,6 @@ def test_fixed_gaussian_prior_has_standard_deviation_one() -> None:
     """FG is N(0, 1): the reference's start at softplus(1) = 1.31 is another prior."""
     prior = GaussianPrior(NETWORK)
     assert all(abs(prior.scale(n).item() - 1) < 1e-6 for n in NETWORK.shapes)
-    torch.manual_seed(0)
     w = prior.draw(20_000)["W1"]
     assert abs(w.std().item() - 1) < 0.01
 
@@ -132,7 +134,6 @@ def test_hierarchical_weights_are_student_and_every_function_has_its_own_varianc
     prior.start_tuning()
     a, r = prior.concentration("W1").item(), prior.rate("W1").item()
     assert abs(a - 3.0486) < 1e-3 and abs(r - a) < 1e-6
-    torch.manual_seed(0)
     w = prior.draw(20_000)["W1"].double()
     one = w[:, 0, 0].numpy()
     assert stats.kstest(one / math.sqrt(r / a), stats.t(2 * a).cdf).pvalue > 0.001
@@ -152,7 +153,6 @@ def test_alternating_the_gibbs_conditional_leaves_the_prior_invariant() -> None:
     prior.start_tuning()
     a, r = prior.concentration("W1"), prior.rate("W1")
     assert prior.gibbs_sites()[0] == ("var_W1", "W1") and not HierarchicalPrior(NETWORK, noncentred=True).gibbs_sites()
-    torch.manual_seed(1)
     n = math.prod(NETWORK.shapes["W1"])
     variance = dist.InverseGamma(a, r).sample((20_000,))
     w = prior.draw(20_000, {"var_W1": variance})["W1"]
@@ -197,24 +197,20 @@ def test_tuning_brings_the_functions_to_the_target(prior: str) -> None:
     kernel.base_kernel.lengthscale, kernel.outputscale = 0.6, 1.0
     bnn = FunctionalPriorBNN(1, hidden=(50, 50, 50), prior=prior, standardise=False)
     target = gp_functions(x, 1000, 0.6, seed=5)
-    before = energy_distance(
-        FunctionalPriorBNN(1, hidden=(50, 50, 50), standardise=False).sample_prior(x, 1000)[..., 0], target
-    )
-    history = bnn.match_prior(kernel, x, num_steps=150, measurement=x, progress=False)
+    before = energy_distance(FunctionalPriorBNN(1, hidden=(50, 50, 50), standardise=False).sample_prior(x, 1000)[..., 0], target)
+    history = bnn.match_prior(kernel, x, num_steps=80, measurement=x, progress=False)
     f = bnn.sample_prior(x, 1000, seed=1)[..., 0]
     after = energy_distance(f, target)
     assert after < 0.2 * before
-    assert history.losses.shape == (150,)
+    assert history.losses.shape == (80,)
     # The target's is 1 everywhere; the standard error of a variance of 1,000 Gaussian draws is 0.045.
     variance = f.var(0)
-    assert 0.75 < variance.min() and variance.max() < (1.3 if prior == "gaussian" else 1.6)
+    assert variance.min() > 0.75 and variance.max() < (1.3 if prior == "gaussian" else 1.6)
 
 
 def test_exact_covariance_matching_finds_the_scales_that_made_the_target() -> None:
     """The target is itself such a network, so its four scales are the answer."""
     truth = FunctionalPriorBNN(1, hidden=(5,), standardise=False)
-    from ppl_models.functional_prior_bnn.covariance import one_hidden_layer_covariance
-
     scales = {"weight_scale1": 2.0, "bias_scale1": 0.8, "weight_scale2": 1.4, "bias_scale2": 0.5}
 
     class Target:
@@ -222,9 +218,7 @@ def test_exact_covariance_matching_finds_the_scales_that_made_the_target() -> No
             return torch.zeros(n, len(x), 1)
 
         def covariance(self, x: Tensor) -> Tensor:
-            return one_hidden_layer_covariance(
-                x, **{k: torch.tensor(v) for k, v in scales.items()}, activation=torch.tanh
-            )
+            return one_hidden_layer_covariance(x, **{k: torch.tensor(v) for k, v in scales.items()}, activation=torch.tanh)
 
     x = torch.linspace(-2, 2, 15)[:, None]
     truth.match_prior(Target(), x, num_steps=250, discrepancy="covariance", measurement=x, progress=False)
@@ -263,19 +257,9 @@ def test_every_discrepancy_runs_reproducibly_and_changes_the_prior(discrepancy: 
 
     def tuned() -> WeightPrior:
         bnn = FunctionalPriorBNN(2, 3, hidden=(5,), likelihood="categorical")
-        bnn.match_prior(
-            gpytorch.kernels.RBFKernel(),
-            x,
-            num_steps=2,
-            discrepancy=discrepancy,
-            num_functions=8,
-            num_points=10,
-            progress=False,
-        )
+        bnn.match_prior(gpytorch.kernels.RBFKernel(), x, num_steps=2, discrepancy=discrepancy, num_functions=8, num_points=10, progress=False)
         return bnn.prior
 
     first, second = tuned(), tuned()
-    for a, b, fresh in zip(
-        first.parameters(), second.parameters(), GaussianPrior(MLP(2, 3, (5,))).parameters(), strict=True
-    ):
+    for a, b, fresh in zip(first.parameters(), second.parameters(), GaussianPrior(MLP(2, 3, (5,))).parameters(), strict=True):
         assert torch.equal(a, b) and not torch.equal(a, fresh)

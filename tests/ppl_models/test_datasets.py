@@ -111,7 +111,7 @@ def test_missing_data_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_splits_are_the_published_recipe() -> None:
     splits = datasets.uci_splits(506, 10)
-    rng = np.random.RandomState(1)  # noqa: NPY002
+    rng = np.random.RandomState(1)
     for train, test in splits:
         rows = rng.choice(506, 506, replace=False)
         assert train.tolist() == rows[:455].tolist() and test.tolist() == rows[455:].tolist()

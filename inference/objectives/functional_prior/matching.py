@@ -7,14 +7,13 @@ by ``inference.fit``.
 """
 
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from inference.objectives.functional_prior.discrepancy import EnergyDistance, gaussian_wasserstein
 from inference.objectives.functional_prior.measurement import MeasurementSampler, as_measurement
-from inference.objectives.functional_prior.wasserstein_dual import WassersteinDual
 from inference.runtime.generators import scoped_seed
 
 __all__ = ["CovarianceMatching", "Discrepancy", "FunctionSampler", "FunctionalPriorMatching"]
@@ -31,13 +30,26 @@ class Discrepancy(Protocol):
         ...
 
 
+@runtime_checkable
+class FittedDiscrepancy(Discrepancy, Protocol):
+    """A discrepancy that learns something from one pair of bags and is read off another, as a dual with a critic is."""
+
+    def fit(self, f: Tensor, g: Tensor) -> Any:
+        """What is learned from bags without gradient."""
+        ...
+
+    def score(self, learned: Any, f: Tensor, g: Tensor) -> Tensor:
+        """The scalar on fresh bags, differentiable in them."""
+        ...
+
+
 class FunctionalPriorMatching(nn.Module):
     """Discrepancy between a prior over functions and a target process, on fresh draws at each call.
 
     ``forward()`` draws one measurement set, a bag of prior functions with gradient and a bag of target functions, all
-    from torch's global generator, and returns their discrepancy.  A :class:`WassersteinDual` critic is trained on a
-    second, independent pair of bags at the same points: a critic scored on the draws that it was trained on would
-    report its own memory.
+    from torch's global generator, and returns their discrepancy.  What a :class:`FittedDiscrepancy` learns (the
+    critic of ``WassersteinDual``) it learns from a second, independent pair of bags at the same points: a critic scored
+    on the draws that it was trained on would report its own memory.
 
     ``parameters()`` are the prior's, and nothing of the target's.
 
@@ -98,11 +110,11 @@ class FunctionalPriorMatching(nn.Module):
         """Scalar loss on a fresh measurement set and fresh bags."""
         x = self._measure[0](self.num_points)
         f, g = self._bags(x, self.num_functions)
-        if not isinstance(self.discrepancy, WassersteinDual):
+        if not isinstance(self.discrepancy, FittedDiscrepancy):
             return self.discrepancy(f, g)
         with torch.no_grad():
-            critic = self.discrepancy.fit(*self._bags(x, self.num_functions))
-        return self.discrepancy.score(critic, f, g)
+            learned = self.discrepancy.fit(*self._bags(x, self.num_functions))
+        return self.discrepancy.score(learned, f, g)
 
     @torch.no_grad()
     def evaluate(

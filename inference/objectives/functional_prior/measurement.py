@@ -142,7 +142,8 @@ def as_measurement(measurement: Tensor | MeasurementSampler) -> MeasurementSampl
 def _distinct_rows(inputs: Tensor, count: int) -> Tensor:
     if count > inputs.shape[0]:
         raise ValueError(f"{count} distinct measurement points were asked of {inputs.shape[0]} training inputs")
-    return inputs[torch.randperm(inputs.shape[0], device=inputs.device)[:count]]
+    rows = torch.randperm(inputs.shape[0], device=inputs.device)
+    return inputs.index_select(0, rows.narrow(0, 0, count))
 
 
 def _check_inputs(name: str, value: Tensor, min_rows: int) -> None:
@@ -152,7 +153,7 @@ def _check_inputs(name: str, value: Tensor, min_rows: int) -> None:
         raise ValueError(f"{name} must be (N, ...) with N >= {min_rows}, got shape {tuple(value.shape)}")
     if not value.is_floating_point():
         raise TypeError(f"{name} must be floating-point, got {value.dtype}")
-    if value.device.type == "cpu" and not bool(torch.isfinite(value).all()):
+    if value.is_cpu and not bool(torch.isfinite(value).all()):
         raise ValueError(f"{name} must be finite, it holds NaN or infinite values")
 
 
@@ -162,5 +163,5 @@ def _check_box(low: Tensor, high: Tensor) -> None:
             raise TypeError(f"{name} must be a floating-point tensor (D,), got {corner!r}")
     if low.ndim != 1 or low.shape != high.shape or low.shape[0] < 1:
         raise ValueError(f"low and high must both be (D,), got shapes {tuple(low.shape)} and {tuple(high.shape)}")
-    if low.device.type == "cpu" and not bool((low < high).all()):
+    if low.is_cpu and not bool((low < high).all()):
         raise ValueError(f"low must be below high in every dimension, got {low.tolist()} and {high.tolist()}")
