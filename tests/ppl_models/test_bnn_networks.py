@@ -56,18 +56,14 @@ def test_convolutions_are_divided_by_the_root_of_their_fan_in() -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_bag_of_draws_equals_a_loop(name: str) -> None:
     network, num_layers = NETWORKS[name]
-    assert len(network.layers) == (
-        3 if name == "mlp" else 1 if name == "linear" else 5 if "lenet" in name else 14 if name == "vgg16" else 22
-    )
+    assert len(network.layers) == (3 if name == "mlp" else 1 if name == "linear" else 5 if "lenet" in name else 14 if name == "vgg16" else 22)
     weights = draw(network, 2)
     x = torch.randn(2, network.in_features, generator=torch.Generator().manual_seed(1))
     bag = evaluate(network, weights, x)
     loop = torch.stack([network({n: w[i] for n, w in weights.items()}, x) for i in range(2)])
     assert bag.shape == (2, 2, network.out_features) and torch.isfinite(bag).all()
     assert torch.allclose(bag, loop, rtol=1e-4, atol=1e-5)
-    assert torch.allclose(
-        evaluate(network, {n: w[None] for n, w in weights.items()}, x, chunk_size=1)[0], bag, rtol=1e-4, atol=1e-5
-    )
+    assert torch.allclose(evaluate(network, {n: w[None] for n, w in weights.items()}, x, chunk_size=1)[0], bag, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["lenet5", "preresnet20"])
@@ -96,9 +92,7 @@ def test_every_activation_is_what_its_name_says() -> None:
     }
     assert set(expected) == set(ACTIVATIONS)
     for name, function in expected.items():
-        assert torch.allclose(
-            ACTIVATIONS[name](h), torch.tensor([function(t) for t in h.tolist()], dtype=torch.float64)
-        )
+        assert torch.allclose(ACTIVATIONS[name](h), torch.tensor([function(t) for t in h.tolist()], dtype=torch.float64))
 
 
 SETTINGS = {
@@ -123,23 +117,13 @@ def test_nothing_is_created_on_another_device(name: str) -> None:
         bnn = FunctionalPriorBNN(**SETTINGS[name])  # type: ignore[arg-type]
         for module in bnn.modules():  # `Module.to` cannot swap fake tensors
             for key, value in module._parameters.items():
-                module._parameters[key] = torch.nn.Parameter(
-                    torch.empty(value.shape, dtype=value.dtype, device=device), requires_grad=False
-                )
+                module._parameters[key] = torch.nn.Parameter(torch.empty(value.shape, dtype=value.dtype, device=device), requires_grad=False)
             for key, value in module._buffers.items():
                 module._buffers[key] = torch.empty(value.shape, dtype=value.dtype, device=device)
         x = torch.empty(6, bnn.network.in_features, device=device)
-        y = (
-            torch.empty(6, dtype=torch.long, device=device)
-            if bnn.likelihood.name == "categorical"
-            else torch.empty(6, 1, device=device)
-        )
+        y = torch.empty(6, dtype=torch.long, device=device) if bnn.likelihood.name == "categorical" else torch.empty(6, 1, device=device)
         trace = poutine.trace(poutine.block(bnn, hide=["obs", "data"])).get_trace(x[:1])
-        latent = {
-            n: s["value"].detach().requires_grad_()
-            for n, s in trace.nodes.items()
-            if s["type"] == "sample" and not s["is_observed"]
-        }
+        latent = {n: s["value"].detach().requires_grad_() for n, s in trace.nodes.items() if s["type"] == "sample" and not s["is_observed"]}
         loss = -poutine.trace(poutine.condition(bnn, data=latent)).get_trace(x, y, batch_size=4).log_prob_sum()
         gradients = torch.autograd.grad(loss, list(latent.values()))
         assert loss.device.type == device.type and all(g.device.type == device.type for g in gradients)
