@@ -41,11 +41,7 @@ class _ConstantsByWayOfTheCPU(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if (
-            func in (torch.tensor, torch.as_tensor)
-            and kwargs.get("device") is not None
-            and not isinstance(args[0], torch.Tensor)
-        ):
+        if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None and not isinstance(args[0], torch.Tensor):
             device = kwargs.pop("device")
             return self._like(func(*args, **kwargs), device)
         if func is torch.Tensor.new_tensor and not isinstance(args[1], torch.Tensor):
