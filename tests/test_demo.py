@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("mlxtend")
 
-from benchmarks import demo  # noqa: E402 - needs the packages above
+from benchmarks import demo
 
 
 @pytest.mark.filterwarnings("ignore::inference.SamplerWarning")  # chains this short have not mixed
