@@ -20,7 +20,6 @@ from gpytorch.kernels import (
     ScaleKernel,
 )
 from gpytorch.priors import GammaPrior, LogNormalPrior, NormalPrior, SmoothedBoxPrior, UniformPrior
-from tests.accelerator import fake_accelerator
 from torch import Tensor
 
 from inference.objectives.functional_prior import BoxAndData, CovarianceMatching, FunctionalPriorMatching
@@ -29,6 +28,7 @@ from ppl_models.functional_prior_bnn import targets
 from ppl_models.functional_prior_bnn.covariance import one_hidden_layer_covariance
 from ppl_models.functional_prior_bnn.empirical_bayes import fit_gp_hyperparameters
 from ppl_models.functional_prior_bnn.targets import HierarchicalRBF, as_target, gp_target
+from tests.accelerator import fake_accelerator
 
 FAR = 1e4 * torch.arange(100.0).unsqueeze(-1)  # so far apart that values there are independent
 

@@ -1,0 +1,174 @@
+"""What every model shares: checks at the door, standardisation, and files that hold a model.
+
+A model is a ``PyroModule``: calling it runs its Pyro model.  Its file is one checkpoint of ``inference.runtime.checkpoint``: tensors and plain data, of which nothing
+is executed when it is read.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from inference._errors import CheckpointError
+from inference.runtime.checkpoint import load_checkpoint, save_checkpoint
+
+__all__ = ["Model", "Standardiser", "check_batch_size", "check_count", "check_inputs", "to_tensor"]
+
+
+def to_tensor(name: str, value: Any) -> Tensor:
+    """``value`` as a finite tensor.
+
+    Tensors keep dtype and device.  Of arrays, data frames and lists, numbers with a decimal point get torch's default dtype.
+
+    Raises:
+        TypeError: not numeric.
+        ValueError: empty, or NaN or infinite values.
+    """
+    if not isinstance(value, Tensor):
+        try:
+            value = torch.as_tensor(np.asarray(value))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{name} must be a tensor or a numeric array, got {type(value).__name__} ({error})") from error
+        if value.is_floating_point():
+            value = value.to(torch.get_default_dtype())
+    if value.numel() == 0:
+        raise ValueError(f"{name} is empty, its shape is {tuple(value.shape)}")
+    value = value.detach()
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        bad = ~torch.isfinite(value)
+        where = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(f"{name} must be finite, it holds {int(bad.sum())} NaN or infinite values, the first at index {where}; drop or impute these rows")
+    return value
+
+
+def check_inputs(name: str, value: Any, columns: int, event_shape: tuple[int, ...] | None = None) -> Tensor:
+    """``value`` as a finite floating-point matrix ``(N, columns)``; images ``(N, *event_shape)`` are flattened.
+
+    Raises:
+        TypeError: not numeric.
+        ValueError: not finite, or another shape.
+    """
+    value = to_tensor(name, value)
+    if not value.is_floating_point():
+        value = value.to(torch.get_default_dtype())
+    if event_shape is not None and tuple(value.shape[1:]) == event_shape:
+        value = value.flatten(1)
+    if value.ndim != 2 or value.shape[1] != columns:
+        images = f" or (N, {', '.join(map(str, event_shape))})" if event_shape else ""
+        raise ValueError(f"{name} must have shape (N, {columns}){images}, got {tuple(value.shape)}")
+    return value
+
+
+def check_count(name: str, value: object, least: int = 1) -> int:
+    """``value`` if it is an integer of at least ``least``; raises ``TypeError`` or ``ValueError`` naming the argument."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)
+
+
+def check_batch_size(batch_size: int | None, num_rows: int) -> int | None:
+    """``batch_size``, or None if it is the whole data; raises if it is larger."""
+    if batch_size is None:
+        return None
+    batch_size = check_count("batch_size", batch_size)
+    if batch_size > num_rows:
+        raise ValueError(f"batch_size = {batch_size} is larger than the data, which have {num_rows} rows; use at most {num_rows}, or None for full batches")
+    return None if batch_size == num_rows else batch_size
+
+
+class Standardiser(nn.Module):
+    """Shift and scale of each column, ``z = (x - shift) / scale``; the identity until it has seen data.
+
+    Args:
+        columns: number of columns.
+        group_size: neighbouring columns that share a shift and a scale, such as the pixels of an image channel.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, columns: int, group_size: int = 1) -> None:
+        super().__init__()
+        self.group_size = group_size
+        self.register_buffer("shift", torch.zeros(columns))
+        self.register_buffer("scale", torch.ones(columns))
+
+    def learn(self, x: Tensor) -> None:
+        """Mean and standard deviation of ``x`` ``(N, columns)``; a constant column is only shifted."""
+        grouped = x.reshape(x.shape[0], -1, self.group_size)
+        shift = grouped.mean((0, 2))
+        scale = (grouped - shift.unsqueeze(-1)).square().mean((0, 2)).sqrt()
+        # A constant column leaves a residue of rounding, of which nothing should be made.
+        floor = 10 * torch.finfo(x.dtype).eps * shift.abs()
+        scale = torch.where(scale > floor, scale, torch.ones_like(scale))
+        self.shift = shift.repeat_interleave(self.group_size)
+        self.scale = scale.repeat_interleave(self.group_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Standardised values."""
+        return (x - self.shift) / self.scale
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """Back to the user's units."""
+        return z * self.scale + self.shift
+
+
+class Model(PyroModule):
+    """A Pyro model with a file form.
+
+    A subclass sets ``kind``, returns its constructor's arguments from ``config`` and, where it keeps more than its ``state_dict``, overrides ``_extra_state`` and
+    ``_restore_extra``.
+    """
+
+    kind: ClassVar[str]
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, as plain data."""
+        raise NotImplementedError
+
+    def _extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {}, {}
+
+    def _restore_extra(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        return
+
+    def save(self, path: str | Path) -> None:
+        """Write the model, and what it was fitted to, to one file; whole or not at all.
+
+        Raises:
+            CheckpointError: the file cannot be written. What stood there before is untouched.
+        """
+        extra, meta = self._extra_state()
+        tensors = {f"state/{k}": v for k, v in self.state_dict().items()} | {f"extra/{k}": v for k, v in extra.items()}
+        save_checkpoint(path, tensors, {"config": self.config(), "extra": meta}, kind=self.kind)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """The model that ``save`` wrote, on the CPU. Nothing that the file holds is executed.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            CheckpointError: the file is truncated, damaged, of another model, or no file of this library.
+        """
+        found = load_checkpoint(path, kind=cls.kind)
+        if found is None:
+            raise FileNotFoundError(f"{path} does not exist")
+        tensors, meta = found
+        state = {k.removeprefix("state/"): v for k, v in tensors.items() if k.startswith("state/")}
+        extra = {k.removeprefix("extra/"): v for k, v in tensors.items() if k.startswith("extra/")}
+        try:
+            model = cls(**meta["config"])
+            dtypes = {v.dtype for v in state.values() if v.is_floating_point()}
+            if len(dtypes) == 1:
+                model.to(dtypes.pop())
+            model.load_state_dict(state)
+            model._restore_extra(extra, meta["extra"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{path} does not describe a {cls.__name__} of this version ({error})") from error
+        return model
