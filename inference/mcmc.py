@@ -479,7 +479,7 @@ class MCMC:
             stats["lp"] = -stats.pop("potential_energy")
         if self.potential is not None and self.kernel.model is not None and self.save_params is None:
             if log_likelihood and "log_likelihood" not in groups:
-                groups["log_likelihood"] = _log_likelihood(self.kernel.model, posterior, *self._args, **self._kwargs)
+                groups["log_likelihood"] = _log_likelihood(self.kernel.model, posterior, *self._args, batch_ndims=2, **self._kwargs)
             groups.setdefault("observed_data", self._observed())
         return to_arviz(posterior, sample_stats=stats, dims=dims, coords=coords, **groups)
 

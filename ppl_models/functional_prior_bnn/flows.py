@@ -1,10 +1,12 @@
 """Planar normalising flows on the weights of one layer.
 
-``w = f_T o ... o f_1(z)`` with ``f(z) = z + u^ tanh(c^T z + b)`` (Rezende and Mohamed, ICML 2015).  Each map is invertible when ``c^T u^ >= -1``, which
-``u^ = u + (m(c^T u) - c^T u) c / |c|^2``, ``m(t) = log(1 + e^t) - 1``, guarantees.
+``w = f_T o ... o f_1(z)`` with ``f(z) = z + u^ tanh(c^T z + b)`` (Rezende and Mohamed, ICML 2015).  Each map is
+invertible when ``c^T u^ >= -1``, which ``u^ = u + (m(c^T u) - c^T u) c / |c|^2``, ``m(t) = log(1 + e^t) - 1``,
+guarantees.
 
-Sampling, and posterior sampling in z, need the forward map alone.  The density of ``w`` is that of the flow run backwards,
-``log p(w) = log q(z) - sum log|1 + (1 - tanh^2) c^T u^|`` at ``z = f^{-1}(w)``; the reference code evaluates it at ``f(w)``, which is another law.
+Sampling, and posterior sampling in z, need the forward map alone.  The density of ``w`` is that of the flow run
+backwards, ``log p(w) = log q(z) - sum log|1 + (1 - tanh^2) c^T u^|`` at ``z = f^{-1}(w)``; the reference code
+evaluates it at ``f(w)``, which is another law.
 """
 
 import torch
@@ -57,8 +59,8 @@ class PlanarFlow(nn.Module):
     def inverse(self, w: Tensor) -> Tensor:
         """``z`` ``(..., d)`` with ``forward(z) = w``, differentiable.
 
-        Along c a planar map is the increasing function ``t -> t + c^T u^ tanh(t + b)`` of ``t = c^T z``.  Its root is bracketed by ``c^T w -+ |c^T u^|`` and
-        found by bisection; one Newton step from there carries the derivative.
+        Along c a planar map is the increasing function ``t -> t + c^T u^ tanh(t + b)`` of ``t = c^T z``.  Its root is
+        bracketed by ``c^T w -+ |c^T u^|`` and found by bisection; one Newton step from there carries the derivative.
         """
         for u, c, b, cu in reversed(self._maps()):
             target = (w * c).sum(-1)

@@ -1,6 +1,7 @@
 """Likelihoods: what a function value says about an observation, in the model's standardised space.
 
-Each likelihood checks its targets, gives the observation's Pyro distribution with one batch dimension a data point, and the mean of y given f.
+Each likelihood checks its targets, gives the observation's Pyro distribution with one batch dimension a data point,
+and the mean of y given f.
 """
 
 import math
@@ -87,7 +88,10 @@ class Bernoulli(Likelihood):
         y = _columns(to_tensor("y", y), num_rows, num_outputs)
         wrong = (y != 0) & (y != 1)
         if bool(wrong.any()):
-            raise ValueError(f"y must be 0 or 1 for a Bernoulli likelihood, got {_examples(y, wrong)}; for real targets use likelihood='gaussian'")
+            raise ValueError(
+                f"y must be 0 or 1 for a Bernoulli likelihood, got {_examples(y, wrong)}; "
+                "for real targets use likelihood='gaussian'"
+            )
         return y.to(like)
 
     def distribution(self, f: Tensor, noise_variance: Tensor | None) -> Any:
@@ -108,11 +112,17 @@ class Categorical(Likelihood):
         """Integer labels ``(N,)`` in ``0 ... K - 1``."""
         y = to_tensor("y", y)
         if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-            raise TypeError(f"y must hold integer class labels for a categorical likelihood, got {y.dtype}; convert them with y.long()")
+            raise TypeError(
+                f"y must hold integer class labels for a categorical likelihood, got {y.dtype}; "
+                "convert them with y.long()"
+            )
         y = _columns(y, num_rows, 1)[:, 0].long()
         wrong = (y < 0) | (y >= num_outputs)
         if bool(wrong.any()):
-            raise ValueError(f"y must hold labels 0 to {num_outputs - 1} (out_features = {num_outputs} classes), got {_examples(y, wrong)}")
+            raise ValueError(
+                f"y must hold labels 0 to {num_outputs - 1} (out_features = {num_outputs} classes), "
+                f"got {_examples(y, wrong)}"
+            )
         return y.to(like.device)
 
     def distribution(self, f: Tensor, noise_variance: Tensor | None) -> Any:
@@ -124,21 +134,29 @@ class Categorical(Likelihood):
         return torch.softmax(f, -1)
 
 
-def build_likelihood(name: str, out_features: int, noise_variance: float | str | None) -> tuple[Likelihood, float | str | None]:
+def build_likelihood(
+    name: str, out_features: int, noise_variance: float | str | None
+) -> tuple[Likelihood, float | str | None]:
     """The likelihood of that name, and its noise variance with the default filled in.
 
     Raises:
-        ValueError: an unknown name, a noise variance that is not positive or not asked for, or a categorical one with a single output.
+        ValueError: an unknown name, a noise variance that is not positive or not asked for, or a categorical one with
+            a single output.
     """
     kinds: dict[str, type[Likelihood]] = {c.name: c for c in (Gaussian, Laplace, Bernoulli, Categorical)}
     if name not in kinds:
         raise ValueError(f"likelihood must be one of {sorted(kinds)}, got {name!r}")
     kind = kinds[name]
     if kind is Categorical and out_features < 2:
-        raise ValueError(f"a categorical likelihood needs out_features >= 2 (one for each class), got {out_features}; for two classes 'bernoulli' will do")
+        raise ValueError(
+            f"a categorical likelihood needs out_features >= 2 (one for each class), got {out_features}; "
+            "for two classes 'bernoulli' will do"
+        )
     if not kind.has_noise:
         if noise_variance is not None:
-            raise ValueError(f"noise_variance = {noise_variance!r} has no meaning for a {name} likelihood: leave it out")
+            raise ValueError(
+                f"noise_variance = {noise_variance!r} has no meaning for a {name} likelihood: leave it out"
+            )
         return kind(), None
     if noise_variance is None:
         return kind(), 0.1
@@ -155,7 +173,9 @@ def _columns(y: Tensor, num_rows: int, num_columns: int) -> Tensor:
     if y.ndim == 1 and num_columns == 1:
         y = y.unsqueeze(1)
     if y.ndim != 2 or tuple(y.shape) != (num_rows, num_columns):
-        raise ValueError(f"y must have shape ({num_rows}, {num_columns}), one row for each row of x, got {tuple(y.shape)}")
+        raise ValueError(
+            f"y must have shape ({num_rows}, {num_columns}), one row for each row of x, got {tuple(y.shape)}"
+        )
     return y
 
 

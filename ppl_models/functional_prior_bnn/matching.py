@@ -66,32 +66,55 @@ def prior_objective(
             num_points = min(num_points, len(x))
             sampler = DataBatches(x)
         else:
-            sampler = BoxAndData(x, data_share=min(_DATA_SHARE, len(x) / num_points)) if len(x) > 1 else x.expand(num_points, -1)
+            sampler = (
+                BoxAndData(x, data_share=min(_DATA_SHARE, len(x) / num_points))
+                if len(x) > 1
+                else x.expand(num_points, -1)
+            )
     elif callable(measurement):
 
         def sampler(count: int) -> Tensor:
             return bnn.input_units(bnn._check_x("measurement", measurement(count)))
 
     else:
-        sampler = bnn.input_units(check_inputs("measurement", measurement, bnn.network.in_features, bnn.image_shape).to(x))
+        sampler = bnn.input_units(
+            check_inputs("measurement", measurement, bnn.network.in_features, bnn.image_shape).to(x)
+        )
         num_points = len(sampler)
     if discrepancy == "covariance":
-        return CovarianceMatching(bnn.prior, _exact_covariance(bnn), _target_covariance(kernel, target), sampler, num_points=num_points)
+        return CovarianceMatching(
+            bnn.prior, _exact_covariance(bnn), _target_covariance(kernel, target), sampler, num_points=num_points
+        )
     if isinstance(discrepancy, str):
         if discrepancy not in _DISCREPANCIES:
-            raise ValueError(f"discrepancy must be one of {[*_DISCREPANCIES, 'covariance']} or a callable, got {discrepancy!r}")
-        discrepancy = _DISCREPANCIES[discrepancy]()
+            raise ValueError(
+                f"discrepancy must be one of {[*_DISCREPANCIES, 'covariance']} or a callable, got {discrepancy!r}"
+            )
+        measure: Any = _DISCREPANCIES[discrepancy]()
+    else:
+        measure = discrepancy
     return FunctionalPriorMatching(
-        bnn.prior, target, sampler, discrepancy, num_functions=num_functions, num_points=num_points, prior_functions=bnn.prior_functions
+        bnn.prior,
+        target,
+        sampler,
+        measure,
+        num_functions=num_functions,
+        num_points=num_points,
+        prior_functions=bnn.prior_functions,
     )
 
 
 def _exact_covariance(bnn: "FunctionalPriorBNN") -> Callable[[Tensor], Tensor]:
     network, prior = bnn.network, bnn.prior
-    if not isinstance(network, MLP) or len(network.layers) != 2 or not isinstance(prior, GaussianPrior) or prior.log_scale["W1"].ndim:
+    if (
+        not isinstance(network, MLP)
+        or len(network.layers) != 2
+        or not isinstance(prior, GaussianPrior)
+        or prior.log_scale["W1"].ndim
+    ):
         raise ValueError(
-            "discrepancy = 'covariance' is for an MLP with one hidden layer and a Gaussian prior with prior_scope = 'layer', whose covariance is known in "
-            "closed form; use 'energy' for any other"
+            "discrepancy = 'covariance' is for an MLP with one hidden layer and a Gaussian prior with prior_scope = "
+            "'layer', whose covariance is known in closed form; use 'energy' for any other"
         )
 
     def covariance(x: Tensor) -> Tensor:
@@ -106,11 +129,13 @@ def _exact_covariance(bnn: "FunctionalPriorBNN") -> Callable[[Tensor], Tensor]:
 def _target_covariance(kernel: Any, target: Any) -> Callable[[Tensor], Tensor]:
     covariance = getattr(target, "covariance", getattr(kernel, "covariance", None))
     if covariance is None:
-        raise ValueError("discrepancy = 'covariance' needs a target with a covariance function, such as a gpytorch kernel; use 'energy' for a sampler of functions")
+        raise ValueError(
+            "discrepancy = 'covariance' needs a target with a covariance function, such as a gpytorch kernel; "
+            "use 'energy' for a sampler of functions"
+        )
 
     def mean_over_outputs(x: Tensor) -> Tensor:
         matrix = covariance(x)
         return matrix if matrix.ndim == 2 else matrix.mean(0)
 
     return mean_over_outputs
-

@@ -1,7 +1,8 @@
 """Bayesian neural networks with functional priors.
 
-Tran, Rossi, Milios and Filippone, All you need is a good functional prior for Bayesian deep learning, JMLR 23(74), 2022, arXiv 2011.12829: say as a Gaussian process
-what functions are expected, tune the hyperparameters of the weights' prior until the network's functions look like that process's, and sample the posterior.
+Tran, Rossi, Milios and Filippone, All you need is a good functional prior for Bayesian deep learning, JMLR 23(74),
+2022, arXiv 2011.12829: say as a Gaussian process what functions are expected, tune the hyperparameters of the weights'
+prior until the network's functions look like that process's, and sample the posterior.
 """
 
 import copy
@@ -13,53 +14,61 @@ from typing import Any, ClassVar
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from torch import Tensor
-from torch.distributions import biject_to
 
 from inference.fit import FitResult, fit
-from inference.kernels import HMC, SGHMC, SGLD, AdaptiveSGHMC, Kernel, ScaleGibbs
+from inference.kernels import Kernel
 from inference.mcmc import MCMC
-from inference.runtime.generators import derive_seed, scoped_seed
+from inference.runtime.generators import scoped_seed
 from ppl_models.base import Model, Standardiser, check_batch_size, check_count, check_inputs
-from ppl_models.functional_prior_bnn.likelihoods import build_likelihood
+from ppl_models.functional_prior_bnn.likelihoods import Likelihood, build_likelihood
 from ppl_models.functional_prior_bnn.matching import prior_objective
 from ppl_models.functional_prior_bnn.networks import Network, build_network, evaluate
 from ppl_models.functional_prior_bnn.posterior import Posterior
 from ppl_models.functional_prior_bnn.predictions import Prediction
 from ppl_models.functional_prior_bnn.priors import FlowPrior, GaussianPrior, HierarchicalPrior, WeightPrior
+from ppl_models.functional_prior_bnn.sampling import build_kernel, starting_points
 
 __all__ = ["FunctionalPriorBNN"]
 
-_SAMPLERS = ("adaptive_sghmc", "sghmc", "sgld", "hmc")
 _DEFAULT_BATCH = 32
-_NOISE_LOCATION, _NOISE_SCALE = math.log(0.1), 1.0  # of the learned noise variance: its median is the paper's fixed value
+_NOISE_LOCATION, _NOISE_SCALE = (
+    math.log(0.1),
+    1.0,
+)  # of the learned noise variance: its median is the paper's fixed value
 _DRAWS_AT_ONCE = 1 << 25  # hidden values held at once while functions are drawn
 
 
 class FunctionalPriorBNN(Model):
     """A Bayesian neural network whose prior can be matched to a process over functions.
 
-    The object is a Pyro model.  ``bnn(x, y)``, with **standardised** ``x`` ``(N, D)`` and ``y`` (see ``standardise``), has the sites ``W{l}``, ``b{l}`` (``eps_W{l}``
-    ... and deterministic ``W{l}`` ... where non-centred), ``var_W{l}`` ... with a hierarchical prior, ``noise_variance`` if learned, and ``obs`` inside the plate
-    ``data``, which ``batch_size`` subsamples.  Any engine for Pyro models takes it.  ``fit`` and the queries take and give the user's units.
+    The object is a Pyro model.  ``bnn(x, y)``, with **standardised** ``x`` ``(N, D)`` and ``y`` (see ``standardise``),
+    has the sites ``W{l}``, ``b{l}`` (``eps_W{l}``
+    ... and deterministic ``W{l}`` ... where non-centred), ``var_W{l}`` ... with a hierarchical prior,
+    ``noise_variance`` if learned, and ``obs`` inside the plate ``data``, which ``batch_size`` subsamples.  Any engine
+    for Pyro models takes it.  ``fit`` and the queries take and give the user's units.
 
     Args:
         in_features: columns D of x.  Image networks know it from ``image_shape``.
         out_features: outputs K; of a categorical likelihood the number of classes.
         hidden: widths of an MLP's hidden layers; ``()`` is Bayesian linear (or logistic) regression.
-        activation: tanh, relu, leaky_relu, softplus, swish, sin, cos, rbf or linear; by default tanh for an MLP and relu for image networks.
-        prior: ``"gaussian"``, ``"hierarchical"`` or ``"flow"`` (see ``priors``); fixed at its standard values until ``match_prior``.
+        activation: tanh, relu, leaky_relu, softplus, swish, sin, cos, rbf or linear; by default tanh for an MLP and
+            relu for image networks.
+        prior: ``"gaussian"``, ``"hierarchical"`` or ``"flow"`` (see ``priors``); fixed at its standard values until
+            ``match_prior``.
         likelihood: ``"gaussian"``, ``"laplace"``, ``"bernoulli"`` or ``"categorical"``.
-        noise_variance: variance of the observations on the **standardised** scale (0.1 says that a tenth of the targets' variance is noise), or ``"learned"``, which
-            gives it a LogNormal(log 0.1, 1) prior.  0.1 by default; regression only.
-        prior_scope: ``"layer"`` has one hyperparameter for the weights and one for the biases of a layer, ``"parameter"`` one for every weight.
-        parametrisation: ``"noncentred"`` samples standard normals and scales them by the prior, ``"centred"`` the weights themselves; by default noncentred,
-            and centred with a hierarchical prior, whose variances are then drawn from their exact conditional.
+        noise_variance: variance of the observations on the **standardised** scale (0.1 says that a tenth of the
+            targets' variance is noise), or ``"learned"``, which gives it a LogNormal(log 0.1, 1) prior.  0.1 by
+            default; regression only.
+        prior_scope: ``"layer"`` has one hyperparameter for the weights and one for the biases of a layer,
+            ``"parameter"`` one for every weight.
+        parametrisation: ``"noncentred"`` samples standard normals and scales them by the prior, ``"centred"`` the
+            weights themselves; by default noncentred, and centred with a hierarchical prior, whose variances are then
+            drawn from their exact conditional.
         network: ``"mlp"``, ``"lenet5"``, ``"vgg16"`` or ``"preresnet20"``.
         image_shape: ``(C, H, W)`` of an image network's inputs.
-        standardise: whether to centre and scale x (columns; image channels) and the targets of regression by their training mean and standard deviation.  If not,
-            the user's units are the model's.
+        standardise: whether to centre and scale x (columns; image channels) and the targets of regression by their
+            training mean and standard deviation.  If not, the user's units are the model's.
         seed: of the flow prior's initial parameters.
 
     Attributes:
@@ -74,7 +83,8 @@ class FunctionalPriorBNN(Model):
     Example:
         >>> x = torch.linspace(-3, 3, 50)[:, None]
         >>> bnn = FunctionalPriorBNN(in_features=1, hidden=(10,))
-        >>> result = bnn.fit(x, torch.sin(x), num_chains=2, warmup_steps=200, num_samples=5, thin=5, batch_size=10, progress=False)
+        >>> options = {"num_chains": 2, "warmup_steps": 200, "num_samples": 5, "thin": 5, "batch_size": 10}
+        >>> result = bnn.fit(x, torch.sin(x), **options, progress=False)
         >>> bnn.predict(x).samples.shape
         torch.Size([2, 5, 50, 1])
     """
@@ -100,8 +110,15 @@ class FunctionalPriorBNN(Model):
     ) -> None:
         super().__init__()
         built = build_network(
-            network, in_features=in_features, out_features=out_features, hidden=hidden, activation=activation, image_shape=image_shape
+            network,
+            in_features=in_features,
+            out_features=out_features,
+            hidden=hidden,
+            activation=activation,
+            image_shape=image_shape,
         )
+        self.likelihood: Likelihood
+        self.noise_variance: Any  # a number, "learned", or None in classification
         self.likelihood, self.noise_variance = build_likelihood(likelihood, out_features, noise_variance)
         self._config = {
             "in_features": built.in_features,
@@ -121,7 +138,8 @@ class FunctionalPriorBNN(Model):
         self.image_shape = None if image_shape is None else tuple(image_shape)
         self.standardised = standardise
         pixels = math.prod(self.image_shape[1:]) if self.image_shape else 1
-        # Under other names than the properties below: Pyro enters a plain submodule that is read inside a model call into its global parameter store.
+        # Under other names than the properties below: Pyro enters a plain submodule that is read inside a model call
+        # into its global parameter store.
         self.add_module("_network", built)
         self.add_module("_prior", _build_prior(built, prior, prior_scope, parametrisation, seed))
         self.add_module("_input_units", Standardiser(built.in_features, pixels))
@@ -160,17 +178,20 @@ class FunctionalPriorBNN(Model):
         Args:
             x: standardised inputs ``(N, D)``.
             y: standardised targets ``(N, K)``, or labels ``(N,)`` if categorical; None leaves ``obs`` free.
-            batch_size: rows in the subsampled plate ``data``, whose indices Pyro (or the engine) draws; all rows by default.
+            batch_size: rows in the subsampled plate ``data``, whose indices Pyro (or the engine) draws; all rows by
+                default.
 
         Returns:
             Function values at the rows of the plate, ``(batch, K)``.
         """
         weights = self.prior()
         noise_variance = self._noise()
-        with pyro.plate("data", x.shape[0], subsample_size=batch_size, dim=-1, device=x.device) as rows:
+        with pyro.plate("data", x.shape[0], subsample_size=batch_size, dim=-1, device=x.device) as rows:  # type: ignore[arg-type]
             subsampled = batch_size is not None
             f = evaluate(self.network, weights, x[rows] if subsampled else x)
-            if f.ndim > 2:  # an outer plate, such as a vectorised ELBO's particles: its batch shape ends with this plate's empty dimension
+            # Under an outer plate, such as a vectorised ELBO's particles, the batch shape ends with this plate's empty
+            # dimension.
+            if f.ndim > 2:
                 f = f.squeeze(-3)
             target = y[rows] if y is not None and subsampled else y
             pyro.sample("obs", self.likelihood.distribution(f, noise_variance), obs=target)
@@ -190,7 +211,9 @@ class FunctionalPriorBNN(Model):
         """Noise variance of each draw, broadcasting against ``(chain, draw, N, K)``."""
         if self.noise_variance == "learned":
             return samples["noise_variance"][..., None, None]
-        return None if self.noise_variance is None else self.target_units.shift.new_full((1, 1, 1, 1), self.noise_variance)
+        return (
+            None if self.noise_variance is None else self.target_units.shift.new_full((1, 1, 1, 1), self.noise_variance)
+        )
 
     def standardise(self, x: Any, y: Any = None) -> tuple[Tensor, Tensor | None]:
         """The user's x, and y, as the Pyro model takes them.
@@ -216,8 +239,9 @@ class FunctionalPriorBNN(Model):
     def sample_prior(self, x: Any, num_samples: int = 500, seed: int = 0) -> Tensor:
         """Independent functions of the prior at ``x`` ``(N, D)``: ``(num_samples, N, K)``.
 
-        In the user's units as far as they are known: x is standardised once ``match_prior`` or ``fit`` has seen training inputs, and functions of a regression are
-        in standardised units until ``fit`` has seen targets.  Of a classifier they are logits.
+        In the user's units as far as they are known: x is standardised once ``match_prior`` or ``fit`` has seen
+        training inputs, and functions of a regression are in standardised units until ``fit`` has seen targets.  Of a
+        classifier they are logits.
 
         Raises:
             TypeError, ValueError: bad x or count.
@@ -226,11 +250,16 @@ class FunctionalPriorBNN(Model):
         x = self.input_units(self._check_x("x", x))
         chunk = max(1, _DRAWS_AT_ONCE // (len(x) * self.network.widest))
         with torch.no_grad(), scoped_seed(seed, x.device):
-            f = [evaluate(self.network, self.prior.draw(min(chunk, num_samples - i)), x) for i in range(0, num_samples, chunk)]
+            f = [
+                evaluate(self.network, self.prior.draw(min(chunk, num_samples - i)), x)
+                for i in range(0, num_samples, chunk)
+            ]
         return self.target_units.inverse(torch.cat(f))
 
     def prior_functions(self, x: Tensor, n: int) -> Tensor:
-        """``n`` independent functions at standardised ``x`` ``(N, D)``, ``(n, N, K)``, differentiable in the prior's hyperparameters; from the global generator."""
+        """``n`` independent functions at standardised ``x`` ``(N, D)``, ``(n, N, K)``, differentiable in the prior's
+        hyperparameters; from the global generator.
+        """
         return evaluate(self.network, self.prior.draw(n), x)
 
     def match_prior(
@@ -251,21 +280,25 @@ class FunctionalPriorBNN(Model):
     ) -> FitResult:
         """Tune the prior's hyperparameters until the network's functions look like those of a target process.
 
-        No target is used, so it may be done before the data are labelled.  A former ``fit`` no longer belongs to the new prior and is dropped from the model.
+        No target is used, so it may be done before the data are labelled.  A former ``fit`` no longer belongs to the
+        new prior and is dropped from the model.
 
         Args:
-            kernel: the target: a gpytorch kernel (priors on its hyperparameters make the process hierarchical), or a callable ``(x, n) -> (n, M, K)`` that draws n
-                functions at x.  It lives on **standardised** inputs and targets: a length scale of 1 is one standard deviation of a column of ``x_train``, a
-                variance of 1 is that of the targets.
+            kernel: the target: a gpytorch kernel (priors on its hyperparameters make the process hierarchical), or a
+                callable ``(x, n) -> (n, M, K)`` that draws n functions at x.  It lives on **standardised** inputs and
+                targets: a length scale of 1 is one standard deviation of a column of ``x_train``, a variance of 1 is
+                    that of the targets.
             x_train: training inputs ``(N, D)``, in the user's units.
             num_steps: optimisation steps.
-            discrepancy: ``"energy"``, ``"wasserstein"`` (the paper's dual), ``"sliced"``, ``"gaussian"`` (2-Wasserstein of the moments), ``"covariance"``
-                (the exact covariance of one hidden layer, without sampling), or a callable of two bags of functions.
+            discrepancy: ``"energy"``, ``"wasserstein"`` (the paper's dual), ``"sliced"``, ``"gaussian"``
+                (2-Wasserstein of the moments), ``"covariance"`` (the exact covariance of one hidden layer, without
+                sampling), or a callable of two bags of functions.
             seed: same seed, same result to the bit.
             num_functions: functions of each process compared in a step.
             num_points: points M at which they are compared.
-            measurement: where: a tensor of points or a callable ``num_points -> points``, in the user's units.  By default, fresh at every step, 70% training
-                inputs and 30% uniform in their box, or minibatches of training inputs for images and classification.
+            measurement: where: a tensor of points or a callable ``num_points -> points``, in the user's units.  By
+                default, fresh at every step, 70% training inputs and 30% uniform in their box, or minibatches of
+                training inputs for images and classification.
             lr: Adam's learning rate.
             average_last: share of the steps, from the end, over which the hyperparameters are averaged.
             checkpoint: file to resume from.
@@ -275,7 +308,8 @@ class FunctionalPriorBNN(Model):
             The history: ``losses`` and such.
 
         Raises:
-            TypeError, ValueError: bad data, an unknown discrepancy, or a target whose draws are not finite or of another shape.
+            TypeError, ValueError: bad data, an unknown discrepancy, or a target whose draws are not finite or of
+                another shape.
             NonFiniteError: the loss became non-finite; the prior is left as it was.
         """
         check_count("num_steps", num_steps)
@@ -288,10 +322,22 @@ class FunctionalPriorBNN(Model):
             self.prior.start_tuning()
             with self.prior.tuning():
                 objective = prior_objective(
-                    self, kernel, self.input_units(x), discrepancy, num_functions=num_functions, num_points=num_points, measurement=measurement
+                    self,
+                    kernel,
+                    self.input_units(x),
+                    discrepancy,
+                    num_functions=num_functions,
+                    num_points=num_points,
+                    measurement=measurement,
                 )
                 history = fit(
-                    objective, num_steps=num_steps, lr=lr, average_last=average_last, seed=seed, checkpoint=checkpoint, progress=progress
+                    objective,
+                    num_steps=num_steps,
+                    lr=lr,
+                    average_last=average_last,
+                    seed=seed,
+                    checkpoint=checkpoint,
+                    progress=progress,
                 )
         except BaseException:
             self.input_units.load_state_dict(units.state_dict())
@@ -326,7 +372,8 @@ class FunctionalPriorBNN(Model):
 
         Args:
             x_train: inputs ``(N, D)`` or images ``(N, C, H, W)``, in the user's units.
-            y_train: targets ``(N, K)`` or, with one output, ``(N,)``; zeros and ones for Bernoulli; integer labels ``(N,)`` for categorical.
+            y_train: targets ``(N, K)`` or, with one output, ``(N,)``; zeros and ones for Bernoulli; integer labels
+                ``(N,)`` for categorical.
             num_chains: chains.
             warmup_steps: steps before the first draw is kept.
             num_samples: draws kept of each chain.
@@ -335,7 +382,8 @@ class FunctionalPriorBNN(Model):
             step_size: of the sampler, in its own units (adaptive SGHMC: near 0.01 whatever the model).
             friction: share of the momentum lost in a step (SGHMC).
             seed: same seed, same machine, same draws to the bit.
-            sampler: ``"adaptive_sghmc"`` (the paper's), ``"sghmc"``, ``"sgld"``, ``"hmc"``, or a function of the model that builds a kernel of ``inference``.
+            sampler: ``"adaptive_sghmc"`` (the paper's), ``"sghmc"``, ``"sgld"``, ``"hmc"``, or a function of the model
+                that builds a kernel of ``inference``.
             temperature: T of the tempered posterior ``p(w | D)^(1/T)``; below 1 "cold".
             max_grad_norm: in the warm-up, the gradient of the potential divided by N is clipped to this norm.
             gibbs_every: steps between exact draws of the variances of a centred hierarchical prior.
@@ -359,14 +407,23 @@ class FunctionalPriorBNN(Model):
             raise ValueError(f"batch_size must be an integer, None or 'auto', got {batch_size!r}")
         size = check_batch_size(batch_size, len(raw_x))
         clip = None if max_grad_norm is None else max_grad_norm * len(raw_x)
-        kernel = self._kernel(sampler, step_size, friction, temperature, clip, gibbs_every, full_batch=size is None)
+        kernel = build_kernel(
+            self,
+            sampler,
+            step_size=step_size,
+            friction=friction,
+            temperature=temperature,
+            max_grad_norm=clip,
+            gibbs_every=gibbs_every,
+            full_batch=size is None,
+        )
         check_count("num_chains", num_chains)
         x, y = self._learn_units(raw_x, raw_y)
         mcmc = MCMC(
             kernel,
             num_samples,
             warmup_steps,
-            initial_params=self._starts(x[:1], num_chains, seed),
+            initial_params=starting_points(self, x[:1], num_chains, seed),
             num_chains=num_chains,
             thin=thin,
             seed=seed,
@@ -391,54 +448,14 @@ class FunctionalPriorBNN(Model):
                 self.target_units.learn(y)
         return self.input_units(x), self.target_units(y) if self.likelihood.has_noise else y
 
-    def _keep(self, samples: Mapping[str, Tensor], stats: Mapping[str, Tensor], x: Tensor, y: Tensor, info: Mapping[str, Any]) -> Posterior:
+    def _keep(
+        self, samples: Mapping[str, Tensor], stats: Mapping[str, Tensor], x: Tensor, y: Tensor, info: Mapping[str, Any]
+    ) -> Posterior:
         """The posterior with a copy of the model as it is now."""
         self.result = None
         model = copy.deepcopy(self)
         self.result = model.result = Posterior(model, samples, stats, x, y, info)
         return self.result
-
-    def _kernel(
-        self,
-        sampler: str | Callable[["FunctionalPriorBNN"], Kernel],
-        step_size: float,
-        friction: float,
-        temperature: float,
-        max_grad_norm: float | None,
-        gibbs_every: int,
-        full_batch: bool,
-    ) -> Kernel:
-        if callable(sampler):
-            return sampler(self)
-        if sampler not in _SAMPLERS:
-            raise ValueError(f"sampler must be one of {list(_SAMPLERS)} or a function of the model, got {sampler!r}")
-        if sampler == "hmc":
-            if temperature != 1.0:
-                raise ValueError("temperature is for the stochastic-gradient samplers; sampler='hmc' samples the posterior itself")
-            return HMC(self, step_size=step_size)
-        gibbs = tuple(ScaleGibbs(variance, weight) for variance, weight in self.prior.gibbs_sites())
-        options: dict[str, Any] = {
-            "step_size": step_size,
-            "temperature": temperature,
-            "max_grad_norm": max_grad_norm,
-            "gibbs": gibbs,
-            "gibbs_every": gibbs_every,
-        }
-        if sampler == "sgld":
-            return SGLD(self, **options)
-        if sampler == "sghmc":
-            return SGHMC(self, friction=friction, **options)
-        return AdaptiveSGHMC(self, friction=friction, noise_correction=not full_batch, **options)
-
-    def _starts(self, x: Tensor, num_chains: int, seed: int) -> dict[str, Tensor]:
-        """An independent draw of the prior a chain, unconstrained: ``(chain, *shape)`` by site."""
-        starts = []
-        for chain in range(num_chains):
-            with scoped_seed(derive_seed(seed, "start", chain), x.device), torch.no_grad():
-                trace = poutine.trace(poutine.block(self, hide=["obs", "data"])).get_trace(x)
-            latent = {n: s for n, s in trace.nodes.items() if s["type"] == "sample" and not s["is_observed"]}
-            starts.append({n: biject_to(s["fn"].support).inv(s["value"]) for n, s in latent.items()})
-        return {n: torch.stack([s[n] for s in starts]) for n in starts[0]}
 
     # ------------------------------------------------------------------ queries
     def predict(self, x: Any) -> Prediction:
@@ -446,13 +463,16 @@ class FunctionalPriorBNN(Model):
 
         Raises:
             RuntimeError: the model has not been fitted, or its prior was tuned since.
-            TypeError, ValueError: x is not numeric, not finite, or has another number of columns than the training inputs.
+            TypeError, ValueError: x is not numeric, not finite, or has another number of columns than the training
+                inputs.
         """
         return self._fitted("predict").predict(x)
 
     def _fitted(self, query: str) -> Posterior:
         if self.result is None:
-            raise RuntimeError(f"{query} needs a posterior: call fit(x_train, y_train) first (match_prior drops an earlier fit)")
+            raise RuntimeError(
+                f"{query} needs a posterior: call fit(x_train, y_train) first (match_prior drops an earlier fit)"
+            )
         return self.result
 
     # ------------------------------------------------------------------ files
@@ -460,13 +480,17 @@ class FunctionalPriorBNN(Model):
         if self.result is None:
             return {}, {}
         r = self.result
-        tensors = {f"samples/{n}": v for n, v in r.samples.items()} | {f"stats/{n}": v for n, v in r.sample_stats.items()}
+        tensors = {f"samples/{n}": v for n, v in r.samples.items()} | {
+            f"stats/{n}": v for n, v in r.sample_stats.items()
+        }
         return {**tensors, "x_train": r.x_train, "y_train": r.y_train}, {"info": r.info}
 
     def _restore_extra(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         if "info" not in meta:
             return
-        groups = {g: {n.removeprefix(g): v for n, v in tensors.items() if n.startswith(g)} for g in ("samples/", "stats/")}
+        groups = {
+            g: {n.removeprefix(g): v for n, v in tensors.items() if n.startswith(g)} for g in ("samples/", "stats/")
+        }
         self._keep(groups["samples/"], groups["stats/"], tensors["x_train"], tensors["y_train"], meta["info"])
 
 
@@ -480,6 +504,10 @@ def _build_prior(network: Network, prior: str, scope: str, parametrisation: str 
     noncentred = parametrisation == "noncentred" or (parametrisation is None and prior != "hierarchical")
     if prior == "flow":
         if scope == "parameter":
-            raise ValueError("prior_scope = 'parameter' has no meaning for a flow, which has hyperparameters for every weight already")
+            raise ValueError(
+                "prior_scope = 'parameter' has no meaning for a flow, which has psi for every weight already"
+            )
         return FlowPrior(network, noncentred, seed=seed)
-    return {"gaussian": GaussianPrior, "hierarchical": HierarchicalPrior}[prior](network, scope == "parameter", noncentred)
+    return {"gaussian": GaussianPrior, "hierarchical": HierarchicalPrior}[prior](
+        network, scope == "parameter", noncentred
+    )

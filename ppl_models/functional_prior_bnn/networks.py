@@ -1,16 +1,19 @@
 """Networks as pure functions of named weights, with NTK scaling.
 
-An affine layer divides its linear part by the square root of its fan-in, ``h = W^T a / sqrt(fan_in) + b``, so that a prior standard deviation of one
-is of the right order at any width (Tran et al., JMLR 23(74), 2022).  The weights come in as a dictionary ``{"W1": ..., "b1": ..., "W2": ...}`` and
+An affine layer divides its linear part by the square root of its fan-in, ``h = W^T a / sqrt(fan_in) + b``, so that a
+prior standard deviation of one is of the right order at any width (Tran et al., JMLR 23(74), 2022).  The weights come
+in as a dictionary ``{"W1": ..., "b1": ..., "W2": ...}`` and
 nothing is stored: the same function serves one draw, a vmapped bag of draws, and a sampler's chains.
 
 Dense weights are ``(in, out)``, convolution kernels ``(out, in, k, k)`` with fan-in ``in k^2``.
 
-Normalisation.  Batch normalisation makes the output at one input depend on the other inputs of its minibatch.  The likelihood is then no product over data
-points, a minibatch gradient no longer estimates the full one, and a prediction depends on what else is predicted.  PreResNet20 is therefore built on group
-normalisation (Wu and He, ECCV 2018), which normalises each image by itself and has, as the paper's batch normalisation, no trainable parameters.
+Normalisation.  Batch normalisation makes the output at one input depend on the other inputs of its minibatch.  The
+likelihood is then no product over data points, a minibatch gradient no longer estimates the full one, and a prediction
+depends on what else is predicted.  PreResNet20 is therefore built on group normalisation (Wu and He, ECCV 2018), which
+normalises each image by itself and has, as the paper's batch normalisation, no trainable parameters.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, NamedTuple
@@ -126,13 +129,15 @@ class MLP(Network):
         activation: a name in ``ACTIVATIONS``.
     """
 
-    def __init__(self, in_features: int, out_features: int, hidden: Sequence[int] = (100,), activation: str = "tanh") -> None:
+    def __init__(
+        self, in_features: int, out_features: int, hidden: Sequence[int] = (100,), activation: str = "tanh"
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.activation = _activation(activation)
         widths = [in_features, *hidden, out_features]
         self.widest = max(widths)
-        self.layers = tuple(Layer((a, b), a, (b,)) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.layers = tuple(Layer((a, b), a, (b,)) for a, b in itertools.pairwise(widths))
 
     def forward(self, weights: Weights, x: Tensor) -> Tensor:
         """Function values ``(N, K)``."""
@@ -152,7 +157,8 @@ class _ImageNetwork(Network):
         channels, height, width = image_shape
         if min(height, width) < least_side:
             raise ValueError(
-                f"{type(self).__name__} needs images of at least {least_side} x {least_side} pixels, got image_shape = {tuple(image_shape)}"
+                f"{type(self).__name__} needs images of at least {least_side} x {least_side} pixels, "
+                f"got image_shape = {tuple(image_shape)}"
             )
         self.image_shape = (channels, height, width)
         self.in_features, self.out_features = math.prod(image_shape), out_features
@@ -164,13 +170,16 @@ class _ImageNetwork(Network):
 
 
 def _conv_layer(channels_in: int, channels_out: int, kernel: int, bias: bool = True) -> Layer:
-    return Layer((channels_out, channels_in, kernel, kernel), channels_in * kernel**2, (channels_out,) if bias else None)
+    return Layer(
+        (channels_out, channels_in, kernel, kernel), channels_in * kernel**2, (channels_out,) if bias else None
+    )
 
 
 class LeNet5(_ImageNetwork):
     """LeCun et al. (1998): convolutions of 6 and 16 channels, 5 x 5, each with a 2 x 2 max-pool, then 120-84-K.
 
-    Images of 28 x 28 are padded by 2 in the first convolution as in the original, so that 28 and 32 pixels give 16 x 5 x 5 features alike.
+    Images of 28 x 28 are padded by 2 in the first convolution as in the original, so that 28 and 32 pixels give 16 x 5
+    x 5 features alike.
     """
 
     _channels_at_full_size = 6
@@ -199,7 +208,9 @@ class LeNet5(_ImageNetwork):
 
 
 class VGG16(_ImageNetwork):
-    """Simonyan and Zisserman (2015): thirteen 3 x 3 convolutions, five 2 x 2 max-pools, one dense layer, as used for CIFAR-10; no normalisation."""
+    """Simonyan and Zisserman (2015): thirteen 3 x 3 convolutions, five 2 x 2 max-pools, one dense layer, as used for
+    CIFAR-10; no normalisation.
+    """
 
     _channels_at_full_size = 64
     _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -230,9 +241,10 @@ class VGG16(_ImageNetwork):
 class PreResNet20(_ImageNetwork):
     """He, Zhang, Ren and Sun, Identity mappings in deep residual networks (ECCV 2016), 20 layers.
 
-    3 x 3 convolution to 16 channels; three stages of three blocks with 16, 32, 64 channels, stride 2 into the second and third; a block is
-    norm-activation-conv-norm-activation-conv plus its input, through a strided 1 x 1 convolution where the shape changes; norm-activation, global
-    average pool, dense layer.  Convolutions have no bias.  The normalisation is by groups of channels of one image (see the module's docstring).
+    3 x 3 convolution to 16 channels; three stages of three blocks with 16, 32, 64 channels, stride 2 into the second
+    and third; a block is norm-activation-conv-norm-activation-conv plus its input, through a strided 1 x 1 convolution
+    where the shape changes; norm-activation, global average pool, dense layer.  Convolutions have no bias.  The
+    normalisation is by groups of channels of one image (see the module's docstring).
     """
 
     _channels_at_full_size = 16
@@ -273,7 +285,11 @@ class PreResNet20(_ImageNetwork):
         return self._dense(weights, number, self._normalise(h).mean((-1, -2)))
 
 
-_IMAGE_NETWORKS: dict[str, type[_ImageNetwork]] = {"lenet5": LeNet5, "vgg16": VGG16, "preresnet20": PreResNet20}
+_IMAGE_NETWORKS: dict[str, Callable[..., _ImageNetwork]] = {
+    "lenet5": LeNet5,
+    "vgg16": VGG16,
+    "preresnet20": PreResNet20,
+}
 
 
 def build_network(
@@ -316,7 +332,10 @@ def build_network(
     for i, side in enumerate(image_shape):
         _positive_int(f"image_shape[{i}]", side)
     if in_features not in (None, math.prod(image_shape)):
-        raise ValueError(f"in_features = {in_features} disagrees with image_shape = {tuple(image_shape)}, which has {math.prod(image_shape)} values")
+        raise ValueError(
+            f"in_features = {in_features} disagrees with image_shape = {tuple(image_shape)}, "
+            f"which has {math.prod(image_shape)} values"
+        )
     return _IMAGE_NETWORKS[network](image_shape, out_features, activation or "relu")
 
 

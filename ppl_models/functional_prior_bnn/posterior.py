@@ -63,14 +63,17 @@ class Posterior:
         """``W{l}``, ``b{l}`` to ``(chain, draw, *shape)``, whatever the parametrisation that was sampled."""
         grid = (self.num_chains, self.num_samples)
         with torch.no_grad():
-            flat = self.model.prior.draw(math.prod(grid), {name: value.flatten(0, 1) for name, value in self.samples.items()})
+            flat = self.model.prior.draw(
+                math.prod(grid), {name: value.flatten(0, 1) for name, value in self.samples.items()}
+            )
         return {name: value.unflatten(0, grid) for name, value in flat.items()}
 
     def predict(self, x: Any) -> Prediction:
         """Posterior predictive law at ``x`` ``(N, D)`` (or images), in the user's units.
 
         Raises:
-            TypeError, ValueError: x is not numeric, not finite, or has another number of columns than the training inputs.
+            TypeError, ValueError: x is not numeric, not finite, or has another number of columns than the training
+                inputs.
         """
         return self._predict(self.model._check_x("x", x))
 
@@ -88,7 +91,9 @@ class Posterior:
 
     @cached_property
     def rhat(self) -> Tensor:
-        """Rank-normalised split R-hat of the function at training inputs, ``(M, K)``, M at most 512, spread over the data."""
+        """Rank-normalised split R-hat of the function at training inputs, ``(M, K)``, M at most 512, spread over the
+        data.
+        """
         step = math.ceil(len(self.x_train) / _RHAT_POINTS)
         return self._predict(self.x_train[::step]).rhat
 
@@ -105,20 +110,30 @@ class Posterior:
         return text
 
     def to_arviz(self, pointwise: bool = True, seed: int = 0) -> Any:
-        """ArviZ object with the groups posterior, sample_stats and, at the training data, posterior_predictive, log_likelihood and observed_data.
+        """ArviZ object with the groups posterior, sample_stats and, at the training data, posterior_predictive,
+        log_likelihood and observed_data.
 
-        The posterior holds the weights, the variances if they are sampled, and the functions ``f``; y and f are in the user's units (f in logits in classification).
+        The posterior holds the weights, the variances if they are sampled, and the functions ``f``; y and f are in the
+        user's units (f in logits in classification).
         Look at ``f`` for convergence: weights have symmetries.
 
         Args:
-            pointwise: whether to evaluate functions and densities at the training data, which takes memory in proportion to ``chain x draw x N x K``.
+            pointwise: whether to evaluate functions and densities at the training data, which takes memory in
+                proportion to ``chain x draw x N x K``.
             seed: of the posterior predictive draws.
         """
-        posterior = {**self.weights, **{n: v for n, v in self.samples.items() if n not in self.weights and not n.startswith(("eps_", "z"))}}
+        posterior = {
+            **self.weights,
+            **{n: v for n, v in self.samples.items() if n not in self.weights and not n.startswith(("eps_", "z"))},
+        }
         dims: dict[str, list[str]] = {}
         for number, layer in enumerate(self.model.network.layers, 1):
             dense = [f"in{number}", f"out{number}"]
-            names = {f"W{number}": dense if len(layer.weight) == 2 else [f"out{number}", f"in{number}", f"row{number}", f"column{number}"]}
+            names = {
+                f"W{number}": dense
+                if len(layer.weight) == 2
+                else [f"out{number}", f"in{number}", f"row{number}", f"column{number}"]
+            }
             names[f"b{number}"] = [f"out{number}"]
             for name, axes in names.items():
                 for variable in (name, f"var_{name}"):
@@ -144,4 +159,3 @@ class Posterior:
             CheckpointError: the file cannot be written. What stood there before is untouched.
         """
         self.model.save(path)
-

@@ -20,7 +20,8 @@ class Prediction:
     """The posterior predictive law at N inputs.
 
     Attributes:
-        functions: f of every draw, ``(chain, draw, N, K)``: standardised targets in regression, logits in classification.
+        functions: f of every draw, ``(chain, draw, N, K)``: standardised targets in regression, logits in
+            classification.
         noise_variance: of the standardised targets, broadcasting against ``functions``; None in classification.
         likelihood: the law of y given f.
         target_units: from standardised targets to the user's.
@@ -48,7 +49,9 @@ class Prediction:
 
     @property
     def variance(self) -> Tensor:
-        """Predictive variance of y, ``(N, K)``, in squared units: that of the function and the noise; in classification ``p (1 - p)``."""
+        """Predictive variance of y, ``(N, K)``, in squared units: that of the function and the noise; in
+        classification ``p (1 - p)``.
+        """
         if self.noise_variance is None:
             mean = self.mean
             return mean * (1 - mean)
@@ -57,12 +60,16 @@ class Prediction:
 
     @property
     def rhat(self) -> Tensor:
-        """Rank-normalised split R-hat of ``functions``, ``(N, K)``; weights have symmetries and do not mix, functions have none."""
+        """Rank-normalised split R-hat of ``functions``, ``(N, K)``; weights have symmetries and do not mix, functions
+        have none.
+        """
         return rhat(self.functions)
 
     @property
     def entropy(self) -> Tensor:
-        """Entropy of the predictive class probabilities in nats, ``(N,)``; large where the input is unlike the training data."""
+        """Entropy of the predictive class probabilities in nats, ``(N,)``; large where the input is unlike the
+        training data.
+        """
         return self._entropy(self._probabilities().mean((0, 1)))
 
     @property
@@ -76,15 +83,16 @@ class Prediction:
 
         Args:
             y: targets as ``fit`` takes them.
-            mixture: in regression, average the density over draws; by default the law is the single Gaussian (or Laplace) of the predictive mean and variance,
-                as in the figures of Tran et al. (2022).  In classification the probabilities are averaged over draws either way.
+            mixture: in regression, average the density over draws; by default the law is the single Gaussian (or
+                Laplace) of the predictive mean and variance, as in the figures of Tran et al. (2022).  In
+                classification the probabilities are averaged over draws either way.
 
         Raises:
             TypeError, ValueError: y is of the wrong kind or shape.
         """
-        chains, draws, n, k = self.functions.shape
-        y = self.likelihood.check(y, n, k, self.functions)
-        log_jacobian = 0.0
+        chains, draws = self.functions.shape[:2]
+        y = self._check(y)
+        log_jacobian = torch.zeros_like(self.target_units.scale[0])
         if self.noise_variance is not None:
             y = self.target_units(y)
             log_jacobian = self.target_units.scale.log().sum()
@@ -98,21 +106,23 @@ class Prediction:
 
     def pointwise_log_likelihood(self, y: Any) -> Tensor:
         """Log-density of ``y`` under each draw, in the user's units, ``(chain, draw, N)``: what ``az.loo`` takes."""
-        y = self.likelihood.check(y, *self.functions.shape[2:], self.functions)
+        y = self._check(y)
         if self.noise_variance is None:
             return self.likelihood.distribution(self.functions, None).log_prob(y)
         each = self.likelihood.distribution(self.functions, self.noise_variance).log_prob(self.target_units(y))
         return each - self.target_units.scale.log().sum()
 
     def sample(self, seed: int = 0) -> Tensor:
-        """One y for each draw, in the user's units: ``(chain, draw, N, K)``, or labels ``(chain, draw, N)`` if categorical."""
+        """One y for each draw, in the user's units: ``(chain, draw, N, K)``, or labels ``(chain, draw, N)`` if
+        categorical.
+        """
         with scoped_seed(seed, self.functions.device):
             y = self.likelihood.distribution(self.functions, self.noise_variance).sample()
         return y if self.noise_variance is None else self.target_units.inverse(y)
 
     def rmse(self, y: Any) -> Tensor:
         """Root mean squared error of the predictive mean against ``y``; scalar, in the user's units."""
-        y = self.likelihood.check(y, *self.functions.shape[2:], self.functions)
+        y = self._check(y)
         return (self.mean - y).square().mean().sqrt()
 
     def nll(self, y: Any, mixture: bool = False) -> Tensor:
@@ -121,15 +131,22 @@ class Prediction:
 
     def accuracy(self, y: Any) -> Tensor:
         """Share of points (and outputs) whose most probable label is right; scalar."""
-        y = self.likelihood.check(y, *self.functions.shape[2:], self.functions)
+        y = self._check(y)
         mean = self.mean
         labels = mean.argmax(-1) if isinstance(self.likelihood, Categorical) else (mean > 0.5).to(y.dtype)
         return (labels == y).to(mean.dtype).mean()
 
+    def _check(self, y: Any) -> Tensor:
+        return self.likelihood.check(y, self.functions.shape[2], self.functions.shape[3], self.functions)
+
     def _probabilities(self) -> Tensor:
-        """Class probabilities of each draw with the classes in the last dimension, ``(chain, draw, N, classes)`` or ``(chain, draw, N, K, 2)``."""
+        """Class probabilities of each draw with the classes in the last dimension, ``(chain, draw, N, classes)`` or
+        ``(chain, draw, N, K, 2)``.
+        """
         if self.noise_variance is not None:
-            raise ValueError(f"entropy is for classification; this is a {self.likelihood.name} likelihood: use variance")
+            raise ValueError(
+                f"entropy is for classification; this is a {self.likelihood.name} likelihood: use variance"
+            )
         p = self.likelihood.mean(self.functions)
         return p if isinstance(self.likelihood, Categorical) else torch.stack([1 - p, p], -1)
 

@@ -2,13 +2,18 @@
 
 * ``GaussianPrior``: ``w ~ N(0, s^2)``, psi = the scales.
 * ``HierarchicalPrior``: ``s^2 ~ InvGamma(a, r)``, ``w | s ~ N(0, s^2)``, psi = all ``a, r``.
-* ``FlowPrior``: the weights and biases of a layer are a planar flow of ``z ~ N(0, diag exp(v))``, psi = ``v`` and the flow's parameters.
+* ``FlowPrior``: the weights and biases of a layer are a planar flow of ``z ~ N(0, diag exp(v))``, psi = ``v`` and the
+    flow's parameters.
 
-With psi as built they are the fixed priors of Tran et al. (JMLR 23(74), 2022): s = 1 (FG), a = r = 1 (FH), and a random flow (FNF).
+With psi as built they are the fixed priors of Tran et al. (JMLR 23(74), 2022): s = 1 (FG), a = r = 1 (FH), and a
+random flow (FNF).
 
-``forward`` issues the sample statements and returns the weights; inside a plate it returns one independent set an element, variances included.  "Non-centred"
-priors sample standard normals ``eps_*`` and make the weights from them: in that space the tuned prior is white, so a sampler needs one step size.
-Psi are plain ``nn.Parameter`` and take no gradient except while they are tuned: a guide's or a sampler's objective leaves them as they are.
+``forward`` issues the sample statements and returns the weights; inside a plate it returns one independent set an
+element, variances included.  "Non-centred"
+priors sample standard normals ``eps_*`` and make the weights from them: in that space the tuned prior is white, so a
+    sampler needs one step size.
+Psi are plain ``nn.Parameter`` and take no gradient except while they are tuned: a guide's or a sampler's objective
+leaves them as they are.
 """
 
 import math
@@ -60,11 +65,12 @@ class WeightPrior(nn.Module):
 
         Args:
             n: how many.
-            sites: values ``(n, *event)`` of latent sites, such as posterior draws; what is missing is drawn from the prior.
+            sites: values ``(n, *event)`` of latent sites, such as posterior draws; what is missing is drawn from the
+                prior.
         """
         program = self if sites is None else poutine.condition(self, data=dict(sites))
         device = next(self.parameters()).device
-        with poutine.block(), pyro.plate("functions", n, device=device):
+        with poutine.block(), pyro.plate("functions", n, device=device):  # type: ignore[arg-type]
             return program()
 
     @contextmanager
@@ -105,16 +111,19 @@ class HierarchicalPrior(WeightPrior):
     Args:
         network: gives names and shapes.
         per_parameter: a variance, and its a and r, for every weight.
-        noncentred: sample ``eps_W{l} ~ N(0, 1)``, ``W{l} = s eps``; without it the variances can be drawn from their exact conditional.
+        noncentred: sample ``eps_W{l} ~ N(0, 1)``, ``W{l} = s eps``; without it the variances can be drawn from their
+            exact conditional.
     """
 
-    _TUNING_START = 3.0486  # softplus(3), as in the paper's code: InvGamma(1, 1) has no mean, so its discrepancy to anything is mostly noise
+    # softplus(3), as in the paper's code. InvGamma(1, 1) has no mean: its discrepancy to anything is mostly noise.
+    _TUNING_START = 3.0486
 
     def __init__(self, network: Network, per_parameter: bool = False, noncentred: bool = False) -> None:
         super().__init__(network, noncentred)
         self.per_parameter = per_parameter
         self.log_concentration = _log_parameters(self.shapes, per_parameter, 1.0 - _LEAST_CONCENTRATION)
         self.log_rate = _log_parameters(self.shapes, per_parameter, 1.0)
+        self._tuned: Tensor
         self.register_buffer("_tuned", torch.tensor(False))
 
     def concentration(self, name: str) -> Tensor:
@@ -151,7 +160,8 @@ class HierarchicalPrior(WeightPrior):
 
 
 class FlowPrior(WeightPrior):
-    """A planar flow a layer: ``w = flow(z)``, ``z ~ N(0, diag exp(v))``, where w is ``W{l}`` flattened and ``b{l}`` behind it.
+    """A planar flow a layer: ``w = flow(z)``, ``z ~ N(0, diag exp(v))``, where w is ``W{l}`` flattened and ``b{l}``
+    behind it.
 
     The layer's ``z{l}`` (or ``eps_z{l}``) is the latent site; ``W{l}`` and ``b{l}`` are deterministic.
 
@@ -193,8 +203,13 @@ def _normal(name: str, shape: tuple[int, ...], scale: Tensor, noncentred: bool) 
 
 
 def _log_parameters(shapes: Mapping[str, tuple[int, ...]], per_parameter: bool, value: float) -> nn.ParameterDict:
-    """Logarithms: psi span two orders of magnitude, and on this scale a step is relative.  The reference's softplus took twice the steps."""
+    """Logarithms: psi span two orders of magnitude, and on this scale a step is relative.  The reference's softplus
+    took twice the steps.
+    """
     start = math.log(value)
     return nn.ParameterDict(
-        {name: nn.Parameter(torch.full(shape if per_parameter else (), start), requires_grad=False) for name, shape in shapes.items()}
+        {
+            name: nn.Parameter(torch.full(shape if per_parameter else (), start), requires_grad=False)
+            for name, shape in shapes.items()
+        }
     )

