@@ -18,6 +18,9 @@ from inference import HMC, MCMC, SGHMC, SGLD, AdaptiveSGHMC, CheckpointError, No
 from inference.runtime.generators import ChainGenerators
 from tests.inference import zoo
 
+# Runs this short of a funnel-like posterior diverge now and then, and the driver says so; the tests of that warning ask for it by name.
+pytestmark = pytest.mark.filterwarnings("ignore:.*transitions diverged:inference.SamplerWarning", "ignore:Encountered .inf:UserWarning")
+
 F64 = torch.float64
 SCHOOLS = zoo.CONTINUOUS["eight_schools"]
 
@@ -64,10 +67,10 @@ def test_summary_prints_a_table(capsys):
 
 
 def test_to_arviz_holds_what_loo_needs():
-    mcmc = run(HMC(SCHOOLS[0], num_steps=8), *SCHOOLS[1], num_samples=100, warmup_steps=100)
+    mcmc = run(HMC(SCHOOLS[0], num_steps=8), *SCHOOLS[1], num_samples=100, warmup_steps=100, num_chains=16)
     data = mcmc.to_arviz(dims={"eta": ["school"]}, coords={"school": list("ABCDEFGH")})
     assert data["posterior"]["eta"].dims == ("chain", "draw", "school")
-    assert data["log_likelihood"]["y"].shape[:2] == (3, 100)
+    assert data["log_likelihood"]["y"].shape[:2] == (16, 100)
     assert -33 < arviz.loo(data).elpd_loo < -28  # the data's published value is near -30.7
     assert {"lp", "diverging", "acceptance_rate"} <= set(data["sample_stats"].data_vars)
 
