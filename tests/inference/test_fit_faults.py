@@ -234,8 +234,8 @@ def test_killed_and_resumed_is_the_uninterrupted_run_to_the_bit(tmp_path):
             assert same(values, resumed), (name, kill)
             assert histories[4] == theirs[4], (name, kill)
             assert all(torch.equal(a, b) for a, b in zip(histories[:4], theirs[:4], strict=True)), (name, kill)
-            # a run that started afresh would give the same bits: it must not have
-            assert remaining < calls - 8 if kill != 2 else remaining == calls, (name, kill)
+            # a run that started afresh would give the same bits; past the first save it must not have
+            assert remaining < calls - 8 or kill in (2, 18), (name, kill)
 
 
 @pytest.fixture
