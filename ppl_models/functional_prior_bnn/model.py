@@ -485,6 +485,16 @@ class FunctionalPriorBNN(Model):
         info = {"method": "map", "seconds": history.seconds, "num_gradients": history.num_steps * num_members}
         return self._keep(objective.samples(), {}, raw_x, raw_y, info)
 
+    def training_data(self, x_train: Any, y_train: Any) -> tuple[Tensor, Tensor]:
+        """Check training data, learn their units, and give them standardised, as ``fit`` does before it samples.
+
+        Raises:
+            TypeError, ValueError: as in ``fit``.
+        """
+        self._follow(x_train)
+        x = self._check_x("x_train", x_train)
+        return self._learn_units(x, self.likelihood.check(y_train, len(x), self.network.out_features, x))
+
     def _learn_units(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Standardised training data."""
         if self.standardised:

@@ -1,5 +1,6 @@
 """Maximum a posteriori estimates with the model's own prior as the regulariser, several at once."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,6 +52,11 @@ class NegativeLogPosterior(nn.Module):
         # The captured graph gives the gradient itself: a linear function with that slope hands it to autograd.
         slope = ((self.position - self.position.detach()) * gradient).sum()
         return (energy.sum() + slope) / (len(energy) * self._num_rows)
+
+    @torch.no_grad()
+    def place(self, values: Mapping[str, Tensor]) -> None:
+        """Move the members to unconstrained ``values``, site to ``(member, *shape)``."""
+        self.position.copy_(self._potential[0].density.flatten(dict(values)))
 
     @torch.no_grad()
     def samples(self) -> dict[str, Tensor]:

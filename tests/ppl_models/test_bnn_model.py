@@ -25,6 +25,7 @@ from torch import Tensor
 from inference import HMC, CheckpointError, ScaleGibbs
 from inference.fit import fit
 from inference.potential import LogDensity, Potential
+from inference.results.diagnostics import ess_bulk
 from inference.results.predictive import Predictive
 from inference.runtime.checkpoint import save_checkpoint
 from inference.runtime.generators import scoped_seed
@@ -109,9 +110,9 @@ def test_hmc_gives_the_closed_form_prediction_in_the_users_units() -> None:
             y[:150],
             sampler="hmc",
             step_size=0.1,
-            num_chains=4,
-            warmup_steps=150,
-            num_samples=300,
+            num_chains=8,
+            warmup_steps=100,
+            num_samples=120,
             thin=1,
             progress=False,
         )
@@ -122,8 +123,9 @@ def test_hmc_gives_the_closed_form_prediction_in_the_users_units() -> None:
     design = torch.cat([standard / math.sqrt(13), torch.ones(50, 1, dtype=torch.float64)], 1)
     expected = mu + scale * design @ mean
     variance = scale**2 * (((design @ covariance) * design).sum(1) + 0.1)
-    # 1,200 draws: the error of a mean is about sd / 30 of the function's, which is a fifth of the predictive.
-    assert ((prediction.mean[:, 0] - expected) / variance.sqrt()).abs().max() < 0.05
+    # 4 of the draws' own standard errors. Ignoring the targets' mean, or a scale on the wrong side, is hundreds away.
+    deviation = (prediction.mean[:, 0] - expected) / prediction.function_variance[:, 0].sqrt()
+    assert (deviation * ess_bulk(prediction.functions)[:, 0].sqrt()).abs().max() < 4
     assert (prediction.variance[:, 0] / variance - 1).abs().max() < 0.05
     law = torch.distributions.Normal(expected, variance.sqrt())
     assert torch.allclose(prediction.log_prob(y[150:]).double(), law.log_prob(y[150:, 0].double()), atol=0.1)
@@ -260,23 +262,26 @@ def test_hierarchical_prior_is_sampled_with_its_gibbs_steps() -> None:
         full_batch=False,
     )
     assert [repr(g) for g in kernel.gibbs] == [repr(ScaleGibbs(f"var_{n}", n)) for n in bnn.network.shapes]  # type: ignore[attr-defined]
-    for scope in ("layer", "parameter"):
-        for parametrisation in ("centred", "noncentred"):
-            bnn = FunctionalPriorBNN(
-                3, hidden=(4,), prior="hierarchical", prior_scope=scope, parametrisation=parametrisation
-            )
-            result = bnn.fit(X, Y, **QUICK, gibbs_every=1)
-            variance = result.samples["var_W1"]
-            assert variance.shape == ((2, 4) if scope == "layer" else (2, 4, 3, 4)) and bool((variance > 0).all())
-            assert bool((variance[:, 1:] != variance[:, :-1]).any())
+    for scope, parametrisation in (("layer", "noncentred"), ("parameter", "centred")):
+        bnn = FunctionalPriorBNN(
+            3, hidden=(4,), prior="hierarchical", prior_scope=scope, parametrisation=parametrisation
+        )
+        variance = bnn.fit(X, Y, **QUICK, gibbs_every=1).samples["var_W1"]
+        assert variance.shape == ((2, 4) if scope == "layer" else (2, 4, 3, 4)) and bool((variance > 0).all())
+        assert bool((variance[:, 1:] != variance[:, :-1]).any())
 
 
 # ---------------------------------------------------------------- every likelihood, in the user's units
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("sampler", ["adaptive_sghmc", "sghmc", "sgld", "hmc"])
+@pytest.mark.parametrize(
+    ("name", "sampler"),
+    [
+        *((name, "adaptive_sghmc") for name in MODELS),
+        ("hierarchical", "sghmc"),
+        ("gaussian", "sgld"),
+        ("gaussian", "hmc"),
+    ],
+)
 def test_every_likelihood_prior_and_sampler_runs_to_arviz(name: str, sampler: str) -> None:
-    if sampler != "adaptive_sghmc" and name not in ("gaussian", "hierarchical"):
-        pytest.skip("samplers do not know likelihoods")
     bnn = FunctionalPriorBNN(3, hidden=(4,), **{"out_features": 1, **MODELS[name]})
     options = {**QUICK, "sampler": sampler, "step_size": 0.01 if sampler == "adaptive_sghmc" else 1e-4}
     if sampler == "hmc":  # a kernel of the caller's own making
@@ -393,7 +398,7 @@ def test_equal_seeds_give_equal_bits_and_fits_do_not_see_each_other(fitted: Func
 
 
 def test_saved_models_predict_the_same_bits_in_a_new_process(tmp_path: Path) -> None:
-    here, names = {}, ["gaussian", "hierarchical", "flow", "categorical"]
+    here, names = {}, ["hierarchical", "flow", "categorical"]
     for name in names:
         bnn = FunctionalPriorBNN(3, hidden=(4,), **{"out_features": 1, **MODELS[name]})
         bnn.match_prior(gpytorch.kernels.RBFKernel(), X, num_steps=2, num_functions=4, num_points=8, progress=False)
@@ -556,3 +561,16 @@ def test_numpy_arrays_and_lists_are_welcome() -> None:
     bnn.fit(X.double().numpy(), Y.tolist(), **QUICK)
     assert bnn.predict(X.numpy()).mean.dtype == torch.float32
     assert bnn.predict(X.double().numpy()).rmse(Y.numpy()).isfinite()
+
+
+# ---------------------------------------------------------------- convergence
+def test_chains_agree_on_the_function_in_one_dimension() -> None:
+    """Sheet S3: rank-normalised split R-hat of predictions below 1.05 with four chains, prior matched first."""
+    g = torch.Generator().manual_seed(1)
+    x = torch.linspace(-2, 2, 64)[:, None]
+    y = torch.sin(3 * x[:, 0]) + 0.1 * torch.randn(64, generator=g)
+    bnn = FunctionalPriorBNN(1, hidden=(20,), noise_variance=0.05)
+    bnn.match_prior(gpytorch.kernels.RBFKernel(), x, num_steps=40, num_points=30, progress=False)
+    result = bnn.fit(x, y, num_chains=4, warmup_steps=2000, num_samples=40, thin=80, batch_size=32, progress=False)
+    assert result.rhat.mean() < 1.05
+    assert bnn.predict(x).rmse(y) < 0.2
