@@ -36,10 +36,10 @@ class FunctionalPriorBNN(BayesianNetwork):
     """A Bayesian neural network whose prior can be matched to a process over functions.
 
     The object is a Pyro model.  ``bnn(x, y)``, with **standardised** ``x`` ``(N, D)`` and ``y`` (see ``standardise``),
-    has the sites ``W{l}``, ``b{l}`` (``eps_W{l}``
-    ... and deterministic ``W{l}`` ... where non-centred), ``var_W{l}`` ... with a hierarchical prior,
-    ``noise_variance`` if learned, and ``obs`` inside the plate ``data``, which ``batch_size`` subsamples.  Any engine
-    for Pyro models takes it.  ``fit`` and the queries take and give the user's units.
+    has the sites ``W{l}``, ``b{l}`` (where non-centred ``eps_W{l}``, ``eps_b{l}`` and deterministic ``W{l}``,
+    ``b{l}``), ``var_W{l}``, ``var_b{l}`` with a hierarchical prior, ``noise_variance`` if learned, and ``obs`` inside
+    the plate ``data``, which ``batch_size`` subsamples.  Any engine for Pyro models takes it.  ``fit`` and the queries
+    take and give the user's units.
 
     Args:
         in_features: columns D of x.  Image networks know it from ``image_shape``.
@@ -130,7 +130,7 @@ class FunctionalPriorBNN(BayesianNetwork):
             kernel: the target: a gpytorch kernel (priors on its hyperparameters make the process hierarchical), or a
                 callable ``(x, n) -> (n, M, K)`` that draws n functions at x.  It lives on **standardised** inputs and
                 targets: a length scale of 1 is one standard deviation of a column of ``x_train``, a variance of 1 is
-                    that of the targets.
+                that of the targets.  With ``standardise=False`` these are the user's units.
             x_train: training inputs ``(N, D)``, in the user's units.
             num_steps: optimisation steps.
             discrepancy: ``"energy"``, ``"wasserstein"`` (the paper's dual), ``"sliced"``, ``"gaussian"``
@@ -355,6 +355,17 @@ class FunctionalPriorBNN(BayesianNetwork):
         return self.result
 
     # ------------------------------------------------------------------ files
+    def save(self, path: str | Path) -> None:
+        """Write the model to one file, with the posterior and its training data if it is fitted.
+
+        Raises:
+            CheckpointError: the file cannot be written. What stood there before is untouched.
+        """
+        if self.result is None or self.result.model is self:
+            super().save(path)
+        else:  # the model that the draws belong to: a later fit that failed may have left other units here
+            self.result.model.save(path)
+
     def _extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if self.result is None:
             return {}, {}

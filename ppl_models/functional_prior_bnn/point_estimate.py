@@ -20,8 +20,8 @@ class NegativeLogPosterior(nn.Module):
     prior.
 
     The mode is that of the latent sites in unconstrained space: of the weights whatever the parametrisation where they
-        are Gaussian given fixed scales, of ``z``
-    with a flow, and jointly of the weights and the logarithms of the variances with a hierarchical prior.
+    are Gaussian given fixed scales, of ``z`` with a flow, and jointly of the weights and the logarithms of the
+    variances with a hierarchical prior.
 
     Args:
         bnn: the model; its hyperparameters are not learned.
