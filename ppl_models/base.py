@@ -1,8 +1,7 @@
 """What every model shares: checks at the door, standardisation, and files that hold a model.
 
 A model is a ``PyroModule``: calling it runs its Pyro model.  Its file is one checkpoint of
-    ``inference.runtime.checkpoint``: tensors and plain data, of which nothing
-is executed when it is read.
+``inference.runtime.checkpoint``: tensors and plain data, of which nothing is executed when it is read.
 """
 
 from collections.abc import Mapping

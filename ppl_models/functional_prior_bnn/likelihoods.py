@@ -1,7 +1,7 @@
 """Likelihoods: what a function value says about an observation, in the model's standardised space.
 
-Each likelihood checks its targets, gives the observation's Pyro distribution with one batch dimension a data point,
-and the mean of y given f.
+Each likelihood checks its targets, gives the observation's Pyro distribution with one batch dimension a data point, and
+the mean of y given f.
 """
 
 import math

@@ -6,13 +6,10 @@ prior until the network's functions look like that process's, and sample the pos
 """
 
 import copy
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import pyro
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 
@@ -20,34 +17,29 @@ from inference.fit import FitResult, fit
 from inference.kernels import Kernel
 from inference.mcmc import MCMC
 from inference.runtime.generators import scoped_seed
-from ppl_models.base import Model, Standardiser, check_batch_size, check_count, check_inputs
-from ppl_models.functional_prior_bnn.likelihoods import Likelihood, build_likelihood
+from ppl_models.base import check_batch_size, check_count
 from ppl_models.functional_prior_bnn.matching import prior_objective
-from ppl_models.functional_prior_bnn.networks import Network, build_network, evaluate
+from ppl_models.functional_prior_bnn.networks import evaluate
 from ppl_models.functional_prior_bnn.point_estimate import NegativeLogPosterior
 from ppl_models.functional_prior_bnn.posterior import Posterior
 from ppl_models.functional_prior_bnn.predictions import Prediction
-from ppl_models.functional_prior_bnn.priors import FlowPrior, GaussianPrior, HierarchicalPrior, WeightPrior
+from ppl_models.functional_prior_bnn.pyro_model import BayesianNetwork
 from ppl_models.functional_prior_bnn.sampling import build_kernel, starting_points
 
 __all__ = ["FunctionalPriorBNN"]
 
 _DEFAULT_BATCH = 32
-_NOISE_LOCATION, _NOISE_SCALE = (
-    math.log(0.1),
-    1.0,
-)  # of the learned noise variance: its median is the paper's fixed value
 _DRAWS_AT_ONCE = 1 << 25  # hidden values held at once while functions are drawn
 
 
-class FunctionalPriorBNN(Model):
+class FunctionalPriorBNN(BayesianNetwork):
     """A Bayesian neural network whose prior can be matched to a process over functions.
 
     The object is a Pyro model.  ``bnn(x, y)``, with **standardised** ``x`` ``(N, D)`` and ``y`` (see ``standardise``),
-    has the sites ``W{l}``, ``b{l}`` (``eps_W{l}``
-    ... and deterministic ``W{l}`` ... where non-centred), ``var_W{l}`` ... with a hierarchical prior,
-    ``noise_variance`` if learned, and ``obs`` inside the plate ``data``, which ``batch_size`` subsamples.  Any engine
-    for Pyro models takes it.  ``fit`` and the queries take and give the user's units.
+    has the sites ``W{l}``, ``b{l}`` (where non-centred ``eps_W{l}``, ``eps_b{l}`` and deterministic ``W{l}``,
+    ``b{l}``), ``var_W{l}``, ``var_b{l}`` with a hierarchical prior, ``noise_variance`` if learned, and ``obs`` inside
+    the plate ``data``, which ``batch_size`` subsamples.  Any engine for Pyro models takes it.  ``fit`` and the queries
+    take and give the user's units.
 
     Args:
         in_features: columns D of x.  Image networks know it from ``image_shape``.
@@ -92,150 +84,6 @@ class FunctionalPriorBNN(Model):
 
     kind: ClassVar[str] = "FunctionalPriorBNN"
 
-    def __init__(
-        self,
-        in_features: int | None = None,
-        out_features: int = 1,
-        hidden: Sequence[int] = (100,),
-        activation: str | None = None,
-        prior: str = "gaussian",
-        likelihood: str = "gaussian",
-        noise_variance: float | str | None = None,
-        *,
-        prior_scope: str = "layer",
-        parametrisation: str | None = None,
-        network: str = "mlp",
-        image_shape: Sequence[int] | None = None,
-        standardise: bool = True,
-        seed: int = 0,
-    ) -> None:
-        super().__init__()
-        built = build_network(
-            network,
-            in_features=in_features,
-            out_features=out_features,
-            hidden=hidden,
-            activation=activation,
-            image_shape=image_shape,
-        )
-        self.likelihood: Likelihood
-        self.noise_variance: Any  # a number, "learned", or None in classification
-        self.likelihood, self.noise_variance = build_likelihood(likelihood, out_features, noise_variance)
-        self._config = {
-            "in_features": built.in_features,
-            "out_features": out_features,
-            "hidden": list(hidden),
-            "activation": activation,
-            "prior": prior,
-            "likelihood": likelihood,
-            "noise_variance": noise_variance,
-            "prior_scope": prior_scope,
-            "parametrisation": parametrisation,
-            "network": network,
-            "image_shape": None if image_shape is None else list(image_shape),
-            "standardise": standardise,
-            "seed": seed,
-        }
-        self.image_shape = None if image_shape is None else tuple(image_shape)
-        self.standardised = standardise
-        pixels = math.prod(self.image_shape[1:]) if self.image_shape else 1
-        # Under other names than the properties below: Pyro enters a plain submodule that is read inside a model call
-        # into its global parameter store.
-        self.add_module("_network", built)
-        self.add_module("_prior", _build_prior(built, prior, prior_scope, parametrisation, seed))
-        self.add_module("_input_units", Standardiser(built.in_features, pixels))
-        self.add_module("_target_units", Standardiser(out_features))
-        self.result: Posterior | None = None
-
-    # ------------------------------------------------------------------ parts
-    @property
-    def network(self) -> Network:
-        """The network as a function of its weights."""
-        return self._modules["_network"]  # type: ignore[return-value]
-
-    @property
-    def prior(self) -> WeightPrior:
-        """The weight prior."""
-        return self._modules["_prior"]  # type: ignore[return-value]
-
-    @property
-    def input_units(self) -> Standardiser:
-        """Standardisation of x."""
-        return self._modules["_input_units"]  # type: ignore[return-value]
-
-    @property
-    def target_units(self) -> Standardiser:
-        """Standardisation of y."""
-        return self._modules["_target_units"]  # type: ignore[return-value]
-
-    def config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
-        return dict(self._config)
-
-    # ------------------------------------------------------------------ the Pyro model
-    def forward(self, x: Tensor, y: Tensor | None = None, batch_size: int | None = None) -> Tensor:
-        """The Pyro model, in standardised space.
-
-        Args:
-            x: standardised inputs ``(N, D)``.
-            y: standardised targets ``(N, K)``, or labels ``(N,)`` if categorical; None leaves ``obs`` free.
-            batch_size: rows in the subsampled plate ``data``, whose indices Pyro (or the engine) draws; all rows by
-                default.
-
-        Returns:
-            Function values at the rows of the plate, ``(batch, K)``.
-        """
-        weights = self.prior()
-        noise_variance = self._noise()
-        with pyro.plate("data", x.shape[0], subsample_size=batch_size, dim=-1, device=x.device) as rows:  # type: ignore[arg-type]
-            subsampled = batch_size is not None
-            f = evaluate(self.network, weights, x[rows] if subsampled else x)
-            # Under an outer plate, such as a vectorised ELBO's particles, the batch shape ends with this plate's empty
-            # dimension.
-            if f.ndim > 2:
-                f = f.squeeze(-3)
-            target = y[rows] if y is not None and subsampled else y
-            pyro.sample("obs", self.likelihood.distribution(f, noise_variance), obs=target)
-        return f
-
-    def _noise(self) -> Tensor | None:
-        """The noise variance, with a last dimension for the outputs."""
-        shift = self.target_units.shift
-        if self.noise_variance is None:
-            return None
-        if self.noise_variance == "learned":
-            law = dist.LogNormal(shift.new_full((), _NOISE_LOCATION), shift.new_full((), _NOISE_SCALE))
-            return pyro.sample("noise_variance", law).unsqueeze(-1)
-        return shift.new_full((1,), self.noise_variance)
-
-    def _noise_of(self, samples: Mapping[str, Tensor]) -> Tensor | None:
-        """Noise variance of each draw, broadcasting against ``(chain, draw, N, K)``."""
-        if self.noise_variance == "learned":
-            return samples["noise_variance"][..., None, None]
-        return (
-            None if self.noise_variance is None else self.target_units.shift.new_full((1, 1, 1, 1), self.noise_variance)
-        )
-
-    def standardise(self, x: Any, y: Any = None) -> tuple[Tensor, Tensor | None]:
-        """The user's x, and y, as the Pyro model takes them.
-
-        Raises:
-            TypeError, ValueError: as in ``fit``.
-        """
-        x = self._check_x("x", x)
-        if y is not None:
-            y = self.likelihood.check(y, len(x), self.network.out_features, x)
-            y = self.target_units(y) if self.likelihood.has_noise else y
-        return self.input_units(x), y
-
-    def _check_x(self, name: str, x: Any) -> Tensor:
-        return check_inputs(name, x, self.network.in_features, self.image_shape).to(self.target_units.shift)
-
-    def _follow(self, x: Any) -> None:
-        """Take on dtype and device of the data."""
-        x = check_inputs("x_train", x, self.network.in_features, self.image_shape)
-        self.to(dtype=x.dtype, device=x.device)
-
     # ------------------------------------------------------------------ the prior
     def sample_prior(self, x: Any, num_samples: int = 500, seed: int = 0) -> Tensor:
         """Independent functions of the prior at ``x`` ``(N, D)``: ``(num_samples, N, K)``.
@@ -256,12 +104,6 @@ class FunctionalPriorBNN(Model):
                 for i in range(0, num_samples, chunk)
             ]
         return self.target_units.inverse(torch.cat(f))
-
-    def prior_functions(self, x: Tensor, n: int) -> Tensor:
-        """``n`` independent functions at standardised ``x`` ``(N, D)``, ``(n, N, K)``, differentiable in the prior's
-        hyperparameters; from the global generator.
-        """
-        return evaluate(self.network, self.prior.draw(n), x)
 
     def match_prior(
         self,
@@ -288,7 +130,7 @@ class FunctionalPriorBNN(Model):
             kernel: the target: a gpytorch kernel (priors on its hyperparameters make the process hierarchical), or a
                 callable ``(x, n) -> (n, M, K)`` that draws n functions at x.  It lives on **standardised** inputs and
                 targets: a length scale of 1 is one standard deviation of a column of ``x_train``, a variance of 1 is
-                    that of the targets.
+                that of the targets.  With ``standardise=False`` these are the user's units.
             x_train: training inputs ``(N, D)``, in the user's units.
             num_steps: optimisation steps.
             discrepancy: ``"energy"``, ``"wasserstein"`` (the paper's dual), ``"sliced"``, ``"gaussian"``
@@ -485,14 +327,6 @@ class FunctionalPriorBNN(Model):
         info = {"method": "map", "seconds": history.seconds, "num_gradients": history.num_steps * num_members}
         return self._keep(objective.samples(), {}, raw_x, raw_y, info)
 
-    def _learn_units(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Standardised training data."""
-        if self.standardised:
-            self.input_units.learn(x)
-            if self.likelihood.has_noise:
-                self.target_units.learn(y)
-        return self.input_units(x), self.target_units(y) if self.likelihood.has_noise else y
-
     def _keep(
         self, samples: Mapping[str, Tensor], stats: Mapping[str, Tensor], x: Tensor, y: Tensor, info: Mapping[str, Any]
     ) -> Posterior:
@@ -521,6 +355,17 @@ class FunctionalPriorBNN(Model):
         return self.result
 
     # ------------------------------------------------------------------ files
+    def save(self, path: str | Path) -> None:
+        """Write the model to one file, with the posterior and its training data if it is fitted.
+
+        Raises:
+            CheckpointError: the file cannot be written. What stood there before is untouched.
+        """
+        if self.result is None or self.result.model is self:
+            super().save(path)
+        else:  # the model that the draws belong to: a later fit that failed may have left other units here
+            self.result.model.save(path)
+
     def _extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if self.result is None:
             return {}, {}
@@ -537,22 +382,3 @@ class FunctionalPriorBNN(Model):
             g: {n.removeprefix(g): v for n, v in tensors.items() if n.startswith(g)} for g in ("samples/", "stats/")
         }
         self._keep(groups["samples/"], groups["stats/"], tensors["x_train"], tensors["y_train"], meta["info"])
-
-
-def _build_prior(network: Network, prior: str, scope: str, parametrisation: str | None, seed: int) -> WeightPrior:
-    if prior not in ("gaussian", "hierarchical", "flow"):
-        raise ValueError(f"prior must be 'gaussian', 'hierarchical' or 'flow', got {prior!r}")
-    if scope not in ("layer", "parameter"):
-        raise ValueError(f"prior_scope must be 'layer' or 'parameter', got {scope!r}")
-    if parametrisation not in (None, "centred", "noncentred"):
-        raise ValueError(f"parametrisation must be 'centred' or 'noncentred', got {parametrisation!r}")
-    noncentred = parametrisation == "noncentred" or (parametrisation is None and prior != "hierarchical")
-    if prior == "flow":
-        if scope == "parameter":
-            raise ValueError(
-                "prior_scope = 'parameter' has no meaning for a flow, which has psi for every weight already"
-            )
-        return FlowPrior(network, noncentred, seed=seed)
-    return {"gaussian": GaussianPrior, "hierarchical": HierarchicalPrior}[prior](
-        network, scope == "parameter", noncentred
-    )

@@ -2,8 +2,8 @@
 
 An affine layer divides its linear part by the square root of its fan-in, ``h = W^T a / sqrt(fan_in) + b``, so that a
 prior standard deviation of one is of the right order at any width (Tran et al., JMLR 23(74), 2022).  The weights come
-in as a dictionary ``{"W1": ..., "b1": ..., "W2": ...}`` and
-nothing is stored: the same function serves one draw, a vmapped bag of draws, and a sampler's chains.
+in as a dictionary ``{"W1": ..., "b1": ..., "W2": ...}`` and nothing is stored: the same function serves one draw, a
+vmapped bag of draws, and a sampler's chains.
 
 Dense weights are ``(in, out)``, convolution kernels ``(out, in, k, k)`` with fan-in ``in k^2``.
 

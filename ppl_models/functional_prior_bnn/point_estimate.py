@@ -1,5 +1,6 @@
 """Maximum a posteriori estimates with the model's own prior as the regulariser, several at once."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,8 +20,8 @@ class NegativeLogPosterior(nn.Module):
     prior.
 
     The mode is that of the latent sites in unconstrained space: of the weights whatever the parametrisation where they
-        are Gaussian given fixed scales, of ``z``
-    with a flow, and jointly of the weights and the logarithms of the variances with a hierarchical prior.
+    are Gaussian given fixed scales, of ``z`` with a flow, and jointly of the weights and the logarithms of the
+    variances with a hierarchical prior.
 
     Args:
         bnn: the model; its hyperparameters are not learned.
@@ -51,6 +52,11 @@ class NegativeLogPosterior(nn.Module):
         # The captured graph gives the gradient itself: a linear function with that slope hands it to autograd.
         slope = ((self.position - self.position.detach()) * gradient).sum()
         return (energy.sum() + slope) / (len(energy) * self._num_rows)
+
+    @torch.no_grad()
+    def place(self, values: Mapping[str, Tensor]) -> None:
+        """Move the members to unconstrained ``values``, site to ``(member, *shape)``."""
+        self.position.copy_(self._potential[0].density.flatten(dict(values)))
 
     @torch.no_grad()
     def samples(self) -> dict[str, Tensor]:

@@ -114,8 +114,7 @@ class Posterior:
         log_likelihood and observed_data.
 
         The posterior holds the weights, the variances if they are sampled, and the functions ``f``; y and f are in the
-        user's units (f in logits in classification).
-        Look at ``f`` for convergence: weights have symmetries.
+        user's units (f in logits in classification). Look at ``f`` for convergence: weights have symmetries.
 
         Args:
             pointwise: whether to evaluate functions and densities at the training data, which takes memory in

@@ -5,15 +5,13 @@
 * ``FlowPrior``: the weights and biases of a layer are a planar flow of ``z ~ N(0, diag exp(v))``, psi = ``v`` and the
     flow's parameters.
 
-With psi as built they are the fixed priors of Tran et al. (JMLR 23(74), 2022): s = 1 (FG), a = r = 1 (FH), and a
-random flow (FNF).
+With psi as built they are the fixed priors of Tran et al. (JMLR 23(74), 2022): s = 1 (FG), a = r = 1 (FH), and a random
+flow (FNF).
 
 ``forward`` issues the sample statements and returns the weights; inside a plate it returns one independent set an
-element, variances included.  "Non-centred"
-priors sample standard normals ``eps_*`` and make the weights from them: in that space the tuned prior is white, so a
-    sampler needs one step size.
-Psi are plain ``nn.Parameter`` and take no gradient except while they are tuned: a guide's or a sampler's objective
-leaves them as they are.
+element, variances included.  "Non-centred" priors sample standard normals ``eps_*`` and make the weights from them: in
+that space the tuned prior is white, so a sampler needs one step size. Psi are plain ``nn.Parameter`` and take no
+gradient except while they are tuned: a guide's or a sampler's objective leaves them as they are.
 """
 
 import math

@@ -1,5 +1,6 @@
 """Which kernel samples a network's posterior, and from where."""
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["build_kernel", "starting_points"]
 
 _SAMPLERS = ("adaptive_sghmc", "sghmc", "sgld", "hmc")
+# With its mass adapted HMC sees a posterior of about unit scale. A quarter of that Gaussian's period takes it to an
+# independent point; the whole period, Pyro's default, back to where it started.
+_QUARTER_PERIOD = math.pi / 2
 
 
 def build_kernel(
@@ -55,7 +59,7 @@ def build_kernel(
             raise ValueError(
                 "temperature is for stochastic-gradient samplers; sampler='hmc' samples the posterior itself"
             )
-        return HMC(bnn, step_size=step_size)
+        return HMC(bnn, step_size=step_size, trajectory_length=_QUARTER_PERIOD)
     options: dict[str, Any] = {
         "step_size": step_size,
         "temperature": temperature,

@@ -9,6 +9,7 @@ from scipy import stats
 from ppl_models.functional_prior_bnn import FunctionalPriorBNN
 from ppl_models.functional_prior_bnn.deep_ensemble import DeepEnsemble
 from ppl_models.functional_prior_bnn.experiments import active_learning, auroc, calibration_error, search_temperature
+from ppl_models.functional_prior_bnn.laplace_evidence import LaplaceEvidence, tune_prior_by_evidence
 
 G = torch.Generator().manual_seed(0)
 X = torch.randn(120, 2, generator=G)
@@ -153,3 +154,43 @@ def test_calibration_error_by_hand() -> None:
     expected = (abs(1 - 1.9) + abs(1 - 0.65) + abs(0 - 0.55)) / 4
     assert calibration_error(p, labels).item() == pytest.approx(expected, abs=1e-6)
     assert calibration_error(p[:, 1:], labels).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_laplace_evidence_of_a_linear_model_is_the_exact_one() -> None:
+    """log N(y; 0, sn2 I + design S^2 design^T) in closed form, with more rows than weights and the other way round."""
+    for rows in (2, 60):
+        bnn = FunctionalPriorBNN(2, hidden=(), noise_variance=0.2).double()
+        with torch.no_grad():
+            bnn.prior.log_scale["W1"].fill_(math.log(1.7))  # type: ignore[attr-defined, union-attr]
+        data = X[:rows].double(), (2 * X[:rows, 0] + 0.3 * X[:rows, 1]).double()
+        mode = bnn.fit_map(*data, num_steps=1500, lr=0.03, progress=False)
+        x, y = bnn.standardise(*data)
+        assert y is not None
+        evidence = -rows * LaplaceEvidence(bnn, {n: w[0, 0] for n, w in mode.weights.items()}, x, y)()
+        design = torch.cat([1.7 * x / math.sqrt(2), torch.ones(rows, 1, dtype=torch.float64)], 1)
+        covariance = design @ design.T + 0.2 * torch.eye(rows, dtype=torch.float64)
+        exact = torch.distributions.MultivariateNormal(torch.zeros(rows, dtype=torch.float64), covariance).log_prob(
+            y[:, 0]
+        )
+        assert evidence.item() == pytest.approx(exact.item(), abs=1e-4)
+
+
+def test_evidence_shrinks_a_prior_that_the_labels_do_not_need() -> None:
+    """Labels at random: nothing beats the constant 1/2, whose evidence is -log 2 a point, and the scales must go there
+    from above.
+    """
+    bnn = FunctionalPriorBNN(2, hidden=(5,), likelihood="categorical", out_features=2)
+    labels = torch.randint(0, 2, (60,), generator=torch.Generator().manual_seed(3))
+    history = tune_prior_by_evidence(bnn, X[:60], labels, num_rounds=5)
+    assert history[-1] > history[0] and history[-1].item() == pytest.approx(-math.log(2), abs=0.005)
+    untuned = FunctionalPriorBNN(2, hidden=(5,), likelihood="categorical", out_features=2)
+    tuned_size, size = (model.sample_prior(X[:60], 200).square().mean() for model in (bnn, untuned))
+    assert tuned_size < 0.25 * size
+    with pytest.raises(ValueError, match="Laplace evidence"):
+        tune_prior_by_evidence(FunctionalPriorBNN(2, hidden=(5,), prior="flow"), X, Y, num_rounds=1, mode_steps=1)
+
+
+def test_evidence_finds_a_prior_for_a_function() -> None:
+    bnn = FunctionalPriorBNN(2, hidden=(10,))
+    history = tune_prior_by_evidence(bnn, X, Y, num_rounds=5)
+    assert history[-1] > history[0] and history.diff().min() > -0.05

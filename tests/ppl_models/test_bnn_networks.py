@@ -32,7 +32,7 @@ def test_covariance_of_one_hidden_layer_is_the_closed_form_at_any_width() -> Non
     apart.
 
     Tolerance: 4 standard errors of 400,000 draws, about 0.7% here; leaving out a factor 1/sqrt(7) or 1/sqrt(2) moves
-        the values by over 30%.
+    the values by over 30%.
     """
     network = MLP(2, 1, (7,))
     x = torch.tensor([[1.0, -0.5], [0.3, 2.0]])
