@@ -24,6 +24,7 @@ from ppl_models.base import Model, Standardiser, check_batch_size, check_count, 
 from ppl_models.functional_prior_bnn.likelihoods import Likelihood, build_likelihood
 from ppl_models.functional_prior_bnn.matching import prior_objective
 from ppl_models.functional_prior_bnn.networks import Network, build_network, evaluate
+from ppl_models.functional_prior_bnn.point_estimate import NegativeLogPosterior
 from ppl_models.functional_prior_bnn.posterior import Posterior
 from ppl_models.functional_prior_bnn.predictions import Prediction
 from ppl_models.functional_prior_bnn.priors import FlowPrior, GaussianPrior, HierarchicalPrior, WeightPrior
@@ -364,6 +365,7 @@ class FunctionalPriorBNN(Model):
         temperature: float = 1.0,
         max_grad_norm: float | None = 100.0,
         gibbs_every: int = 20,
+        start_from: Posterior | None = None,
         checkpoint: str | Path | None = None,
         progress: bool | Callable[[dict[str, Any]], None] = True,
         compile: bool | str = "auto",
@@ -387,6 +389,8 @@ class FunctionalPriorBNN(Model):
             temperature: T of the tempered posterior ``p(w | D)^(1/T)``; below 1 "cold".
             max_grad_norm: in the warm-up, the gradient of the potential divided by N is clipped to this norm.
             gibbs_every: steps between exact draws of the variances of a centred hierarchical prior.
+            start_from: start the chains at the last draws of this posterior, such as one of fewer data, instead of at
+                draws of the prior.
             checkpoint: folder to resume from.
             progress: progress bar, or a function that receives its fields.
             compile: ``"auto"``, True or False: whether to compile the sampler's step.
@@ -423,7 +427,7 @@ class FunctionalPriorBNN(Model):
             kernel,
             num_samples,
             warmup_steps,
-            initial_params=starting_points(self, x[:1], num_chains, seed),
+            initial_params=starting_points(self, x[:1], num_chains, seed, start_from),
             num_chains=num_chains,
             thin=thin,
             seed=seed,
@@ -439,6 +443,47 @@ class FunctionalPriorBNN(Model):
             "num_gradients": mcmc.num_gradients,
         }
         return self._keep(mcmc.get_samples(group_by_chain=True), mcmc.sample_stats, raw_x, raw_y, info)
+
+    def fit_map(
+        self,
+        x_train: Any,
+        y_train: Any,
+        num_steps: int = 2000,
+        batch_size: int | None = None,
+        lr: float = 0.01,
+        seed: int = 0,
+        *,
+        num_members: int = 1,
+        progress: bool | Callable[[dict[str, Any]], None] = True,
+    ) -> Posterior:
+        """Maximise the posterior density, with the prior (tuned or not) as the regulariser.
+
+        Args:
+            x_train, y_train: as in ``fit``.
+            num_steps: steps of Adam.
+            batch_size: rows of a minibatch; None for all.
+            lr: learning rate.
+            seed: same seed, same result to the bit.
+            num_members: estimates from independent starts, trained at once; more than one is an ensemble.
+            progress: progress bar, or a function that receives its fields.
+
+        Returns:
+            A posterior of one draw a member, which is also kept as ``result`` for ``predict``.
+
+        Raises:
+            TypeError, ValueError: bad data or settings.
+            NonFiniteError: the loss became non-finite.
+        """
+        self._follow(x_train)
+        raw_x = self._check_x("x_train", x_train)
+        raw_y = self.likelihood.check(y_train, len(raw_x), self.network.out_features, raw_x)
+        size = check_batch_size(batch_size, len(raw_x))
+        check_count("num_members", num_members)
+        x, y = self._learn_units(raw_x, raw_y)
+        objective = NegativeLogPosterior(self, x, y, num_members, size, seed)
+        history = fit(objective, num_steps=num_steps, lr=lr, seed=seed, progress=progress)
+        info = {"method": "map", "seconds": history.seconds, "num_gradients": history.num_steps * num_members}
+        return self._keep(objective.samples(), {}, raw_x, raw_y, info)
 
     def _learn_units(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Standardised training data."""

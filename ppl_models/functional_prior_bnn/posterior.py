@@ -20,6 +20,7 @@ __all__ = ["Posterior"]
 
 _VALUES_AT_ONCE = 1 << 25  # hidden values held at once: 128 MiB in float32
 _RHAT_POINTS = 512
+_RHAT_DRAWS = 4  # two in each half of a chain
 
 
 class Posterior:
@@ -99,11 +100,10 @@ class Posterior:
 
     def summary(self) -> str:
         """One line: how the draws were made and whether the chains agree."""
-        rhat = self.rhat
         text = f"{self.info['method']}: {self.num_chains} chains x {self.num_samples} draws"
         if "seconds" in self.info:
             text += f" in {self.info['seconds']:.3g} s"
-        if bool(torch.isfinite(rhat).all()):
+        if self.num_samples >= _RHAT_DRAWS and bool(torch.isfinite(rhat := self.rhat).all()):
             text += f"; R-hat of f at training inputs: mean {rhat.mean().item():.3f}, largest {rhat.max().item():.3f}"
             if rhat.mean() > 1.05:
                 text += " (above 1.05: the chains have not mixed; raise thin or warmup_steps)"

@@ -13,8 +13,9 @@ from inference.runtime.generators import derive_seed, scoped_seed
 
 if TYPE_CHECKING:
     from ppl_models.functional_prior_bnn.model import FunctionalPriorBNN
+    from ppl_models.functional_prior_bnn.posterior import Posterior
 
-__all__ = ["build_kernel", "latent_values", "starting_points"]
+__all__ = ["build_kernel", "starting_points"]
 
 _SAMPLERS = ("adaptive_sghmc", "sghmc", "sgld", "hmc")
 
@@ -69,21 +70,35 @@ def build_kernel(
     return AdaptiveSGHMC(bnn, friction=friction, noise_correction=not full_batch, **options)
 
 
-def starting_points(bnn: "FunctionalPriorBNN", x: Tensor, num_chains: int, seed: int) -> dict[str, Tensor]:
-    """A draw of the prior for each chain, unconstrained: ``(chain, *shape)`` by site; ``x`` is any standardised row."""
-    starts = []
+def starting_points(
+    bnn: "FunctionalPriorBNN", x: Tensor, num_chains: int, seed: int, start_from: "Posterior | None" = None
+) -> dict[str, Tensor]:
+    """Unconstrained starts ``(chain, *shape)`` by site: an independent draw of the prior a chain, or the last of
+    earlier chains.
+
+    Args:
+        bnn: the model.
+        x: any standardised row ``(1, D)``.
+        num_chains: chains.
+        seed: of the draws.
+        start_from: earlier chains of a model with the same sites; used in turn if there are fewer of them.
+
+    Raises:
+        ValueError: ``start_from`` has other sites or shapes.
+    """
+    starts: dict[str, list[Tensor]] = {}
     for chain in range(num_chains):
         with scoped_seed(derive_seed(seed, "start", chain), x.device), torch.no_grad():
-            latent = _latent_nodes(bnn, x)
-        starts.append({n: biject_to(s["fn"].support).inv(s["value"]) for n, s in latent.items()})
-    return {n: torch.stack([s[n] for s in starts]) for n in starts[0]}
-
-
-def latent_values(bnn: "FunctionalPriorBNN", x: Tensor) -> dict[str, Tensor]:
-    """One draw of the prior by latent site, constrained, from the global generator."""
-    return {n: s["value"] for n, s in _latent_nodes(bnn, x).items()}
-
-
-def _latent_nodes(bnn: "FunctionalPriorBNN", x: Tensor) -> dict[str, Any]:
-    trace = poutine.trace(poutine.block(bnn, hide=["obs", "data"])).get_trace(x)
-    return {n: s for n, s in trace.nodes.items() if s["type"] == "sample" and not s["is_observed"]}
+            trace = poutine.trace(poutine.block(bnn, hide=["obs", "data"])).get_trace(x)
+        nodes: dict[str, Any] = dict(trace.nodes.items())
+        for name, site in nodes.items():
+            if site["type"] != "sample" or site["is_observed"]:
+                continue
+            value: Tensor = site["value"]
+            if start_from is not None:
+                earlier = start_from.samples.get(name)
+                if earlier is None or earlier.shape[2:] != value.shape:
+                    raise ValueError(f"start_from has no draws of site {name!r} with shape {tuple(value.shape)}")
+                value = earlier[chain % len(earlier), -1].to(value)
+            starts.setdefault(name, []).append(biject_to(site["fn"].support).inv(value))
+    return {name: torch.stack(values) for name, values in starts.items()}

@@ -1,0 +1,155 @@
+"""MAP, deep ensembles, cold posteriors, active learning, scores."""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from ppl_models.functional_prior_bnn import FunctionalPriorBNN
+from ppl_models.functional_prior_bnn.deep_ensemble import DeepEnsemble
+from ppl_models.functional_prior_bnn.experiments import active_learning, auroc, calibration_error, search_temperature
+
+G = torch.Generator().manual_seed(0)
+X = torch.randn(120, 2, generator=G)
+Y = torch.sin(2 * X[:, 0]) + 0.1 * torch.randn(120, generator=G)
+LABELS = (X[:, 0] + X[:, 1] > 0).long()
+RUN = {"num_chains": 2, "warmup_steps": 100, "num_samples": 4, "thin": 5, "batch_size": 20, "progress": False}
+
+
+@pytest.mark.parametrize("parametrisation", ["centred", "noncentred"])
+def test_map_of_a_linear_model_is_ridge_regression(parametrisation: str) -> None:
+    """With the 1/sqrt(D) of the network and unit scales, the mode solves (A^T A / sn2 + I) w = A^T y / sn2."""
+    bnn = FunctionalPriorBNN(2, hidden=(), parametrisation=parametrisation).double()
+    result = bnn.fit_map(X.double(), 3 * X.double()[:, 0] - 1, num_steps=1500, lr=0.03, num_members=2, progress=False)
+    x, y = bnn.standardise(X.double(), 3 * X.double()[:, 0] - 1)
+    design = torch.cat([x / math.sqrt(2), torch.ones(120, 1, dtype=torch.float64)], 1)
+    w = torch.linalg.solve(design.T @ design / 0.1 + torch.eye(3, dtype=torch.float64), design.T @ y / 0.1)
+    found = torch.cat([result.weights["W1"][:, 0, :, 0], result.weights["b1"][:, 0]], 1)
+    assert torch.allclose(found, w.T.expand(2, 3), atol=1e-4)
+    assert bnn.predict(X).samples.shape == (2, 1, 120, 1) and "map" in result.summary()
+
+
+def test_map_by_minibatches_learns_and_leaves_the_prior_alone() -> None:
+    bnn = FunctionalPriorBNN(2, hidden=(20,), prior="hierarchical")
+    psi = [p.clone() for p in bnn.prior.parameters()]
+    bnn.fit_map(X, Y, num_steps=600, batch_size=30, num_members=3, progress=False)
+    assert bnn.predict(X).rmse(Y) < 0.35 and all(
+        torch.equal(a, b) for a, b in zip(psi, bnn.prior.parameters(), strict=True)
+    )
+    with pytest.raises(ValueError, match="batch_size"):
+        bnn.fit_map(X, Y, batch_size=121)
+
+
+def test_deep_ensemble_learns_the_noise_where_it_is() -> None:
+    """The noise is 0.05 on the left and 0.5 on the right; a head that ignores x would give both sides the same."""
+    g = torch.Generator().manual_seed(1)
+    x = 4 * torch.rand(600, 1, generator=g) - 2
+    y = 10 + 5 * (x[:, 0] + torch.where(x[:, 0] < 0, 0.05, 0.5) * torch.randn(600, generator=g))
+    ensemble = DeepEnsemble(1, hidden=(20,), num_members=3)
+    with pytest.raises(RuntimeError, match="call fit"):
+        ensemble.predict(x)
+    history = ensemble.fit(x, y, num_steps=800, batch_size=100, progress=False)
+    assert history.losses[-50:].mean() < history.losses[:50].mean() - 0.5
+    prediction = ensemble.predict(torch.tensor([[-1.0], [1.0]]))
+    assert prediction.samples.shape == (3, 1, 2, 1)
+    assert torch.allclose(prediction.mean[:, 0], torch.tensor([5.0, 15.0]), atol=0.7)
+    sd = prediction.variance[:, 0].sqrt()
+    assert sd[0] < 0.8 and 1.7 < sd[1] < 3.5
+    classifier = DeepEnsemble(2, 2, hidden=(10,), likelihood="categorical", num_members=2)
+    classifier.fit(X, LABELS, num_steps=300, batch_size=None, progress=False)
+    assert classifier.predict(X).accuracy(LABELS) > 0.95
+
+
+def test_temperature_search_keeps_the_best_on_validation_data() -> None:
+    bnn = FunctionalPriorBNN(2, hidden=(10,))
+    found = search_temperature(bnn, X[:80], Y[:80], X[80:], Y[80:], temperatures=(1.0, 0.01), **RUN)
+    assert found.validation_nll.shape == (2,) and found.best == found.temperatures[found.validation_nll.argmin()].item()
+    assert found.posterior.info["temperature"] == pytest.approx(found.best) and bnn.result is found.posterior
+    assert found.posterior.predict(X[80:]).nll(Y[80:]) == found.validation_nll.min()
+    with pytest.raises(ValueError, match="temperatures"):
+        search_temperature(bnn, X, Y, X, Y, temperatures=())
+
+
+def test_active_learning_asks_where_the_posterior_is_unsure() -> None:
+    """The pool is a cluster and a few far points; the initial labels are of the cluster, so the queries must go to the
+    far points.
+    """
+    g = torch.Generator().manual_seed(2)
+    x = torch.cat([0.1 * torch.randn(60, 1, generator=g), torch.tensor([[3.0], [-3.0], [3.2], [-3.2]])])
+    y = torch.sin(x[:, 0])
+    bnn = FunctionalPriorBNN(1, hidden=(20,), standardise=False)
+    seed = next(s for s in range(50) if not _far_rows_are_initial(s, 64, 10))
+    found = active_learning(
+        bnn,
+        x,
+        y,
+        x,
+        y,
+        num_initial=10,
+        num_queries=2,
+        seed=seed,
+        warmup_again=100,
+        **{**RUN, "batch_size": 8, "warmup_steps": 400},
+    )
+    assert all(row >= 60 for row in found.chosen[10:].tolist())
+    assert found.num_labels.tolist() == [10, 11, 12] and found.scores[-1] < found.scores[0]
+    random = active_learning(
+        bnn,
+        x,
+        y,
+        x,
+        y,
+        num_initial=10,
+        num_queries=1,
+        seed=seed,
+        acquisition="random",
+        warmup_again=10,
+        **{**RUN, "batch_size": 8},
+    )
+    assert torch.equal(random.chosen[:10], found.chosen[:10]) and len(set(random.chosen.tolist())) == 11
+    for options, message in (
+        ({"acquisition": "best"}, "acquisition"),
+        ({"num_initial": 60}, "pool of 64"),
+        ({"num_queries": 0}, "num_queries"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            active_learning(bnn, x, y, x, y, **options)  # type: ignore[arg-type]
+
+
+def _far_rows_are_initial(seed: int, n: int, num_initial: int) -> bool:
+    from inference.runtime.generators import generator
+
+    return bool((torch.randperm(n, generator=generator(seed, "active learning"))[:num_initial] >= 60).any())
+
+
+def test_chains_can_start_where_others_stopped() -> None:
+    bnn = FunctionalPriorBNN(2, hidden=(5,))
+    first = bnn.fit(X, Y, **RUN)
+    after = bnn.fit(X, Y, **{**RUN, "warmup_steps": 0, "num_samples": 1, "thin": 1}, start_from=first)
+    gap = (after.samples["eps_W1"][:, 0] - first.samples["eps_W1"][:, -1]).abs().max()
+    assert gap < 0.3 < (first.samples["eps_W1"][0, -1] - first.samples["eps_W1"][1, -1]).abs().max()
+    with pytest.raises(ValueError, match="start_from"):
+        FunctionalPriorBNN(2, hidden=(6,)).fit(X, Y, **RUN, start_from=first)
+
+
+def test_auroc_is_the_rank_statistic() -> None:
+    g = torch.Generator().manual_seed(0)
+    inside, outside = (
+        torch.randn(40, generator=g).round(decimals=1),
+        (torch.randn(30, generator=g) + 1).round(decimals=1),
+    )
+    expected = stats.mannwhitneyu(outside.numpy(), inside.numpy()).statistic / (40 * 30)
+    assert auroc(inside, outside).item() == pytest.approx(expected, abs=1e-12)
+    assert auroc(torch.zeros(3), torch.ones(2)) == 1 and auroc(torch.ones(3), torch.ones(2)) == 0.5
+    with pytest.raises(ValueError, match="outside"):
+        auroc(inside, outside[:0])
+
+
+def test_calibration_error_by_hand() -> None:
+    p = torch.tensor([[0.95, 0.05], [0.95, 0.05], [0.35, 0.65], [0.45, 0.55]])
+    labels = torch.tensor([0, 1, 1, 0])
+    # Bins: {0.95, 0.95} half right, {0.65} right, {0.55} wrong.
+    expected = (abs(1 - 1.9) + abs(1 - 0.65) + abs(0 - 0.55)) / 4
+    assert calibration_error(p, labels).item() == pytest.approx(expected, abs=1e-6)
+    assert calibration_error(p[:, 1:], labels).item() == pytest.approx(expected, abs=1e-6)
