@@ -16,8 +16,8 @@
 #
 # A prior on weights is hard to have an opinion about. A prior on *functions* is not: one can say how large they are and
 # how fast they vary, and a Gaussian process says it in two numbers. Tran, Rossi, Milios and Filippone (JMLR
-# 23(74), 2022) tune the prior of the weights until the network's functions look like the Gaussian process's, and then sample the
-# posterior as usual.
+# 23(74), 2022) tune the prior of the weights until the network's functions look like the Gaussian process's, and then
+# sample the posterior as usual.
 #
 # On the way: functions before and after matching, a posterior predictive in one dimension, the whole of Boston housing
 # with four chains, calibration, rank plots, and a comparison of two priors by `loo`. The last cell asserts the numbers.
@@ -126,10 +126,11 @@ axes[0].set_ylabel("f (standard deviations of y)")
 show("prior_functions")
 
 # %% [markdown]
-# Both networks are zero on average. Functions of the first are far too large. Those of the matched one have the
-# spread of the process at every x, and its smoothness. One number for this: the distance of the functions' covariance
-# from the kernel, relative to the kernel. It does not reach zero: a layer of tanh units with Gaussian weights is not
-# stationary, so it can approach this kernel but not equal it.
+# With N(0, 1) weights the functions are a little too large, and too stiff: their two ends go together more than the
+# process's do, which forgets. Matching narrows the spread and makes them bend more. Two numbers: the correlation of f at
+# the two ends, and the distance of the functions' covariance from the kernel, relative to the kernel. The distance does
+# not reach zero: a layer of tanh units with Gaussian weights is not stationary, so it approaches this kernel but cannot
+# equal it.
 
 
 # %%
@@ -139,11 +140,12 @@ def covariance_error(f):
 
 
 errors = {name: covariance_error(f) for name, f in functions.items()}
-for name, error in errors.items():
-    print(f"{name:25} covariance off by {error:.0%}")
+for name, f in functions.items():
+    ends = float(torch.corrcoef(f[:, [0, -1]].T)[0, 1])
+    print(f"{name:25} covariance off by {errors[name]:4.0%}, correlation of the ends {ends:5.2f}")
 
 # %% [markdown]
-# The last line is the sampling error of 4000 functions, the floor for the other two.
+# The last line's distance is the sampling error of 4000 functions, the floor for the other two.
 #
 # ## One input: the posterior
 #
@@ -157,7 +159,8 @@ curve.fit(column_train, y_train, num_chains=4, progress=False, **size)
 prediction = curve.predict(grid)
 
 figure, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
-bands = ((prediction.sample(), 0.15, "90% of new observations"), (prediction.samples, 0.4, "90% of functions"))
+observations = torch.cat([prediction.sample(seed) for seed in range(50)], 1)  # many a draw, for a smooth band
+bands = ((observations, 0.15, "90% of new observations"), (prediction.samples, 0.4, "90% of functions"))
 for draws, alpha, label in bands:
     low, high = draws[..., 0].flatten(0, 1).quantile(torch.tensor([0.05, 0.95]), 0)
     ax.fill_between(grid[:, 0], low, high, color=BLUE, alpha=alpha, lw=0, label=label)
@@ -264,7 +267,15 @@ idata = {name: result.to_arviz() for name, result in fits.items()}
 coords = {"point": [0, 150, 300, 440], "output": [0], "in1": [column], "out1": [0, 1]}
 az.plot_rank(idata["matched"], var_names=["f", "W1"], coords=coords)
 figure = plt.gcf()
+titles = [f"f at training row {row}" for row in coords["point"]] + [
+    f"a weight of hidden unit {i}" for i in coords["out1"]
+]
+for ax, title in zip(figure.axes, titles, strict=False):
+    ax.set_title(title, fontsize=9)
+    ax.set_xlabel("rank among the draws of all chains", fontsize=9)
+    ax.set_ylabel("chain", fontsize=9)
 figure.set_size_inches(9, 5)
+figure.set_layout_engine("tight")
 show("ranks")
 
 rhat = {name: float(result.rhat.mean()) for name, result in fits.items()}
