@@ -127,10 +127,9 @@ show("prior_functions")
 
 # %% [markdown]
 # With N(0, 1) weights the functions are a little too large, and too stiff: their two ends go together more than the
-# process's do, which forgets. Matching narrows the spread and makes them bend more. Two numbers: the correlation of f at
-# the two ends, and the distance of the functions' covariance from the kernel, relative to the kernel. The distance does
-# not reach zero: a layer of tanh units with Gaussian weights is not stationary, so it approaches this kernel but cannot
-# equal it.
+# process's do. Matching narrows the spread and makes them bend more. Two numbers: the correlation of f at the two ends,
+# and the distance of the functions' covariance from the kernel, relative to the kernel. The distance does not reach
+# zero: a layer of tanh units with Gaussian weights is not stationary, so it approaches this kernel but cannot equal it.
 
 
 # %%
