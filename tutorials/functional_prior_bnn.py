@@ -105,8 +105,9 @@ curve_fixed.input_units.load_state_dict(curve.input_units.state_dict())
 
 with torch.no_grad():
     covariance = kernel(curve.input_units(grid)).to_dense()
-    jitter = 1e-4 * torch.eye(len(grid))
-    process = torch.distributions.MultivariateNormal(torch.zeros(len(grid)), covariance + jitter).sample((4000,))
+    jitter = 1e-6 * torch.eye(len(grid), dtype=torch.float64)
+    factor = torch.linalg.cholesky(covariance.double() + jitter)
+    process = (torch.randn(4000, len(grid), dtype=torch.float64) @ factor.T).float()
 functions = {
     "network, N(0, 1) weights": curve_fixed.sample_prior(grid, 4000)[..., 0],
     "network, matched": curve.sample_prior(grid, 4000)[..., 0],
