@@ -31,7 +31,9 @@ def bayesian_network(data: Split, *, match: bool, quick: bool) -> tuple[Function
     if match:
         target = HierarchicalRBF(data.x_train.shape[1])
         bnn.match_prior(target, data.x_train, num_steps=5 if quick else 200)
-    size = {"warmup_steps": 50, "num_samples": 10, "thin": 2} if quick else {"num_samples": 100, "thin": 200}
+    size: dict[str, Any] = (
+        {"warmup_steps": 50, "num_samples": 10, "thin": 2} if quick else {"num_samples": 100, "thin": 200}
+    )
     posterior = bnn.fit(data.x_train, data.y_train, num_chains=4, **size)
     prediction = bnn.predict(data.x_test)
     scores = gaussian_scores(prediction.mean[:, 0], prediction.variance[:, 0].sqrt(), data.y_test)

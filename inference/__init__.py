@@ -1,4 +1,6 @@
-"""Engines for any Pyro model: log-densities captured as graphs, samplers, one optimisation loop, predictive, diagnostics."""
+"""Engines for any Pyro model: log-densities captured as graphs, samplers, one optimisation loop, predictive,
+diagnostics.
+"""
 
 from inference._errors import CaptureWarning, CheckpointError, NonFiniteError, SamplerWarning
 from inference.fit import FitResult, fit

@@ -18,8 +18,11 @@ from inference import HMC, MCMC, SGHMC, SGLD, AdaptiveSGHMC, CheckpointError, No
 from inference.runtime.generators import ChainGenerators
 from tests.inference import zoo
 
-# Runs this short of a funnel-like posterior diverge now and then, and the driver says so; the tests of that warning ask for it by name.
-pytestmark = pytest.mark.filterwarnings("ignore:.*transitions diverged:inference.SamplerWarning", "ignore:Encountered .inf:UserWarning")
+# Runs this short of a funnel-like posterior diverge now and then, and the driver says so; the tests of that warning
+# ask for it by name.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*transitions diverged:inference.SamplerWarning", "ignore:Encountered .inf:UserWarning"
+)
 
 F64 = torch.float64
 SCHOOLS = zoo.CONTINUOUS["eight_schools"]
@@ -48,7 +51,9 @@ def assert_same(a: MCMC, b: MCMC) -> None:
 # ---------------------------------------------------------------------- Pyro's interface
 def test_a_program_written_for_pyro():
     """Positional arguments, names and shapes of pyro.infer.MCMC; arviz.from_pyro takes the object."""
-    kernel = HMC(SCHOOLS[0], step_size=0.3, num_steps=5, adapt_step_size=True, jit_compile=True, ignore_jit_warnings=True)
+    kernel = HMC(
+        SCHOOLS[0], step_size=0.3, num_steps=5, adapt_step_size=True, jit_compile=True, ignore_jit_warnings=True
+    )
     mcmc = MCMC(kernel, 30, 40, None, 2, disable_progbar=True)
     mcmc.run(*SCHOOLS[1])
     assert mcmc.get_samples()["eta"].shape == (60, 8) and mcmc.get_samples(group_by_chain=True)["mu"].shape == (2, 30)
@@ -77,7 +82,13 @@ def test_to_arviz_holds_what_loo_needs():
 
 def test_hook_sees_every_step():
     seen = []
-    run(HMC(SCHOOLS[0], num_steps=2), *SCHOOLS[1], num_samples=3, warmup_steps=2, hook_fn=lambda kernel, values, stage, i: seen.append((stage, i, values["eta"].shape)))
+    run(
+        HMC(SCHOOLS[0], num_steps=2),
+        *SCHOOLS[1],
+        num_samples=3,
+        warmup_steps=2,
+        hook_fn=lambda kernel, values, stage, i: seen.append((stage, i, values["eta"].shape)),
+    )
     assert [s[:2] for s in seen] == [("Warmup", 0), ("Warmup", 1), ("Sample", 0), ("Sample", 1), ("Sample", 2)]
     assert seen[0][2] == (3, 8)
 
@@ -86,14 +97,18 @@ def test_save_params_and_thinning():
     mcmc = run(HMC(SCHOOLS[0], num_steps=3), *SCHOOLS[1], save_params=["mu"], thin=4)
     assert set(mcmc.get_samples()) == {"mu"}
     every = run(HMC(SCHOOLS[0], num_steps=3), *SCHOOLS[1], num_samples=80)
-    assert torch.equal(mcmc.get_samples(group_by_chain=True)["mu"], every.get_samples(group_by_chain=True)["mu"][:, 3::4])
+    assert torch.equal(
+        mcmc.get_samples(group_by_chain=True)["mu"], every.get_samples(group_by_chain=True)["mu"][:, 3::4]
+    )
     with pytest.raises(ValueError, match="save_params names sites"):
         run(HMC(SCHOOLS[0]), *SCHOOLS[1], save_params=["nu"])
 
 
 def test_potential_fn_with_initial_params():
     kernel = HMC(potential_fn=lambda z: 0.5 * ((z["a"] - 3) ** 2).sum() / 4, num_steps=6)
-    mcmc = run(kernel, num_samples=500, warmup_steps=200, num_chains=8, initial_params={"a": torch.zeros(8, 2, dtype=F64)})
+    mcmc = run(
+        kernel, num_samples=500, warmup_steps=200, num_chains=8, initial_params={"a": torch.zeros(8, 2, dtype=F64)}
+    )
     draws = mcmc.get_samples()["a"]
     # 4,000 draws of N(3, 4), nearly independent: standard errors 0.03 and 0.02
     assert draws.mean(0).sub(3).abs().max() < 0.15 and draws.std(0).sub(2).abs().max() < 0.1
@@ -104,8 +119,12 @@ def test_a_chains_noise_does_not_depend_on_its_company():
     alone = ChainGenerators(5, [3]).normal(7, 11, F64)
     together = ChainGenerators(5, range(64)).normal(7, 11, F64)
     assert torch.equal(alone[:, 0], together[:, 3])
-    sixteen = run(SGLD(zoo.logistic, step_size=0.01), zoo.X, zoo.BINARY, num_chains=16).get_samples(group_by_chain=True)["w"]
-    four = run(SGLD(zoo.logistic, step_size=0.01), zoo.X, zoo.BINARY, num_chains=4, chunk_size=3).get_samples(group_by_chain=True)["w"]
+    sixteen = run(SGLD(zoo.logistic, step_size=0.01), zoo.X, zoo.BINARY, num_chains=16).get_samples(
+        group_by_chain=True
+    )["w"]
+    four = run(SGLD(zoo.logistic, step_size=0.01), zoo.X, zoo.BINARY, num_chains=4, chunk_size=3).get_samples(
+        group_by_chain=True
+    )["w"]
     torch.testing.assert_close(four, sixteen[:4], rtol=1e-9, atol=1e-9)
 
 
@@ -131,7 +150,20 @@ def test_minibatches_are_shared_or_not(minibatch):
 
     silent = SGHMC(minibatch_model, step_size=CyclicalSchedule(0.05, 1, exploration=0.99), friction=0.5)
     start = {"w": torch.zeros(3, 3, dtype=F64)}
-    mcmc = run(silent, zoo.X, zoo.Y, num_samples=1, warmup_steps=0, minibatch=minibatch, initial_params=start, hook_fn=lambda k, v, s, i: values.append(v["w"].clone())) if (values := []) is not None else None
+    mcmc = (
+        run(
+            silent,
+            zoo.X,
+            zoo.Y,
+            num_samples=1,
+            warmup_steps=0,
+            minibatch=minibatch,
+            initial_params=start,
+            hook_fn=lambda k, v, s, i: values.append(v["w"].clone()),
+        )
+        if (values := []) is not None
+        else None
+    )
     assert mcmc is not None
     same = bool((values[50] == values[50][0]).all())
     assert same == (minibatch == "shared")
@@ -161,10 +193,14 @@ SCRIPT = textwrap.dedent(
 
 @pytest.mark.parametrize("kind", ["hmc", "sghmc"])
 def test_killed_and_resumed_equals_uninterrupted(kind, tmp_path):
-    """SIGKILL in the warm-up and again among the draws; the third process finishes with the bits of an undisturbed run."""
+    """SIGKILL in the warm-up and again among the draws; the third process finishes with the bits of an undisturbed
+    run.
+    """
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SCRIPT, kind]
-    subprocess.run([*command, str(tmp_path / "whole"), "0"], env=environment, check=True, stdout=subprocess.DEVNULL, timeout=300)
+    subprocess.run(
+        [*command, str(tmp_path / "whole"), "0"], env=environment, check=True, stdout=subprocess.DEVNULL, timeout=300
+    )
     cut = str(tmp_path / "cut")
     for threshold in (130, 500):
         process = subprocess.Popen([*command, cut, "0.1"], env=environment, stdout=subprocess.PIPE, text=True)
@@ -250,8 +286,16 @@ def test_metropolis_refuses_minibatches():
         ({"compile": "maybe"}, ValueError, "compile"),
         ({"chunk_size": 0}, ValueError, "chunk_size"),
         ({"initial_params": {"mu": torch.zeros(3)}}, ValueError, "missing"),
-        ({"initial_params": {"mu": torch.zeros(2), "tau": torch.zeros(2), "eta": torch.zeros(2, 8)}}, ValueError, "hold 2 chains"),
-        ({"initial_params": {"mu": torch.full((3,), torch.nan), "tau": torch.zeros(3), "eta": torch.zeros(3, 8)}}, ValueError, "not finite"),
+        (
+            {"initial_params": {"mu": torch.zeros(2), "tau": torch.zeros(2), "eta": torch.zeros(2, 8)}},
+            ValueError,
+            "hold 2 chains",
+        ),
+        (
+            {"initial_params": {"mu": torch.full((3,), torch.nan), "tau": torch.zeros(3), "eta": torch.zeros(3, 8)}},
+            ValueError,
+            "not finite",
+        ),
     ],
 )
 def test_bad_settings_are_named(options, error, message):
@@ -278,9 +322,11 @@ def test_no_start_is_found_for_an_impossible_model():
 # ---------------------------------------------------------------------- calibration
 @pytest.mark.parametrize("kind", ["hmc", "sghmc"])
 def test_simulation_based_calibration(kind):
-    """Talts et al. 2018: ranks of the truth among posterior draws are uniform. 256 replications in one run: a chain each, with its own data.
+    """Talts et al. 2018: ranks of the truth among posterior draws are uniform. 256 replications in one run: a chain
+    each, with its own data.
 
-    The model of a replication is a row of a batch, so the run is one potential over independent conjugate regressions.  A posterior 20% too narrow gives a
+    The model of a replication is a row of a batch, so the run is one potential over independent conjugate
+    regressions.  A posterior 20% too narrow gives a
     chi-square p-value below 1e-3 here.
     """
     replications, draws = 256, 63
