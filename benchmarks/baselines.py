@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.data import Split
 from inference import fit
+from inference.runtime.generators import generator, scoped_seed
 from ppl_models.functional_prior_bnn.empirical_bayes import fit_gp_hyperparameters
 
 __all__ = ["BASELINES", "gaussian_scores"]
@@ -66,10 +67,9 @@ def deep_ensemble(data: Split, members: int = 5) -> Moments:
     standard = data.standardised()
     means, variances = [], []
     for seed in range(members):
-        order = torch.randperm(len(standard.y_train), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(standard.y_train), generator=generator(seed, "held out"))
         held, kept = order[: len(order) // 10], order[len(order) // 10 :]
-        with torch.random.fork_rng():
-            torch.random.manual_seed(seed)
+        with scoped_seed(seed):
             network = _GaussianHead(standard.x_train.shape[1])
         fit(
             network,

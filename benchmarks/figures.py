@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.data import Split
+from inference.runtime.generators import scoped_seed
 from ppl_models import FunctionalPriorBNN
 
 __all__ = ["calibration", "prior_functions", "ranks"]
@@ -41,8 +42,7 @@ def prior_functions(path: Path, bnn: FunctionalPriorBNN, target: Callable[[Tenso
     standard = FunctionalPriorBNN(in_features=line.shape[1], standardise=False)
     matched = FunctionalPriorBNN(in_features=line.shape[1], standardise=False)
     matched.prior.load_state_dict(bnn.prior.state_dict())
-    with torch.random.fork_rng():
-        torch.random.manual_seed(0)
+    with scoped_seed(0):
         process = target(line, 1000)
     panels = {
         "network, N(0, 1) prior": standard.sample_prior(line, 1000),

@@ -11,6 +11,7 @@ pytest.importorskip("mlxtend")
 from benchmarks import demo
 
 
+@pytest.mark.changes_globals("rng_python")  # joblib, which scikit-learn imports when it is first used, draws from it
 @pytest.mark.filterwarnings("ignore::inference.SamplerWarning")  # chains this short have not mixed
 def test_demo_writes_table_figures_and_arviz_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arviz = pytest.importorskip("arviz")
