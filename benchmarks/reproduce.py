@@ -78,7 +78,7 @@ class Data:
 
 
 # Burn-in, then 40 draws less the first 10, as in the authors' notebooks: 10 * thin more steps of warm-up.
-def _chain(burn_in: int, thin: int, batch_size: int = 32) -> dict[str, int]:
+def _chain(burn_in: int, thin: int, batch_size: int = 32) -> dict[str, Any]:
     return {"warmup_steps": burn_in + 10 * thin, "num_samples": 30, "thin": thin, "batch_size": batch_size}
 
 
@@ -91,9 +91,10 @@ def _settings() -> dict[str, Setting]:
         rows[f"boston/FG/{split}"] = Setting("boston", split, fit=_chain(2000, 100))
         rows[f"boston/GPi-G/{split}"] = Setting("boston", split, match=_ENERGY, fit=_chain(2000, 500))
     for split in (2, 5, 9):  # by the default tests
-        short = {"warmup_steps": 1500, "num_samples": 25, "thin": 60}
+        short = _chain(2000, 200)
+        few = {"num_steps": 200, "num_functions": 64, "num_points": 50}
         rows[f"boston-short/FG/{split}"] = Setting("boston", split, fit=short)
-        rows[f"boston-short/GPi-G/{split}"] = Setting("boston", split, match=_ENERGY, fit=short)
+        rows[f"boston-short/GPi-G/{split}"] = Setting("boston", split, match=few, fit=short)
     for split in range(2):
         for noise in (0.1, 0.03):
             network = {"noise_variance": noise}
@@ -101,7 +102,7 @@ def _settings() -> dict[str, Setting]:
             rows[f"concrete/FG/{noise}/{split}"] = Setting("concrete", split, network, fit=fit)
             rows[f"concrete/GPi-G/{noise}/{split}"] = Setting("concrete", split, network, _ENERGY, fit=fit)
     deep = {"hidden": (100, 100)}
-    banana = {"num_steps": 200, "num_functions": 128, "num_points": 256}
+    banana = {"num_steps": 120, "num_functions": 128, "num_points": 100}
     for lengthscale, variance in ((1.0, 32.0), (1.0, 1.0), (16.0, 1.0)):
         rows[f"banana/l{lengthscale:g}-a{variance:g}"] = Setting(
             "banana", 0, deep, banana, lengthscale, variance, _chain(1000, 100)
@@ -113,7 +114,7 @@ def _settings() -> dict[str, Setting]:
     rows["digits/FG"] = Setting("digits", 0, centred, fit=_chain(2000, 100))
     rows["digits/GPi-G"] = Setting("digits", 0, centred, _ENERGY, fit=_chain(2000, 100))
     lenet = {"network": "lenet5", "image_shape": (1, 28, 28)}
-    images = {"num_steps": 60, "num_functions": 64, "num_points": 50}
+    images = {"num_steps": 40, "num_functions": 64, "num_points": 50}
     short = _chain(400, 20)
     rows["mnist/FG"] = Setting("mnist", 0, lenet, fit=short)
     rows["mnist/GPi-H"] = Setting("mnist", 0, {**lenet, "prior": "hierarchical"}, images, fit=short)
