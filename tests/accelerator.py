@@ -19,6 +19,34 @@ from torch.overrides import TorchFunctionMode
 _NAME = "standin"
 
 
+class _StandIn:
+    """What torch asks of a backend's module; it has no random state of its own."""
+
+    def is_available(self) -> bool:
+        return False
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def current_device(self) -> int:
+        return 0
+
+    def device_count(self) -> int:
+        return 1
+
+    def manual_seed_all(self, seed: int) -> None:
+        pass
+
+    def get_rng_state(self, device: Any = None) -> torch.Tensor:
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
+        pass
+
+
 def register_stand_in() -> None:
     """Called once, before the first backward pass of the process: autograd counts its devices then."""
     if torch.cuda.is_available() or hasattr(torch, _NAME):
@@ -27,7 +55,7 @@ def register_stand_in() -> None:
         from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
     except ImportError:
         return
-    _setup_privateuseone_for_python_backend(_NAME)
+    _setup_privateuseone_for_python_backend(_NAME, backend_module=_StandIn())
 
 
 def _device() -> torch.device:
