@@ -49,6 +49,7 @@ reproduce: $(VENV)/.installed-test  ## the published tables, as tests marked slo
 
 bench: $(BENCH_VENV)/.installed  ## side by side with posteriors, blackjax and Pyro, in an environment of its own
 	$(ONE_THREAD) $(BENCH) -m benchmarks.potential --out $(OUT)
+	$(ONE_THREAD) $(BENCH) -m benchmarks.predictive
 	$(ONE_THREAD) $(BENCH) -m benchmarks.sgmcmc_peers --out $(OUT)
 
 clean:  ## remove the environments, outputs and caches

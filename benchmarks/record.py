@@ -43,7 +43,7 @@ def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
 def save(path: Path, rows: Sequence[Mapping[str, Any]], packages: Sequence[str]) -> None:
     """Write ``rows`` as JSON with the date, the commit, the machine and the versions that they were measured with."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    context = {"date": datetime.now(UTC).date().isoformat(), "commit": _commit(), "machine": _machine()}
+    context: dict[str, Any] = {"date": datetime.now(UTC).date().isoformat(), "commit": _commit(), "machine": _machine()}
     context["versions"] = {name: _version(name) for name in packages}
     path.write_text(json.dumps({**context, "rows": list(rows)}, indent=1) + "\n")
     print(f"{context['date']}, commit {context['commit']}, {context['machine']}\nwritten to {path}")
@@ -66,6 +66,6 @@ def _machine() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return (
-        f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    )
+    processor = models[0] if models else platform.processor()
+    load = f", load {os.getloadavg()[0]:.1f} at the end" if hasattr(os, "getloadavg") else ""
+    return f"{processor}, {os.cpu_count()} cores{load}, Python {platform.python_version()}"

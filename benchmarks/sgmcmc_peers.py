@@ -32,14 +32,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import record
-from benchmarks.boston import boston
+from benchmarks.data import split
 
 HIDDEN, NOISE, BATCH, EPS, ALPHA = 100, 0.1, 32, 3e-3, 30.0
 CHAINS = (1, 8, 64)
 PACKAGES = ("torch", "pyro-ppl", "jax", "jaxlib", "blackjax", "posteriors", "arviz", "numpy")
 
-SPLIT = boston(2).standardised()
-N, D = SPLIT.x_train.shape
+SPLIT = split(2)
+Y_SCALE = float(SPLIT.y_train.std(correction=0))
+X, Y, X_TEST, Y_TEST = (part.numpy() for part in SPLIT.standardised()[2:])
+N, D = X.shape
 
 Functions = NDArray[np.floating[Any]]
 
@@ -49,14 +51,25 @@ class Sampler:
     """One implementation with its chains at hand.
 
     Attributes:
-        advance: run about so many gradients of every chain from where it is; returns the gradients of all chains.
-        draws: run so many, keeping the network at the test inputs every ``thin`` gradients, ``(chain, draw, 51)``.
+        speed: gradients a second, over all chains, of a stretch of about so many gradients a chain; set-up left out.
+        draws: ``draws(steps, thin)`` runs on, keeping the network at the test inputs, ``(chain, draw, 51)``.
         batch: rows of data that a gradient looks at.
     """
 
-    advance: Callable[[int], int]
+    speed: Callable[[int], float]
     draws: Callable[[int, int], Functions]
     batch: int = BATCH
+
+
+def timed(advance: Callable[[int], int]) -> Callable[[int], float]:
+    """The speed of ``advance``, which runs all chains on and returns the gradients that it made."""
+
+    def speed(steps: int) -> float:
+        start = time.perf_counter()
+        gradients = advance(steps)
+        return gradients / (time.perf_counter() - start)
+
+    return speed
 
 
 def initial(chains: int) -> dict[str, NDArray[np.float32]]:
@@ -80,7 +93,7 @@ def posteriors_batched(chains: int) -> Sampler:
     import posteriors
 
     torch.manual_seed(0)
-    x, y, x_test = (torch.tensor(part, dtype=torch.float32) for part in (SPLIT.x_train, SPLIT.y_train, SPLIT.x_test))
+    x, y, x_test = (torch.tensor(part) for part in (X, Y, X_TEST))
 
     def log_posterior(w: dict[str, torch.Tensor], index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         f = network(w, x[index], torch.tanh)
@@ -103,20 +116,21 @@ def posteriors_batched(chains: int) -> Sampler:
             kept.append(network(state.params, x_test, torch.tanh).numpy())
         return np.stack(kept, 1)
 
-    return Sampler(advance, draws)
+    return Sampler(timed(advance), draws)
 
 
 def posteriors_loop(chains: int) -> Sampler:
     """``posteriors.sgmcmc.sghmc`` as its examples use it: one chain after the other."""
     samplers = [posteriors_batched(1) for _ in range(chains)]
 
-    def advance(steps: int) -> int:
-        return sum(sampler.advance(steps) for sampler in samplers)
+    def speed(steps: int) -> float:
+        # The harmonic mean of the chains' speeds is that of running them one after the other.
+        return chains / sum(1 / sampler.speed(steps) for sampler in samplers)
 
     def draws(steps: int, thin: int) -> Functions:
         return np.concatenate([sampler.draws(steps, thin) for sampler in samplers])
 
-    return Sampler(advance, draws)
+    return Sampler(speed, draws)
 
 
 def blackjax_scan(chains: int) -> Sampler:
@@ -125,7 +139,7 @@ def blackjax_scan(chains: int) -> Sampler:
     import jax
     import jax.numpy as jnp
 
-    x, y, x_test = (jnp.asarray(part, jnp.float32) for part in (SPLIT.x_train, SPLIT.y_train, SPLIT.x_test))
+    x, y, x_test = (jnp.asarray(part) for part in (X, Y, X_TEST))
     leapfrogs = 10  # the package's default
 
     def log_posterior(w: Any, rows: Any) -> Any:
@@ -168,7 +182,7 @@ def blackjax_scan(chains: int) -> Sampler:
         state, functions = keep(state, jax.random.split(now, chains), steps // thin, thin // leapfrogs)
         return np.asarray(functions)
 
-    return Sampler(advance, draws)
+    return Sampler(timed(advance), draws)
 
 
 def pyro_model(subsample: int | None) -> Callable[[], None]:
@@ -177,7 +191,7 @@ def pyro_model(subsample: int | None) -> Callable[[], None]:
     import pyro.distributions as dist
     import torch
 
-    x, y = (torch.tensor(part, dtype=torch.float32) for part in (SPLIT.x_train, SPLIT.y_train))
+    x, y = torch.tensor(X), torch.tensor(Y)
     shapes = {name: value.shape[1:] for name, value in initial(1).items()}
     noise = math.sqrt(NOISE)
 
@@ -218,22 +232,91 @@ def pyro_hmc(chains: int) -> Sampler:
         return proposals(steps) * kernel.num_steps
 
     def draws(steps: int, thin: int) -> Functions:
-        x_test = torch.tensor(SPLIT.x_test, dtype=torch.float32)
+        x_test = torch.tensor(X_TEST)
         kept = []
         for _ in range(proposals(steps)):
             advance(1)
             kept.append(network(position, x_test, torch.tanh).numpy())
         return np.stack(kept)[None]
 
-    return Sampler(advance, draws, batch=N)
+    return Sampler(timed(advance), draws, batch=N)
 
 
-IMPLEMENTATIONS: dict[str, tuple[Callable[[int], Sampler], tuple[int, ...], int]] = {
-    # name: (builder, numbers of chains, steps of the run that ESS is taken from)
-    "posteriors 0.1.3 SGHMC, chain by chain": (posteriors_loop, CHAINS, 20_000),
-    "posteriors 0.1.3 SGHMC, chains batched by hand": (posteriors_batched, CHAINS, 20_000),
-    "blackjax 1.7.1 SGHMC, vmap and scan": (blackjax_scan, CHAINS, 20_000),
-    "Pyro 1.9.2 HMC, whole data": (pyro_hmc, (1,), 20_000),
+def ours(kernel: str) -> Callable[[int], Sampler]:
+    """``inference.MCMC`` with ``SGHMC`` at the peers' setting, or ``AdaptiveSGHMC`` at the setting of its paper."""
+
+    def build(chains: int) -> Sampler:
+        import torch
+
+        from inference import MCMC, SGHMC, AdaptiveSGHMC
+
+        x_test = torch.tensor(X_TEST)
+        position = {name: torch.tensor(value) for name, value in initial(chains).items()}
+        model = pyro_model(BATCH)
+
+        def run(steps: int, thin: int, warmup: int, progress: Callable[[dict[str, Any]], None] | bool) -> Any:
+            nonlocal position
+            if kernel == "SGHMC":
+                chosen: Any = SGHMC(model, step_size=EPS, friction=EPS * ALPHA)
+            else:
+                chosen = AdaptiveSGHMC(model, step_size=0.01, friction=0.01)
+            mcmc = MCMC(
+                chosen,
+                num_samples=steps // thin,
+                warmup_steps=warmup,
+                thin=thin,
+                num_chains=chains,
+                initial_params=position,
+                minibatch="per_chain",
+                compile=True,
+                progress=progress,
+            )
+            samples = mcmc.run().get_samples(group_by_chain=True)
+            position = {name: value[:, -1] for name, value in samples.items()}
+            return samples
+
+        def speed(steps: int) -> float:
+            # What the progress reports say between the first block, which holds compilation, and the last.
+            reports: list[tuple[float, int]] = []
+            run(max(steps, 1024), 64, 0, lambda report: reports.append((time.perf_counter(), report["step"])))
+            (begin, first), (end, last) = reports[0], reports[-1]
+            return (last - first) * chains / (end - begin)
+
+        def draws(steps: int, thin: int) -> Functions:
+            # Adaptation belongs to a run, so that every adaptive run has its own warm-up.
+            samples = run(steps, thin, 0 if kernel == "SGHMC" else steps // 2, False)
+            return np.asarray(network(samples, x_test, torch.tanh))
+
+        return Sampler(speed, draws)
+
+    return build
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """How to build a sampler, and how it is measured.
+
+    Attributes:
+        build: from the number of chains.
+        chains: the numbers of chains to time it with.
+        steps: gradients a chain of the run that ESS is taken from; 0 where ``same_law_as`` names another's.
+        same_law_as: an implementation that makes the same draws in less time.
+    """
+
+    build: Callable[[int], Sampler]
+    chains: tuple[int, ...] = CHAINS
+    steps: int = 40_000
+    same_law_as: str = ""
+
+
+BATCHED = "posteriors 0.1.3 SGHMC, chains batched by hand"
+IMPLEMENTATIONS = {
+    "inference SGHMC": Implementation(ours("SGHMC")),
+    "inference AdaptiveSGHMC": Implementation(ours("AdaptiveSGHMC")),
+    "blackjax 1.7.1 SGHMC, vmap and scan": Implementation(blackjax_scan),
+    BATCHED: Implementation(posteriors_batched),
+    "posteriors 0.1.3 SGHMC, chain by chain": Implementation(posteriors_loop, steps=0, same_law_as=BATCHED),
+    "Pyro 1.9.2 HMC, whole data": Implementation(pyro_hmc, chains=(1,), steps=20_000),
 }
 
 
@@ -241,60 +324,59 @@ def measure(name: str, *, block_seconds: float, repeats: int, ess_steps: int | N
     """Speed at each number of chains, and effective draws per gradient from one run of 8 chains (or of one)."""
     import arviz as az
 
-    build, numbers, long_run = IMPLEMENTATIONS[name]
+    implementation = IMPLEMENTATIONS[name]
+    build, numbers = implementation.build, implementation.chains
     rows = []
     for chains in numbers:
         start = time.perf_counter()
         sampler = build(chains)
-        sampler.advance(20)
+        sampler.speed(20)
         setup = time.perf_counter() - start
-        steps, speed = 20, block(sampler, 20)
+        steps, speed = 20, sampler.speed(20)
         while steps * chains < block_seconds / 4 * speed:
-            steps, speed = steps * 4, block(sampler, steps * 4)
+            steps, speed = steps * 4, sampler.speed(steps * 4)
         steps = max(20, round(block_seconds * speed / chains / 20) * 20)
-        speeds = [block(sampler, steps) for _ in range(repeats)]
+        speeds = [sampler.speed(steps) for _ in range(repeats)]
         rows.append({"sampler": name, "chains": chains, "batch": sampler.batch, "setup": setup, "speed": speeds})
         print(f"{name}: {chains} chains, {record.spread(speeds)} gradients/s", file=sys.stderr, flush=True)
 
+    if not implementation.steps:
+        return rows
     chains = 8 if 8 in numbers else numbers[0]
-    steps = ess_steps or long_run
+    steps = ess_steps or implementation.steps
     sampler = build(chains)
-    sampler.advance(steps // 2)
+    sampler.draws(steps // 2, 100)  # warm-up
     functions = sampler.draws(steps, 100)
-    split = functions if len(functions) > 1 else functions.reshape(2, -1, functions.shape[-1])
-    ess = [float(az.ess(split[..., i], method="bulk")) for i in range(split.shape[-1])]
-    rhat = [float(az.rhat(split[..., i])) for i in range(split.shape[-1])]
-    rmse = float(np.sqrt(np.mean((functions.mean((0, 1)) - SPLIT.y_test) ** 2)) * np.std(boston(2).y_train))
+    if len(functions) == 1:  # halves of the one chain
+        half = functions.shape[1] // 2
+        functions = np.concatenate([functions[:, :half], functions[:, half : 2 * half]])
+    ess = [float(az.ess(functions[..., i], method="bulk")) for i in range(functions.shape[-1])]
+    rhat = [float(az.rhat(functions[..., i])) for i in range(functions.shape[-1])]
+    rmse = float(np.sqrt(np.mean((functions.mean((0, 1)) - Y_TEST) ** 2))) * Y_SCALE
     for row in rows:
         row |= {"ess_per_gradient": min(ess) / (steps * chains), "rhat": max(rhat), "rmse": rmse}
     return rows
 
 
-def block(sampler: Sampler, steps: int) -> float:
-    """Gradients a second over one block."""
-    start = time.perf_counter()
-    gradients = sampler.advance(steps)
-    return gradients / (time.perf_counter() - start)
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """The Markdown table of ``RESULTS.md``."""
-    return record.markdown_table(
-        [
-            {
-                "sampler": row["sampler"],
-                "chains": row["chains"],
-                "rows a gradient": row["batch"],
-                "gradients/s": record.spread(row["speed"]),
-                "min ESS/s": record.spread([speed * row["ess_per_gradient"] for speed in row["speed"]]),
-                "min ESS per 10^6 gradients": f"{1e6 * row['ess_per_gradient']:,.0f}",
-                "R-hat": f"{row['rhat']:.2f}",
-                "test RMSE": f"{row['rmse']:.2f}",
-                "set-up s": f"{row['setup']:.1f}",
-            }
-            for row in rows
-        ]
-    )
+    known = {row["sampler"]: row for row in rows if "rhat" in row}
+    shown = []
+    for row in rows:
+        line = {
+            "sampler": row["sampler"],
+            "chains": row["chains"],
+            "rows a gradient": row["batch"],
+            "gradients/s": record.spread(row["speed"]),
+        }
+        law = known.get(IMPLEMENTATIONS[row["sampler"]].same_law_as or row["sampler"])
+        if law is not None:
+            line["min ESS/s"] = record.spread([speed * law["ess_per_gradient"] for speed in row["speed"]])
+            line["min ESS per 10^6 gradients"] = f"{1e6 * law['ess_per_gradient']:,.0f}"
+            line["R-hat"], line["test RMSE"] = f"{law['rhat']:.2f}", f"{law['rmse']:.2f}"
+        shown.append(line | {"set-up s": f"{row['setup']:.1f}"})
+    columns = max((list(line) for line in shown), key=len)
+    return record.markdown_table([{column: line.get(column, "") for column in columns} for line in shown])
 
 
 def main() -> None:
@@ -328,10 +410,12 @@ def main() -> None:
                 arguments += ["--ess-steps", str(options.ess_steps)] if options.ess_steps else []
                 subprocess.run([sys.executable, "-m", "benchmarks.sgmcmc_peers", *arguments], check=True)
                 rows += json.loads(part.read_text())
+                print(table(rows), flush=True)
     if options.json:
         options.json.write_text(json.dumps(rows))
         return
-    print(table(rows))
+    if options.only:
+        print(table(rows))
     record.save(options.out / "sgmcmc_peers.json", rows, PACKAGES)
 
 

@@ -5,10 +5,12 @@
     mcmc.run(data)
     mcmc.summary()
 
-The driver owns what kernels must not: random streams, minibatch indices, warm-up, thinning, progress, draws on disk, checkpoints.  Steps run in blocks; noise and
+The driver owns what kernels must not: random streams, minibatch indices, warm-up, thinning, progress, draws on disk,
+checkpoints.  Steps run in blocks; noise and
 indices of a block are drawn at once, and nothing is read back to Python within it.
 """
 
+import itertools
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -28,11 +30,14 @@ from inference.runtime.checkpoint import fingerprint, load_checkpoint, save_chec
 from inference.runtime.draws import DrawStore
 from inference.runtime.generators import ChainGenerators, derive_seed
 from inference.runtime.progress import Progress
+from inference.runtime.state import leaves, restore
 
 __all__ = ["MCMC"]
 
 _KIND = "mcmc"
-_NOISE_PER_BLOCK = 1 << 18  # random numbers a chain draws at once; bounds memory, and is no function of the number of chains
+_NOISE_PER_BLOCK = (
+    1 << 18
+)  # random numbers a chain draws at once; bounds memory, and is no function of the number of chains
 _STEPS_PER_BLOCK = 128
 _INIT_TRIES = 100
 _SHOWN = ("acceptance_rate", "step_size", "kinetic_temperature")
@@ -45,18 +50,22 @@ class MCMC:
         kernel: a kernel of this library, built on a Pyro model.
         num_samples: draws kept per chain.
         warmup_steps: adaptation steps whose positions are discarded; ``num_samples`` if not given.
-        initial_params: site name to unconstrained starting values ``(num_chains, *shape)``; with one chain, ``shape`` alone will do, as in Pyro.
+        initial_params: site name to unconstrained starting values ``(num_chains, *shape)``; with one chain, ``shape``
+            alone will do, as in Pyro.
         num_chains: chains, all advanced together.
-        hook_fn: called after every step as ``hook_fn(kernel, values, stage, i)`` with the chains' unconstrained values, stage ``"Warmup"`` or ``"Sample"``. Slow.
+        hook_fn: called after every step as ``hook_fn(kernel, values, stage, i)`` with the chains' unconstrained
+            values, stage ``"Warmup"`` or ``"Sample"``. Slow.
         mp_context: accepted for Pyro's sake; chains are rows of one batch and no process is started.
         disable_progbar: no progress bar, as in Pyro; same as ``progress=False``.
         disable_validation: accepted for Pyro's sake; the model is validated once before sampling and never inside it.
         transforms: as in Pyro; overrides the kernel's.
         save_params: keep only these sites' draws.
         thin: steps per kept draw.
-        seed: same seed, same machine, same draws to the bit; chain i's random numbers depend on nothing but the seed and i.
+        seed: same seed, same machine, same draws to the bit; chain i's random numbers depend on nothing but the seed
+            and i.
         minibatch: ``"shared"`` gives all chains the same indices at a step, ``"per_chain"`` each its own.
-        checkpoint: a folder for draws and checkpoints.  If it holds an unfinished run of the same configuration and data, ``run`` goes on from there, to the bit.
+        checkpoint: a folder for draws and checkpoints.  If it holds an unfinished run of the same configuration and
+            data, ``run`` goes on from there, to the bit.
         checkpoint_every: seconds between checkpoints.
         progress: ``True`` for a bar, ``False`` for none, or a function that receives a dict a block.
         compile: ``"auto"`` compiles the step for long runs, ``True`` always, ``False`` never.
@@ -64,7 +73,8 @@ class MCMC:
         capture: ``False`` runs the Pyro model itself at every step, one chain at a time.
 
     Raises:
-        ValueError, TypeError: bad counts or arguments; a minibatch model in a Metropolis-corrected kernel; no finite starting point.
+        ValueError, TypeError: bad counts or arguments; a minibatch model in a Metropolis-corrected kernel; no finite
+            starting point.
         NonFiniteError: every chain became non-finite.
         CheckpointError: the checkpoint folder belongs to another run, is damaged, or cannot be written.
     """
@@ -94,7 +104,9 @@ class MCMC:
         capture: bool = True,
     ) -> None:
         if not isinstance(kernel, Kernel):
-            raise TypeError(f"kernel must be a kernel of this library (inference.HMC, SGHMC, ...), got {type(kernel).__name__}")
+            raise TypeError(
+                f"kernel must be a kernel of this library (inference.HMC, SGHMC, ...), got {type(kernel).__name__}"
+            )
         self.kernel = kernel
         self.num_samples = _count("num_samples", num_samples, 1)
         self.warmup_steps = _count("warmup_steps", num_samples if warmup_steps is None else warmup_steps, 0)
@@ -122,14 +134,17 @@ class MCMC:
 
     # ------------------------------------------------------------------ running
     def run(self, *args: Any, **kwargs: Any) -> "MCMC":
-        """Sample the posterior of ``model(*args, **kwargs)``.  ``KeyboardInterrupt`` ends the run and keeps the draws made so far."""
+        """Sample the posterior of ``model(*args, **kwargs)``.  ``KeyboardInterrupt`` ends the run and keeps the draws
+        made so far.
+        """
         self._args, self._kwargs = args, kwargs
         self.interrupted = False
         potential = self.potential = self._potential()
         if potential.plates and not self.kernel.stochastic:
             names = sorted(potential.plates)
             raise ValueError(
-                f"{type(self.kernel).__name__} needs the exact density, but plate {names[0]!r} is subsampled: its acceptance step would be wrong. "
+                f"{type(self.kernel).__name__} needs the exact density, but plate "
+                f"{names[0]!r} is subsampled: its acceptance step would be wrong. "
                 "Remove subsample_size, or use SGLD, SGHMC or AdaptiveSGHMC"
             )
         started = time.perf_counter()
@@ -144,7 +159,9 @@ class MCMC:
         if kernel.potential_fn is not None:
             if self.initial_params is None:
                 raise ValueError("a kernel with potential_fn needs initial_params")
-            example = {n: v if self.num_chains == 1 and not self._leading(v) else v[0] for n, v in self.initial_params.items()}
+            example = {
+                n: v if self.num_chains == 1 and not self._leading(v) else v[0] for n, v in self.initial_params.items()
+            }
             density: LogDensity = PotentialFunction(kernel.potential_fn, example, transforms)
         else:
             assert kernel.model is not None
@@ -178,7 +195,7 @@ class MCMC:
         state = kernel.init(self._starting_points(potential), potential)
         done, drawn, gradients, stats_example = 0, 0, 0, None
         if resumed is not None:
-            state = _restore(state, resumed[0])
+            state = restore(state, resumed[0])
             done, drawn, gradients = resumed[1]["step"], resumed[1]["drawn"], resumed[1]["num_gradients"]
             stats_example = resumed[1]["stats"]
         store = DrawStore(self.num_chains, self.num_samples, self.checkpoint)
@@ -192,7 +209,7 @@ class MCMC:
         lost: set[int] = set()
         with bar:
             try:
-                for start, stop in zip(edges[:-1], edges[1:], strict=True):
+                for start, stop in itertools.pairwise(edges):
                     if stop <= done:
                         continue
                     inputs = self._inputs(noise_spec, potential, noise, batches, start, stop)
@@ -204,7 +221,9 @@ class MCMC:
                         if self.hook_fn is not None:
                             self._hook(potential, state, t)
                         if "diverging" in info and t >= self.warmup_steps:
-                            diverged = info["diverging"] if diverged is None else torch.maximum(diverged, info["diverging"])
+                            diverged = (
+                                info["diverging"] if diverged is None else torch.maximum(diverged, info["diverging"])
+                            )
                             info = {**info, "diverging": diverged}
                         if t in kept_set:
                             positions.append(state.position)
@@ -220,14 +239,20 @@ class MCMC:
                         store.write(drawn, self._columns(draws, stats))
                         drawn += len(positions)
                         divergences += float(stats["diverging"].sum()) if "diverging" in stats else 0.0
-                    state = kernel.end_window(state, stop, self.warmup_steps, potential) if stop <= self.warmup_steps else state
+                    state = (
+                        kernel.end_window(state, stop, self.warmup_steps, potential)
+                        if stop <= self.warmup_steps
+                        else state
+                    )
                     done = stop
                     lost = self._lost_chains(state.position, done)
                     fields = {n: f"{info[n].mean().item():.3g}" for n in _SHOWN if n in info}
                     if divergences:
                         fields["divergences"] = f"{divergences:.0f}"
                     bar.update(done, stage="warmup" if done < self.warmup_steps else "sample", **fields)
-                    if self.checkpoint is not None and (done == total or time.perf_counter() - last_saved >= self.checkpoint_every):
+                    if self.checkpoint is not None and (
+                        done == total or time.perf_counter() - last_saved >= self.checkpoint_every
+                    ):
                         store.flush()
                         self._save(identity, state, noise, batches, done, drawn, gradients, stats_example)
                         last_saved = time.perf_counter()
@@ -275,13 +300,20 @@ class MCMC:
         if self.initial_params is not None:
             given = dict(self.initial_params)
             if self.num_chains == 1:
-                given = {n: v if n in density.sites and v.dim() == len(density.sites[n].unconstrained_shape) + 1 else v.unsqueeze(0) for n, v in given.items()}
+                given = {
+                    n: v
+                    if n in density.sites and v.dim() == len(density.sites[n].unconstrained_shape) + 1
+                    else v.unsqueeze(0)
+                    for n, v in given.items()
+                }
             position = density.flatten(given).detach().clone()
             if len(position) != self.num_chains:
                 raise ValueError(f"initial_params hold {len(position)} chains; num_chains is {self.num_chains}")
             bad = self._bad_starts(potential, position)
             if bad:
-                raise ValueError(f"initial_params give chains {bad} a density or gradient that is not finite; start them elsewhere")
+                raise ValueError(
+                    f"initial_params give chains {bad} a density or gradient that is not finite; start them elsewhere"
+                )
             return position
         assert isinstance(density, LogDensity)
         position = torch.stack([self._draw_start(density, chain, 0) for chain in range(self.num_chains)])
@@ -292,7 +324,8 @@ class MCMC:
             for chain in bad:
                 position[chain] = self._draw_start(density, chain, attempt)
         raise ValueError(
-            f"no starting point with a finite density and gradient was found in {_INIT_TRIES} tries for chains {bad}: check the model for "
+            "no starting point with a finite density and gradient was found "
+            f"in {_INIT_TRIES} tries for chains {bad}: check the model for "
             "impossible observations, or give initial_params or an init_strategy"
         )
 
@@ -313,7 +346,9 @@ class MCMC:
             return values
         unknown = sorted(set(self.save_params) - set(values))
         if unknown:
-            raise ValueError(f"save_params names sites {unknown} that the model does not have; its latent sites are {sorted(values)}")
+            raise ValueError(
+                f"save_params names sites {unknown} that the model does not have; its latent sites are {sorted(values)}"
+            )
         return {n: values[n] for n in self.save_params}
 
     def _constrain(self, potential: Potential, positions: Tensor) -> dict[str, Tensor]:
@@ -328,7 +363,9 @@ class MCMC:
         values = potential.density.unflatten(state.position)
         warming = step < self.warmup_steps
         assert self.hook_fn is not None
-        self.hook_fn(self.kernel, values, "Warmup" if warming else "Sample", step if warming else step - self.warmup_steps)
+        self.hook_fn(
+            self.kernel, values, "Warmup" if warming else "Sample", step if warming else step - self.warmup_steps
+        )
 
     @staticmethod
     def _lost_chains(position: Tensor, step: int) -> set[int]:
@@ -337,29 +374,40 @@ class MCMC:
             return set()
         lost = set((~fine).nonzero()[:, 0].tolist())
         if len(lost) == len(position):
-            raise NonFiniteError(f"every chain had become non-finite by step {step}: use a smaller step size, or check the model's density and data")
+            raise NonFiniteError(
+                f"every chain had become non-finite by step {step}: use a "
+                "smaller step size, or check the model's density and data"
+            )
         return lost
 
     def _finish(self, store: DrawStore, drawn: int, stats: list[str], lost: set[int], divergences: float) -> None:
         if not drawn:
             self._samples = None
             if self.interrupted:
-                warnings.warn("the run was interrupted in its warm-up; there are no draws", SamplerWarning, stacklevel=4)
+                warnings.warn(
+                    "the run was interrupted in its warm-up; there are no draws", SamplerWarning, stacklevel=4
+                )
             return
         tensors = store.tensors(drawn)
         self._samples = {n.removeprefix("draw/"): v for n, v in tensors.items() if n.startswith("draw/")}
         self.sample_stats = {n.removeprefix("stat/"): v for n, v in tensors.items() if n.startswith("stat/")}
         if self.interrupted:
-            warnings.warn(f"the run was interrupted; {drawn} of {self.num_samples} draws a chain are kept", SamplerWarning, stacklevel=4)
+            warnings.warn(
+                f"the run was interrupted; {drawn} of {self.num_samples} draws a chain are kept",
+                SamplerWarning,
+                stacklevel=4,
+            )
         if lost:
             warnings.warn(
-                f"chains {sorted(lost)} became non-finite and their draws are not usable: use a smaller step size or more friction",
+                f"chains {sorted(lost)} became non-finite and their draws "
+                "are not usable: use a smaller step size or more friction",
                 SamplerWarning,
                 stacklevel=4,
             )
         if divergences:
             warnings.warn(
-                f"{divergences:.0f} of {drawn * self.num_chains} transitions diverged: raise target_accept_prob or reparametrise the model",
+                f"{divergences:.0f} of {drawn * self.num_chains} transitions "
+                "diverged: raise target_accept_prob or reparametrise the model",
                 SamplerWarning,
                 stacklevel=4,
             )
@@ -372,7 +420,16 @@ class MCMC:
             "kernel": type(self.kernel).__qualname__,
             "options": self.kernel.describe(),
             "gibbs": [repr(g) for g in getattr(self.kernel, "gibbs", ())],
-            "run": [self.num_samples, self.warmup_steps, self.num_chains, self.thin, self.seed, self.minibatch, str(self.compile), self.capture],
+            "run": [
+                self.num_samples,
+                self.warmup_steps,
+                self.num_chains,
+                self.thin,
+                self.seed,
+                self.minibatch,
+                str(self.compile),
+                self.capture,
+            ],
             "sites": [[s.name, list(s.shape), str(s.dtype)] for s in potential.sites.values()],
             "plates": [list(p) for p in potential.plates.values()],
             "data": [_identify(a) for a in (*self._args, *self._kwargs.values())],
@@ -396,25 +453,35 @@ class MCMC:
         gradients: int,
         stats: list[str] | None,
     ) -> None:
-        leaves: list[Tensor] = []
-        _leaves(state, leaves)
-        tensors = {f"state/{i}": leaf.contiguous() for i, leaf in enumerate(leaves)}
-        tensors |= {f"noise/{n}": g for n, g in noise.state_dict().items()} | {f"batch/{n}": g for n, g in batches.state_dict().items()}
-        meta = {"identity": identity, "step": step, "drawn": drawn, "num_gradients": gradients, "stats": stats, "sites": list(self._saved_sites())}
+        tensors = {f"state/{i}": leaf.contiguous() for i, leaf in enumerate(leaves(state))}
+        tensors |= {f"noise/{n}": g for n, g in noise.state_dict().items()} | {
+            f"batch/{n}": g for n, g in batches.state_dict().items()
+        }
+        meta = {
+            "identity": identity,
+            "step": step,
+            "drawn": drawn,
+            "num_gradients": gradients,
+            "stats": stats,
+            "sites": list(self._saved_sites()),
+        }
         save_checkpoint(self._checkpoint_file, tensors, meta, kind=_KIND)
 
     def _saved_sites(self) -> list[str]:
         assert self.potential is not None
         return list(self._select(dict.fromkeys(self.potential.sites)))  # type: ignore[arg-type]
 
-    def _load(self, identity: str, noise: ChainGenerators, batches: ChainGenerators) -> tuple[list[Tensor], dict[str, Any]] | None:
+    def _load(
+        self, identity: str, noise: ChainGenerators, batches: ChainGenerators
+    ) -> tuple[list[Tensor], dict[str, Any]] | None:
         found = load_checkpoint(self._checkpoint_file, kind=_KIND)
         if found is None:
             return None
         tensors, meta = found
         if meta["identity"] != identity:
             raise CheckpointError(
-                f"{self._checkpoint_file} belongs to a run with other settings, data or model; give the same ones, or another checkpoint folder"
+                f"{self._checkpoint_file} belongs to a run with other settings, "
+                "data or model; give the same ones, or another checkpoint folder"
             )
         groups: dict[str, dict[str, Tensor]] = {"state": {}, "noise": {}, "batch": {}}
         for name, tensor in tensors.items():
@@ -426,7 +493,8 @@ class MCMC:
 
     # ------------------------------------------------------------------ results
     def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> dict[str, Tensor]:
-        """The draws by site, ``(num_chains * draws, *shape)``, or ``(num_chains, draws, *shape)`` with ``group_by_chain``.
+        """The draws by site, ``(num_chains * draws, *shape)``, or ``(num_chains, draws, *shape)`` with
+        ``group_by_chain``.
 
         With ``num_samples`` that many are drawn from them with replacement, as in Pyro.
         """
@@ -436,7 +504,9 @@ class MCMC:
         if num_samples is not None:
             first = next(iter(samples.values()))
             size = first.shape[1] if group_by_chain else first.shape[0] * first.shape[1]
-            rows = torch.randint(size, (num_samples,), generator=torch.Generator().manual_seed(derive_seed(self.seed, "resample")))
+            rows = torch.randint(
+                size, (num_samples,), generator=torch.Generator().manual_seed(derive_seed(self.seed, "resample"))
+            )
             return {n: v[:, rows] if group_by_chain else v.flatten(0, 1)[rows] for n, v in samples.items()}
         return dict(samples) if group_by_chain else {n: v.flatten(0, 1) for n, v in samples.items()}
 
@@ -449,7 +519,7 @@ class MCMC:
         return table
 
     def diagnostics(self) -> dict[str, Any]:
-        """As in Pyro: ``n_eff`` and ``r_hat`` by site, and by chain the divergent draws and the mean acceptance rate."""
+        """As in Pyro: ``n_eff`` and ``r_hat`` by site; by chain the divergent draws and the mean acceptance rate."""
         result: dict[str, Any] = {}
         for name, value in self.get_samples(group_by_chain=True).items():
             result[name] = {"n_eff": _diagnostics.ess_bulk(value), "r_hat": _diagnostics.rhat(value)}
@@ -463,12 +533,21 @@ class MCMC:
             result["acceptance rate"] = {f"chain {c}": float(r) for c, r in enumerate(rates)}
         return result
 
-    def to_arviz(self, *, dims: Mapping[str, list[str]] | None = None, coords: Mapping[str, Any] | None = None, log_likelihood: bool = True, **groups: Any) -> Any:
-        """An ArviZ object (InferenceData in 0.2x, DataTree in 1.x) with posterior, sample_stats, log_likelihood and observed_data.
+    def to_arviz(
+        self,
+        *,
+        dims: Mapping[str, list[str]] | None = None,
+        coords: Mapping[str, Any] | None = None,
+        log_likelihood: bool = True,
+        **groups: Any,
+    ) -> Any:
+        """An ArviZ object (InferenceData in 0.2x, DataTree in 1.x) with posterior, sample_stats, log_likelihood and
+        observed_data.
 
         Args:
             dims, coords: names of the sites' dimensions and their labels.
-            log_likelihood: whether to evaluate the pointwise log-likelihood of the observed sites (needed for ``az.loo``).
+            log_likelihood: whether to evaluate the pointwise log-likelihood of the observed sites (needed for
+                ``az.loo``).
             **groups: further groups of ``inference.to_arviz``, such as ``posterior_predictive``.
         """
         posterior = self.get_samples(group_by_chain=True)
@@ -479,7 +558,9 @@ class MCMC:
             stats["lp"] = -stats.pop("potential_energy")
         if self.potential is not None and self.kernel.model is not None and self.save_params is None:
             if log_likelihood and "log_likelihood" not in groups:
-                groups["log_likelihood"] = _log_likelihood(self.kernel.model, posterior, *self._args, **self._kwargs)
+                groups["log_likelihood"] = _log_likelihood(
+                    self.kernel.model, posterior, *self._args, batch_ndims=2, **self._kwargs
+                )
             groups.setdefault("observed_data", self._observed())
         return to_arviz(posterior, sample_stats=stats, dims=dims, coords=coords, **groups)
 
@@ -517,25 +598,3 @@ def _identify(value: Any) -> str:
         return fingerprint(value)
     except TypeError:
         return type(value).__qualname__
-
-
-def _leaves(state: Any, leaves: list[Tensor]) -> None:
-    for value in state:
-        if isinstance(value, Tensor):
-            leaves.append(value)
-        else:
-            _leaves(value, leaves)
-
-
-def _restore(state: Any, leaves: list[Tensor]) -> Any:
-    """``state`` with its tensors replaced, in order."""
-    current: list[Tensor] = []
-    _leaves(state, current)
-    if [(a.shape, a.dtype) for a in current] != [(b.shape, b.dtype) for b in leaves]:
-        raise CheckpointError("the checkpoint's sampler state does not fit this kernel")
-    queue = [b.to(a.device) for a, b in zip(current, leaves, strict=True)]
-
-    def rebuild(part: Any) -> Any:
-        return type(part)(*(queue.pop(0) if isinstance(v, Tensor) else rebuild(v) for v in part))
-
-    return rebuild(state)

@@ -1,7 +1,9 @@
 """A pretended accelerator, to find tensors that a GPU run would leave on the CPU.
 
-Fake tensors carry a device and no data; one that meets a CPU tensor raises.  On a machine with CUDA the device is ``cuda`` itself.  Without CUDA, torch's autograd
-engine cannot run backward on fake ``cuda`` tensors (it asks the absent driver for a stream), so torch's own stand-in backend takes its place: the same rules,
+Fake tensors carry a device and no data; one that meets a CPU tensor raises.  On a machine with CUDA the device is
+``cuda`` itself.  Without CUDA, torch's autograd
+engine cannot run backward on fake ``cuda`` tensors (it asks the absent driver for a stream), so torch's own stand-in
+backend takes its place: the same rules,
 forward and backward.
 """
 
@@ -37,11 +39,17 @@ def _device() -> torch.device:
 
 
 class _ConstantsByWayOfTheCPU(TorchFunctionMode):
-    """The stand-in has no memory to write a Python number to, so ``torch.tensor(1.0, device=...)`` takes its shape from the CPU."""
+    """The stand-in has no memory to write a Python number to, so ``torch.tensor(1.0, device=...)`` takes its shape
+    from the CPU.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None and not isinstance(args[0], torch.Tensor):
+        if (
+            func in (torch.tensor, torch.as_tensor)
+            and kwargs.get("device") is not None
+            and not isinstance(args[0], torch.Tensor)
+        ):
             device = kwargs.pop("device")
             return self._like(func(*args, **kwargs), device)
         if func is torch.Tensor.new_tensor and not isinstance(args[1], torch.Tensor):
@@ -55,7 +63,9 @@ class _ConstantsByWayOfTheCPU(TorchFunctionMode):
 
 @contextmanager
 def fake_accelerator() -> Iterator[torch.device]:
-    """Inside the block, tensors are fake; put some on the device that is yielded, and any other that meets them is an error."""
+    """Inside the block, tensors are fake; put some on the device that is yielded, and any other that meets them is an
+    error.
+    """
     device = _device()
     with FakeTensorMode(allow_non_fake_inputs=True), _ConstantsByWayOfTheCPU():
         yield device

@@ -42,7 +42,8 @@ _GLOBALS: dict[str, Callable[[], Any]] = {
 
 def _restore(before: dict[str, Any], rng: tuple[Any, Any, Any]) -> None:
     torch.set_default_dtype(before["default_dtype"])
-    torch.set_default_device(before["default_device"] if before["default_device"].type != "cpu" else None)
+    if torch.get_default_device() != before["default_device"]:
+        torch.set_default_device(before["default_device"])
     torch.use_deterministic_algorithms(before["deterministic"])
     torch.set_grad_enabled(before["grad_mode"])
     torch.set_num_threads(before["num_threads"])

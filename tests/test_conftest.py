@@ -1,5 +1,7 @@
 """The guard itself: each global that a test leaves changed is named and put back, and only a marker excuses it."""
 
+import os
+
 import pytest
 
 pytest_plugins = ["pytester"]
@@ -18,7 +20,7 @@ CHANGES = {
 
 
 def test_a_changed_global_fails_the_test_that_changed_it(
-    pytester: pytest.Pytester, request: pytest.FixtureRequest
+    pytester: pytest.Pytester, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One file, run in a fresh process: each change alone, each followed by a test that passes if it was put back."""
     lines = ["import random", "import numpy as np", "import pyro", "import pytest", "import torch"]
@@ -26,7 +28,9 @@ def test_a_changed_global_fails_the_test_that_changed_it(
         lines += [f"def test_{name}():", f"    {change}", f"def test_after_{name}():", "    pass"]
         lines += [f"@pytest.mark.changes_globals({name!r})", f"def test_marked_{name}():", f"    {change}"]
     lines += ["@pytest.mark.changes_globals('rng')", "def test_marked_for_another():", f"    {CHANGES['grad_mode']}"]
-    pytester.makeconftest((request.path.parent / "conftest.py").read_text())
+    root = request.path.parent.parent
+    monkeypatch.setenv("PYTHONPATH", str(root), prepend=os.pathsep)
+    pytester.makeconftest((root / "tests" / "conftest.py").read_text())
     pytester.makeini("[pytest]\nmarkers = changes_globals(*names): on purpose\n")
     pytester.makepyfile("\n".join(lines))
 

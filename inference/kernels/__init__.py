@@ -8,4 +8,15 @@ from inference.kernels.schedules import CyclicalSchedule, PolynomialSchedule
 from inference.kernels.sghmc import SGHMC
 from inference.kernels.sgld import SGLD
 
-__all__ = ["HMC", "SGHMC", "SGLD", "AdaptiveSGHMC", "CyclicalSchedule", "Kernel", "Noise", "PolynomialSchedule", "ScaleGibbs", "StepInputs"]
+__all__ = [
+    "HMC",
+    "SGHMC",
+    "SGLD",
+    "AdaptiveSGHMC",
+    "CyclicalSchedule",
+    "Kernel",
+    "Noise",
+    "PolynomialSchedule",
+    "ScaleGibbs",
+    "StepInputs",
+]

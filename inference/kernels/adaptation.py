@@ -1,6 +1,8 @@
-"""Adaptation that kernels share, pooled over chains and made of tensors alone: dual averaging, mass matrices, warm-up windows.
+"""Adaptation that kernels share, pooled over chains and made of tensors alone: dual averaging, mass matrices, warm-up
+windows.
 
-Hoffman and Gelman, JMLR 15 (2014), section 3.2, for dual averaging; the Stan reference manual, "HMC algorithm parameters", for the windows and the
+Hoffman and Gelman, JMLR 15 (2014), section 3.2, for dual averaging; the Stan reference manual, "HMC algorithm
+parameters", for the windows and the
 regularised variance.
 """
 
@@ -21,14 +23,14 @@ class DualAverage(NamedTuple):
         log_average: log of the averaged step size, to use afterwards.
         error: running mean of target minus acceptance.
         center: mu, the point towards which log_step is shrunk.
-        count: number of updates.
+        updates: number of updates.
     """
 
     log_step: Tensor
     log_average: Tensor
     error: Tensor
     center: Tensor
-    count: Tensor
+    updates: Tensor
 
     @classmethod
     def start(cls, step_size: Tensor) -> "DualAverage":
@@ -37,9 +39,11 @@ class DualAverage(NamedTuple):
         zero = torch.zeros_like(log_step)
         return cls(log_step, log_step.clone(), zero, log_step + math.log(10.0), zero.clone())
 
-    def update(self, acceptance: Tensor, target: float, *, gamma: float = 0.05, t0: float = 10.0, kappa: float = 0.75) -> "DualAverage":
+    def update(
+        self, acceptance: Tensor, target: float, *, gamma: float = 0.05, t0: float = 10.0, kappa: float = 0.75
+    ) -> "DualAverage":
         """One update from the mean acceptance probability of all chains (0-dim)."""
-        count = self.count + 1
+        count = self.updates + 1
         weight = 1 / (count + t0)
         error = (1 - weight) * self.error + weight * (target - acceptance)
         log_step = self.center - count.sqrt() / gamma * error
@@ -51,12 +55,12 @@ class Moments(NamedTuple):
     """Welford's running mean and (co)variance of positions, pooled over chains and steps.
 
     Attributes:
-        count: number of positions.
+        size: number of positions.
         mean: ``(dim,)``.
         scatter: sum of squared deviations, ``(dim,)``, or of their outer products, ``(dim, dim)``.
     """
 
-    count: Tensor
+    size: Tensor
     mean: Tensor
     scatter: Tensor
 
@@ -69,10 +73,10 @@ class Moments(NamedTuple):
     def update(self, position: Tensor) -> "Moments":
         """Add the positions of all chains."""
         batch = position.shape[0]
-        count = self.count + batch
+        count = self.size + batch
         mean = position.mean(0)
         shift = mean - self.mean
-        weight = self.count * batch / count
+        weight = self.size * batch / count
         deviation = position - mean
         if self.scatter.dim() == 2:
             scatter = self.scatter + deviation.T @ deviation + weight * torch.outer(shift, shift)
@@ -82,7 +86,7 @@ class Moments(NamedTuple):
 
     def regularised(self) -> Tensor:
         """The (co)variance, shrunk towards a small multiple of the identity as in Stan."""
-        n = self.count
+        n = self.size
         variance = self.scatter / (n - 1).clamp(min=1)
         floor = 1e-3 * 5 / (n + 5)
         eye = torch.eye(len(self.mean), dtype=variance.dtype, device=variance.device) if variance.dim() == 2 else 1.0
@@ -90,10 +94,20 @@ class Moments(NamedTuple):
 
 
 def mass_windows(warmup_steps: int) -> tuple[int, list[int]]:
-    """First adapted step, and the steps after which the mass matrix is renewed: Stan's 75, 25 doubling, 50, shrunk to short warm-ups."""
+    """First adapted step, and the steps after which the mass matrix is renewed: Stan's 75, 25 doubling, 50, shrunk to
+    short warm-ups.
+    """
     if warmup_steps < 20:
         return warmup_steps, []
-    first, base, last = (75, 25, 50) if warmup_steps >= 150 else (int(0.15 * warmup_steps), warmup_steps - int(0.15 * warmup_steps) - int(0.1 * warmup_steps), int(0.1 * warmup_steps))
+    first, base, last = (
+        (75, 25, 50)
+        if warmup_steps >= 150
+        else (
+            int(0.15 * warmup_steps),
+            warmup_steps - int(0.15 * warmup_steps) - int(0.1 * warmup_steps),
+            int(0.1 * warmup_steps),
+        )
+    )
     ends, end, size = [], first, base
     while end + size <= warmup_steps - last:
         # A window that the next, doubled one could not follow takes all that is left.

@@ -1,6 +1,7 @@
 """Scale-adapted SGHMC (Springenberg, Klein, Falkner and Hutter, NIPS 2016; the sampler of Tran et al. 2022).
 
-Per coordinate, with tau = g = v = 1 at the start, G = grad U~ / T and r = 1 / (tau + 1) from the old tau, the warm-up updates in this order
+Per coordinate, with tau = g = v = 1 at the start, G = grad U~ / T and r = 1 / (tau + 1) from the old tau, the warm-up
+updates in this order
 
     tau <- tau + 1 - tau g^2 / (v + e)
     g   <- g + r (G - g)
@@ -11,7 +12,8 @@ and every step, with M^-1 = 1 / (sqrt(v) + e),
     m <- (1 - alpha) m - epsilon^2 M^-1 G + N(0, max(2 epsilon^2 alpha M^-1 - epsilon^4, floor))
     z <- z + m
 
-The -epsilon^4 takes off the variance that the minibatch gradient brings, (epsilon^2 M^-1)^2 Var(G) = epsilon^4 if v = Var(G).  After the warm-up v is frozen.
+The -epsilon^4 takes off the variance that the minibatch gradient brings, (epsilon^2 M^-1)^2 Var(G) = epsilon^4 if v =
+Var(G).  After the warm-up v is frozen.
 """
 
 import warnings
@@ -54,11 +56,14 @@ class AdaptiveSGHMC(StochasticGradientKernel):
         model: a Pyro model with a subsampled data plate.
         step_size: epsilon.
         friction: alpha in (0, 1] ("mdecay" in the authors' code).
-        noise_correction: take the minibatch gradient's own variance (the epsilon^4 term) off the injected noise.  Right when v is that variance; with
-            full-batch gradients v is the squared mean gradient and the term makes the draws too narrow, so the run warns.
+        noise_correction: take the minibatch gradient's own variance (the epsilon^4 term) off the injected noise.
+            Right when v is that variance; with
+            full-batch gradients v is the squared mean gradient and the term makes the draws too narrow, so the run
+            warns.
         **options: those of ``StochasticGradientKernel``.
 
-    ``sample_stats`` hold the kinetic temperature (near 1 in equilibrium) and the share of coordinates whose injected noise is at its floor: these rely wholly
+    ``sample_stats`` hold the kinetic temperature (near 1 in equilibrium) and the share of coordinates whose injected
+    noise is at its floor: these rely wholly
     on minibatch noise, which happens above sqrt(v) = 2 alpha / epsilon^2.
     """
 
@@ -80,7 +85,8 @@ class AdaptiveSGHMC(StochasticGradientKernel):
         """As for every stochastic-gradient kernel; warns of a noise correction without minibatch noise."""
         if self.noise_correction and not potential.plates:
             warnings.warn(
-                "noise_correction=True with full-batch gradients makes the draws under-dispersed: there is no minibatch noise to correct for. "
+                "noise_correction=True with full-batch gradients makes the draws "
+                "under-dispersed: there is no minibatch noise to correct for. "
                 "Set noise_correction=False, or subsample the data plate",
                 SamplerWarning,
                 stacklevel=2,
@@ -112,7 +118,11 @@ class AdaptiveSGHMC(StochasticGradientKernel):
             variance = variance - rate.square()
         clamped = variance <= _NOISE_FLOOR
         scale = control["inject"] * variance.clamp(min=_NOISE_FLOOR).sqrt()
-        momentum = (1 - self.friction) * state.momentum * (1 - control["restart"]) - rate * inverse_mass * gradient + scale * noise
+        momentum = (
+            (1 - self.friction) * state.momentum * (1 - control["restart"])
+            - rate * inverse_mass * gradient
+            + scale * noise
+        )
         info = {
             "kinetic_temperature": (momentum.square() / (rate * inverse_mass)).mean(1),
             "clamped_fraction": clamped.to(momentum.dtype).mean(1),

@@ -1,7 +1,9 @@
 """The contract that every sampler meets, for one chain or thousands in the same program.
 
-A kernel is configuration only.  Its functions are pure: ``init`` maps starting points to a state, ``step`` maps a state and its inputs to the next
-state and a record of what happened.  All randomness comes in as ``StepInputs.noise``, drawn by the driver from one generator per chain, so a kernel never
+A kernel is configuration only.  Its functions are pure: ``init`` maps starting points to a state, ``step`` maps a
+state and its inputs to the next
+state and a record of what happened.  All randomness comes in as ``StepInputs.noise``, drawn by the driver from one
+generator per chain, so a kernel never
 touches a generator.  States are named tuples of tensors whose first field is ``position`` of shape ``(chain, dim)``.
 """
 
@@ -93,7 +95,9 @@ class Kernel(ABC):
         """The next state of all chains and what happened, each entry of the record ``(chain,)``."""
 
     def build(self, potential: Potential, lift: Lift) -> Callable[[State, StepInputs, Any], tuple[State, Info]]:
-        """``step`` with its pieces recorded as graphs: ``lift(function, calls_per_step)`` returns the function as a graph. One graph unless overridden."""
+        """``step`` with its pieces recorded as graphs: ``lift(function, calls_per_step)`` returns the function as a
+        graph. One graph unless overridden.
+        """
         recorded = lift(lambda state, inputs: self.step(state, inputs, potential), 1)
         return lambda state, inputs, plan: recorded(state, inputs)
 
@@ -114,13 +118,19 @@ class Kernel(ABC):
         return None
 
     def kept_steps(self, num_samples: int, thin: int) -> Sequence[int]:
-        """Steps after the warm-up (from 0) whose positions are the draws; every ``thin``-th unless the kernel schedules otherwise."""
+        """Steps after the warm-up (from 0) whose positions are the draws; every ``thin``-th unless the kernel
+        schedules otherwise.
+        """
         return range(thin - 1, num_samples * thin, thin)
 
     def describe(self) -> dict[str, Any]:
         """The configuration that identifies a run, as plain values."""
         plain = (int, float, str, bool, type(None))
-        return {k: v if isinstance(v, plain) else repr(v) for k, v in sorted(vars(self).items()) if isinstance(v, plain) or k == "schedule"}
+        return {
+            k: v if isinstance(v, plain) else repr(v)
+            for k, v in sorted(vars(self).items())
+            if isinstance(v, plain) or k == "schedule"
+        }
 
 
 def positive(name: str, value: Any, *, upper: float = math.inf) -> float:

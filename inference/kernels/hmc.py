@@ -4,12 +4,14 @@ One leapfrog step of size epsilon with inverse mass W:
 
     r <- r - epsilon / 2 grad U(z),      z <- z + epsilon W r,      r <- r - epsilon / 2 grad U(z)
 
-L of them are proposed and accepted with probability min(1, exp(H - H')), H = U + r' W r / 2 (Neal 2011).  All chains share the step size, which is jittered per chain
-and step so that no trajectory length resonates, and the mass matrix, whose variance is taken over all chains of a window: many chains adapt fast.
+L of them are proposed and accepted with probability min(1, exp(H - H')), H = U + r' W r / 2 (Neal 2011).  All chains
+share the step size, which is jittered per chain
+and step so that no trajectory length resonates, and the mass matrix, whose variance is taken over all chains of a
+window: many chains adapt fast.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -58,9 +60,13 @@ class HMC(Kernel):
         adapt_step_size, adapt_mass_matrix: whether the warm-up adapts them.
         full_mass: dense instead of diagonal mass.
         target_accept_prob: of dual averaging.
-        jitter: step sizes are uniform on epsilon (1 - jitter, 1 + jitter).
+        jitter: step sizes are uniform on epsilon (1 - jitter, 1).  With a trajectory of 2 pi, the full period of a
+            standard normal, the default makes the draws of one
+            uncorrelated: cos averages to zero over (pi, 2 pi).  Without jitter such a trajectory returns to where it
+                began.
         min_stepsize, max_stepsize: bounds of the adapted step size.
-        jit_compile, jit_options, ignore_jit_warnings: accepted for Pyro's sake; graphs are what this library runs anyway.
+        jit_compile, jit_options, ignore_jit_warnings: accepted for Pyro's sake; graphs are what this library runs
+            anyway.
         potential_fn, transforms, max_plate_nesting, init_strategy: as in Pyro.
 
     At most 1,024 leapfrog steps are taken in a trajectory.
@@ -88,19 +94,30 @@ class HMC(Kernel):
         *,
         min_stepsize: float = 1e-10,
         max_stepsize: float = 1e10,
-        jitter: float = 0.2,
+        jitter: float = 0.5,
     ) -> None:
         self._set_target(model, potential_fn, transforms, max_plate_nesting, init_strategy)
         self.step_size = positive("step_size", step_size)
         if trajectory_length is not None and num_steps is not None:
             raise ValueError("give trajectory_length or num_steps, not both")
-        if num_steps is not None and (not isinstance(num_steps, int) or isinstance(num_steps, bool) or not 1 <= num_steps <= _MAX_STEPS):
+        if num_steps is not None and (
+            not isinstance(num_steps, int) or isinstance(num_steps, bool) or not 1 <= num_steps <= _MAX_STEPS
+        ):
             raise ValueError(f"num_steps must be an integer from 1 to {_MAX_STEPS}, got {num_steps!r}")
         self.num_steps = num_steps
-        self.trajectory_length = 2 * math.pi if trajectory_length is None else positive("trajectory_length", trajectory_length)
-        self.adapt_step_size, self.adapt_mass_matrix, self.full_mass = bool(adapt_step_size), bool(adapt_mass_matrix), bool(full_mass)
+        self.trajectory_length = (
+            2 * math.pi if trajectory_length is None else positive("trajectory_length", trajectory_length)
+        )
+        self.adapt_step_size, self.adapt_mass_matrix, self.full_mass = (
+            bool(adapt_step_size),
+            bool(adapt_mass_matrix),
+            bool(full_mass),
+        )
         self.target_accept_prob = positive("target_accept_prob", target_accept_prob, upper=0.999)
-        self.min_stepsize, self.max_stepsize = positive("min_stepsize", min_stepsize), positive("max_stepsize", max_stepsize)
+        self.min_stepsize, self.max_stepsize = (
+            positive("min_stepsize", min_stepsize),
+            positive("max_stepsize", max_stepsize),
+        )
         if not 0 <= jitter < 1:
             raise ValueError(f"jitter must lie in [0, 1), got {jitter!r}")
         self.jitter = float(jitter)
@@ -111,13 +128,17 @@ class HMC(Kernel):
         return Noise(normal=potential.dim, uniform=2)
 
     def init(self, position: Tensor, potential: Potential) -> HMCState:
-        """Unit mass at the starting points, and a first step size that a single leapfrog step accepts about as often as 0.8."""
+        """Unit mass at the starting points, and a first step size that a single leapfrog step accepts about as often
+        as 0.8.
+        """
         energy, gradient = potential.value_and_grad(position)
         one = torch.ones_like(position[0])
         dense = self.full_mass
         eye = torch.diag(one) if dense else one
         step = torch.as_tensor(self.step_size, dtype=position.dtype, device=position.device)
-        state = HMCState(position, energy, gradient, DualAverage.start(step), Moments.start(position, dense=dense), eye, eye.clone())
+        state = HMCState(
+            position, energy, gradient, DualAverage.start(step), Moments.start(position, dense=dense), eye, eye.clone()
+        )
         return self._with_reasonable_step(state, potential) if self.adapt_step_size else state
 
     def step(self, state: HMCState, inputs: StepInputs, potential: Potential) -> tuple[HMCState, Info]:
@@ -147,7 +168,7 @@ class HMC(Kernel):
         step = float(self._step_size(state, adapting=False).item())
         return max(1, min(_MAX_STEPS, int(self.trajectory_length / step)))
 
-    def controls(self, start: int, stop: int, warmup_steps: int) -> dict[str, list[float]]:
+    def controls(self, start: int, stop: int, warmup_steps: int) -> dict[str, Sequence[float]]:
         """Whether this step adapts, and whether its position counts for the mass matrix."""
         first, ends = mass_windows(warmup_steps)
         last = ends[-1] if ends else 0
@@ -163,7 +184,9 @@ class HMC(Kernel):
         return sorted({*mass_windows(warmup_steps)[1], *range(_READ_BACK_EVERY, warmup_steps, _READ_BACK_EVERY)})
 
     def end_window(self, state: HMCState, step: int, warmup_steps: int, potential: Potential) -> HMCState:
-        """Renew the mass matrix from the window's moments, and start dual averaging afresh; at the warm-up's end, take the averaged step size."""
+        """Renew the mass matrix from the window's moments, and start dual averaging afresh; at the warm-up's end,
+        take the averaged step size.
+        """
         if self.adapt_mass_matrix and step in mass_windows(warmup_steps)[1]:
             covariance = state.moments.regularised()
             factor = torch.linalg.cholesky(covariance) if self.full_mass else covariance.sqrt()
@@ -188,7 +211,7 @@ class HMC(Kernel):
         energy = state.potential + 0.5 * normal.square().sum(1)
         adapting = inputs.control["warmup"] > 0
         epsilon = torch.where(adapting, self._step_size(state, adapting=True), self._step_size(state, adapting=False))
-        return momentum, energy, epsilon * (1 + self.jitter * (2 * inputs.noise["uniform"][:, 1:] - 1))
+        return momentum, energy, epsilon * (1 - self.jitter * inputs.noise["uniform"][:, 1:])
 
     def _velocity(self, momentum: Tensor, inverse_mass: Tensor) -> Tensor:
         return momentum @ inverse_mass if self.full_mass else momentum * inverse_mass
@@ -202,7 +225,14 @@ class HMC(Kernel):
         return z, r - 0.5 * epsilon * gradient, gradient, energy
 
     def _finish(
-        self, state: HMCState, inputs: StepInputs, before: Tensor, z: Tensor, r: Tensor, gradient: Tensor, energy: Tensor
+        self,
+        state: HMCState,
+        inputs: StepInputs,
+        before: Tensor,
+        z: Tensor,
+        r: Tensor,
+        gradient: Tensor,
+        energy: Tensor,
     ) -> tuple[HMCState, Info]:
         after = energy + 0.5 * (r * self._velocity(r, state.inverse_mass)).sum(1)
         error = torch.nan_to_num(after - before, nan=math.inf, posinf=math.inf)
@@ -235,7 +265,9 @@ class HMC(Kernel):
         return new, info
 
     def _with_reasonable_step(self, state: HMCState, potential: Potential) -> HMCState:
-        """Double or halve the step size until the chains' mean acceptance of one leapfrog step crosses 0.8, and restart dual averaging there."""
+        """Double or halve the step size until the chains' mean acceptance of one leapfrog step crosses 0.8, and
+        restart dual averaging there.
+        """
         z = state.position
         log_step = state.average.log_average
         generator = torch.Generator(device=z.device).manual_seed(0)

@@ -54,7 +54,8 @@ class ConstantSchedule(Schedule):
 
 
 class PolynomialSchedule(Schedule):
-    """epsilon_t = step_size (1 + t / offset)^(-decay), which makes SGLD's draws exact in the limit (Welling and Teh 2011).
+    """epsilon_t = step_size (1 + t / offset)^(-decay), which makes SGLD's draws exact in the limit (Welling and Teh
+    2011).
 
     Args:
         step_size: the first step size.
@@ -63,7 +64,11 @@ class PolynomialSchedule(Schedule):
     """
 
     def __init__(self, step_size: float, decay: float = 0.55, offset: float = 1000.0) -> None:
-        self.step_size, self.decay, self.offset = positive("step_size", step_size), positive("decay", decay, upper=1.0), positive("offset", offset)
+        self.step_size, self.decay, self.offset = (
+            positive("step_size", step_size),
+            positive("decay", decay, upper=1.0),
+            positive("offset", offset),
+        )
 
     def sampling(self, step: int) -> StepControl:
         """The decayed step size."""
@@ -76,8 +81,10 @@ class PolynomialSchedule(Schedule):
 class CyclicalSchedule(Schedule):
     """Cyclical stochastic-gradient MCMC (Zhang, Li, Zhang, Chen and Wilson, ICLR 2020, arXiv 1902.03932, equation 1).
 
-    Each cycle starts at ``step_size`` and falls as ``step_size / 2 (cos(pi phase) + 1)``.  While the phase is below ``exploration`` no noise is injected and no draw
-    is kept; the rest of the cycle samples.  Momentum restarts with each cycle.  The step size that is scheduled is epsilon^2 where the kernel's rate is
+    Each cycle starts at ``step_size`` and falls as ``step_size / 2 (cos(pi phase) + 1)``.  While the phase is below
+    ``exploration`` no noise is injected and no draw
+    is kept; the rest of the cycle samples.  Momentum restarts with each cycle.  The step size that is scheduled is
+    epsilon^2 where the kernel's rate is
     epsilon^2 (the paper schedules the rate).
 
     Args:
@@ -96,12 +103,14 @@ class CyclicalSchedule(Schedule):
         self._length = 1
 
     def kept_steps(self, num_samples: int, thin: int) -> Sequence[int]:
-        """The last steps of each cycle, ``thin`` apart, all in its sampling phase; the cycle is as long as they need."""
+        """The last steps of each cycle, ``thin`` apart, in its sampling phase; the cycle is as long as they need."""
         per_cycle = -(-num_samples // self.num_cycles)
         sampling = per_cycle * thin
         self._length = math.ceil(sampling / (1 - self.exploration) - 1e-9)
         steps = [
-            cycle * self._length + (self._length - sampling) + (draw + 1) * thin - 1 for cycle in range(self.num_cycles) for draw in range(per_cycle)
+            cycle * self._length + (self._length - sampling) + (draw + 1) * thin - 1
+            for cycle in range(self.num_cycles)
+            for draw in range(per_cycle)
         ]
         return steps[:num_samples]
 
@@ -115,7 +124,9 @@ class CyclicalSchedule(Schedule):
         phase = position / self._length
         rate = 0.5 * (math.cos(math.pi * phase) + 1)
         # The rate is proportional to step_size^2, so its square root is taken here.
-        return StepControl(self.step_size * math.sqrt(rate), noise=float(phase >= self.exploration), restart=float(position == 0))
+        return StepControl(
+            self.step_size * math.sqrt(rate), noise=float(phase >= self.exploration), restart=float(position == 0)
+        )
 
     def __repr__(self) -> str:
         return f"CyclicalSchedule({self.step_size!r}, {self.num_cycles!r}, {self.exploration!r})"

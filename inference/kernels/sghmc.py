@@ -4,7 +4,8 @@ With rate eta = epsilon^2 and friction alpha,
 
     m <- (1 - alpha) m - epsilon^2 G + N(0, 2 epsilon^2 alpha),      z <- z + m,      G = grad U~ / T
 
-On a quadratic U = k z^2 / 2 the chain is an AR(2) process with stationary variance (1/k) / (1 - epsilon^2 k / (2 (2 - alpha))).
+On a quadratic U = k z^2 / 2 the chain is an AR(2) process with stationary variance (1/k) / (1 - epsilon^2 k / (2 (2 -
+alpha))).
 """
 
 from typing import Any, NamedTuple
@@ -39,7 +40,9 @@ class SGHMC(StochasticGradientKernel):
         **options: those of ``StochasticGradientKernel``.
     """
 
-    def __init__(self, model: Any = None, potential_fn: Any = None, *, step_size: Any, friction: float = 0.05, **options: Any) -> None:
+    def __init__(
+        self, model: Any = None, potential_fn: Any = None, *, step_size: Any, friction: float = 0.05, **options: Any
+    ) -> None:
         super().__init__(model, potential_fn, step_size=step_size, **options)
         self.friction = positive("friction", friction, upper=1.0)
 
@@ -47,7 +50,9 @@ class SGHMC(StochasticGradientKernel):
         """At rest."""
         return SGHMCState(position, torch.zeros_like(position))
 
-    def move(self, state: SGHMCState, gradient: Tensor, noise: Tensor, control: dict[str, Tensor]) -> tuple[SGHMCState, Info]:
+    def move(
+        self, state: SGHMCState, gradient: Tensor, noise: Tensor, control: dict[str, Tensor]
+    ) -> tuple[SGHMCState, Info]:
         """The two equations above."""
         rate = control["step_size"].square()
         momentum = state.momentum * (1 - control["restart"])

@@ -1,6 +1,6 @@
 """Stochastic-gradient Langevin dynamics (Welling and Teh, ICML 2011, equation 4).
 
-    z <- z - epsilon / 2 * G + N(0, epsilon),      G = grad U~ / T
+z <- z - epsilon / 2 * G + N(0, epsilon),      G = grad U~ / T
 """
 
 from typing import NamedTuple
@@ -32,7 +32,9 @@ class SGLD(StochasticGradientKernel):
         """Only a position."""
         return SGLDState(position)
 
-    def move(self, state: SGLDState, gradient: Tensor, noise: Tensor, control: dict[str, Tensor]) -> tuple[SGLDState, Info]:
+    def move(
+        self, state: SGLDState, gradient: Tensor, noise: Tensor, control: dict[str, Tensor]
+    ) -> tuple[SGLDState, Info]:
         """The equation above; without injected noise while a cyclical schedule explores."""
         epsilon = control["step_size"]
         return SGLDState(state.position - 0.5 * epsilon * gradient + control["inject"] * epsilon.sqrt() * noise), {}

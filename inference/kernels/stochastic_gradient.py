@@ -1,4 +1,6 @@
-"""What SGLD, SGHMC and scale-adapted SGHMC share: the step-size schedule, temperature, warm-up clipping and Gibbs updates of scales."""
+"""What SGLD, SGHMC and scale-adapted SGHMC share: the step-size schedule, temperature, warm-up clipping and Gibbs
+updates of scales.
+"""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -25,7 +27,8 @@ class StochasticGradientKernel(Kernel):
         model: a Pyro model whose data plate may be subsampled.
         step_size: epsilon; a number, a ``Schedule``, or a function of the step after the warm-up.
         temperature: T; the sampled law is p(z)^(1/T).  The gradient is divided by T and the noise is left as it is.
-        max_grad_norm: in the warm-up only, each chain's gradient of U is scaled down to this Euclidean norm.  Clipping while sampling would bias the law.
+        max_grad_norm: in the warm-up only, each chain's gradient of U is scaled down to this Euclidean norm.
+            Clipping while sampling would bias the law.
         gibbs: exact updates of scale sites, every ``gibbs_every`` steps.
         gibbs_every: steps between Gibbs updates.
         potential_fn, transforms, max_plate_nesting, init_strategy: as in ``pyro.infer.HMC``.
@@ -60,7 +63,9 @@ class StochasticGradientKernel(Kernel):
 
     @abstractmethod
     def move(self, state: State, gradient: Tensor, noise: Tensor, control: dict[str, Tensor]) -> tuple[State, Info]:
-        """One update of all chains given the gradient of U / T, ``(chain, dim)``, and standard normals of the same shape."""
+        """One update of all chains given the gradient of U / T, ``(chain, dim)``, and standard normals of the same
+        shape.
+        """
 
     def noise(self, potential: Potential) -> Noise:
         """One normal a coordinate, and a gamma for each variance that has a Gibbs update."""
@@ -96,7 +101,10 @@ class StochasticGradientKernel(Kernel):
 
     def controls(self, start: int, stop: int, warmup_steps: int) -> dict[str, Sequence[float]]:
         """Step size, whether noise is injected, momentum restarts, warm-up and Gibbs flags."""
-        rows = [self.schedule.warmup(t) if t < warmup_steps else self.schedule.sampling(t - warmup_steps) for t in range(start, stop)]
+        rows = [
+            self.schedule.warmup(t) if t < warmup_steps else self.schedule.sampling(t - warmup_steps)
+            for t in range(start, stop)
+        ]
         controls: dict[str, Sequence[float]] = {
             "step_size": [r.step_size for r in rows],
             "inject": [r.noise for r in rows],

@@ -1,4 +1,6 @@
-"""From a Pyro model to a log-density and gradient over unconstrained space, recorded as a graph and batched over chains."""
+"""From a Pyro model to a log-density and gradient over unconstrained space, recorded as a graph and batched over
+chains.
+"""
 
 from inference.potential.graph import CaptureError, Program, trace
 from inference.potential.log_density import LogDensity, MinibatchPlate, Site

@@ -1,7 +1,10 @@
-"""Turn a Python function of tensors into a flat graph of tensor operations, so that Python's and Pyro's overhead is paid once.
+"""Turn a Python function of tensors into a flat graph of tensor operations, so that Python's and Pyro's overhead is
+paid once.
 
-``trace`` records one evaluation with ``make_fx``.  The recorded graph is cleaned: constants are folded, repeated and dead nodes dropped, and the
-error checks of matrix factorisations become NaN in the chain that failed, instead of an exception for all.  ``program`` runs a function of
+``trace`` records one evaluation with ``make_fx``.  The recorded graph is cleaned: constants are folded, repeated and
+dead nodes dropped, and the
+error checks of matrix factorisations become NaN in the chain that failed, instead of an exception for all.
+``program`` runs a function of
 pytrees as such a graph, and compiles it where that pays.
 """
 
@@ -18,8 +21,10 @@ from inference._errors import CaptureWarning
 
 __all__ = ["CaptureError", "Program", "trace"]
 
-# A node of an uncompiled graph costs about this on a CPU; compilation costs about BASE + PER_NODE.  Only their ratio to a run's length matters, and
-# they are constants rather than timings so that the same run makes the same choice, and hence the same bits, every time.
+# A node of an uncompiled graph costs about this on a CPU; compilation costs about BASE + PER_NODE.  Only their ratio
+# to a run's length matters, and
+# they are constants rather than timings so that the same run makes the same choice, and hence the same bits, every
+# time.
 _SECONDS_PER_NODE = 5e-6
 _COMPILE_SECONDS = 6.0
 _COMPILE_SECONDS_PER_NODE = 0.05
@@ -37,7 +42,12 @@ _SHAPE_ONLY = {
     torch.ops.aten.new_zeros.default: 0.0,
     torch.ops.aten.new_ones.default: 1.0,
 }
-_IDENTITIES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.default}
+_IDENTITIES = {
+    torch.ops.aten.detach.default,
+    torch.ops.aten.alias.default,
+    torch.ops.aten.lift_fresh_copy.default,
+    torch.ops.aten.lift_fresh.default,
+}
 
 
 class CaptureError(RuntimeError):
@@ -48,15 +58,24 @@ def trace(function: Callable[..., Any], *example: Tensor) -> fx.GraphModule:
     """Record ``function`` at ``example`` as a graph of tensor operations.
 
     Raises:
-        CaptureError: the function reads a value back to Python (a branch on a tensor, ``float()``, ``.item()``), or draws random numbers.
+        CaptureError: the function reads a value back to Python (a branch on a tensor, ``float()``, ``.item()``), or
+            draws random numbers.
     """
     try:
         graph = make_fx(lambda *inputs: function(*inputs))(*example)
     except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
-        raise CaptureError(str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__) from error
-    random = [n for n in graph.graph.nodes if isinstance(n.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in n.target.tags]
+        raise CaptureError(
+            str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        ) from error
+    random = [
+        n
+        for n in graph.graph.nodes
+        if isinstance(n.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in n.target.tags
+    ]
     if random:
-        raise CaptureError(f"the function draws random numbers ({random[0].target}): its value would change from call to call")
+        raise CaptureError(
+            f"the function draws random numbers ({random[0].target}): its value would change from call to call"
+        )
     if any(_mutates(n) for n in graph.graph.nodes):
         # In-place operations cannot be mapped over chains where only their right-hand side has a chain dimension.
         graph = make_fx(torch.func.functionalize(graph, remove="mutations"))(*example)
@@ -95,7 +114,11 @@ def _nan_where_factorisation_failed(module: fx.GraphModule) -> None:
         with graph.inserting_after(ok):
             column = graph.call_function(torch.ops.aten.unsqueeze.default, (ok, -1))
         with graph.inserting_after(column):
-            square = graph.call_function(torch.ops.aten.unsqueeze.default, (column, -1)) if not _is_vector_solve(node) else column
+            square = (
+                graph.call_function(torch.ops.aten.unsqueeze.default, (column, -1))
+                if not _is_vector_solve(node)
+                else column
+            )
         with graph.inserting_after(square):
             safe = graph.call_function(torch.ops.aten.where.ScalarOther, (square, result, float("nan")))
         result.replace_all_uses_with(safe, delete_user_cb=lambda user, keep=safe: user is not keep)
@@ -154,7 +177,12 @@ def _merge_repeated(module: fx.GraphModule) -> None:
         if node.op not in ("call_function", "get_attr"):
             continue
         target = node.target
-        plain_zero = target is torch.ops.aten.add.Tensor and len(node.args) == 2 and node.args[1] in (0, 0.0) and not isinstance(node.args[1], fx.Node)
+        plain_zero = (
+            target is torch.ops.aten.add.Tensor
+            and len(node.args) == 2
+            and node.args[1] in (0, 0.0)
+            and not isinstance(node.args[1], fx.Node)
+        )
         first_power = target is torch.ops.aten.pow.Tensor_Scalar and node.args[1] == 1
         if target in _IDENTITIES or plain_zero or first_power:
             node.replace_all_uses_with(node.args[0])
@@ -188,12 +216,14 @@ def _attribute(module: fx.GraphModule, target: str) -> Any:
 class Program:
     """A pure function of pytrees of tensors, run as a recorded graph.
 
-    The first call records it (and compiles it, if asked to); later calls run the graph alone.  A call whose shapes, dtypes or devices differ is
+    The first call records it (and compiles it, if asked to); later calls run the graph alone.  A call whose shapes,
+    dtypes or devices differ is
     recorded anew.
 
     Args:
         function: pure; tensors in, tensors out, in any nesting of tuples, named tuples, lists and dicts.
-        calls: how often the run will call it; with ``compile="auto"`` it is compiled where that saves more than it costs.
+        calls: how often the run will call it; with ``compile="auto"`` it is compiled where that saves more than it
+            costs.
         compile: ``True``, ``False`` or ``"auto"``.
     """
 
@@ -237,7 +267,8 @@ class Program:
 
     def _compiled(self, graph: fx.GraphModule, flat: list[Tensor]) -> Callable[..., Any]:
         try:
-            # Straight to the compiler: Dynamo has nothing left to find in a flat graph, and its guards would double the cost of a small step.
+            # Straight to the compiler: Dynamo has nothing left to find in a flat graph, and its guards would double
+            # the cost of a small step.
             import torch._inductor as inductor
 
             with warnings.catch_warnings():
@@ -249,7 +280,8 @@ class Program:
         except Exception as error:
             message = str(error).strip().splitlines()
             warnings.warn(
-                f"compilation failed ({type(error).__name__}: {message[0][:200] if message else ''}); the uncompiled graph runs instead. "
+                f"compilation failed ({type(error).__name__}: "
+                f"{message[0][:200] if message else ''}); the uncompiled graph runs instead. "
                 "A C++ compiler is needed on CPUs; compile=False silences this",
                 CaptureWarning,
                 stacklevel=3,

@@ -4,8 +4,10 @@ For latent sites ``x = T(z)``, with ``T`` the bijection from the real line to ea
 
     log p(z) = log p(x, data) + sum_sites log |det dT/dz|.
 
-``z`` is one flat vector; each site owns a slice.  Supports are read while the model runs, so a support that depends on another latent variable
-(``Uniform(0, theta)``) is right as well.  Discrete latent sites are summed out where Pyro can enumerate them.  The indices of subsampled plates
+``z`` is one flat vector; each site owns a slice.  Supports are read while the model runs, so a support that depends
+on another latent variable
+(``Uniform(0, theta)``) is right as well.  Discrete latent sites are summed out where Pyro can enumerate them.  The
+indices of subsampled plates
 are inputs, so that the density of a minibatch is a pure function and Pyro's own scale ``N / B`` applies.
 """
 
@@ -63,14 +65,18 @@ class MinibatchPlate(NamedTuple):
 
 @contextmanager
 def scoped_model(validate: bool) -> Iterator[None]:
-    """Run a model without leaving a trace: handlers outside it see nothing, and the parameter store and validation flags are put back."""
+    """Run a model without leaving a trace: handlers outside it see nothing, and the parameter store and validation
+    flags are put back.
+    """
     store = pyro.get_param_store()
     with poutine.block(), store.scope(store.get_state()), pyro.validation_enabled(validate):
         yield
 
 
 def _without_validation(fn: Any) -> Any:
-    """A copy of a distribution, and of those it is built from, that does not branch on values; the user's own object is left alone."""
+    """A copy of a distribution, and of those it is built from, that does not branch on values; the user's own object
+    is left alone.
+    """
     if not isinstance(fn, Distribution):
         return fn
     clone = copy.copy(fn)
@@ -111,17 +117,21 @@ class _Unconstrained(Messenger):
 class LogDensity:
     """The log-joint of ``model(*args, **kwargs)`` as a function of one chain's flat unconstrained vector.
 
-    Construction runs the model once, eagerly and with validation on, so that a faulty model fails here with Pyro's own message.
+    Construction runs the model once, eagerly and with validation on, so that a faulty model fails here with Pyro's
+    own message.
 
     Args:
         model: any Pyro model (function or ``PyroModule``).
         args, kwargs: what the model is called with.
-        transforms: site name to a transform *from* its support *to* unconstrained space, as in ``pyro.infer.HMC``; the rest use ``biject_to``.
+        transforms: site name to a transform *from* its support *to* unconstrained space, as in ``pyro.infer.HMC``;
+            the rest use ``biject_to``.
         max_plate_nesting: needed only for enumerated models whose nesting cannot be guessed.
-        init_strategy: how the dry run chooses latent values; flat priors cannot be drawn from, so the default is uniform on (-2, 2).
+        init_strategy: how the dry run chooses latent values; flat priors cannot be drawn from, so the default is
+            uniform on (-2, 2).
 
     Raises:
-        ValueError: no continuous latent site; a discrete latent site that cannot be enumerated; a latent site inside a subsampled plate.
+        ValueError: no continuous latent site; a discrete latent site that cannot be enumerated; a latent site inside
+            a subsampled plate.
     """
 
     def __init__(
@@ -162,11 +172,15 @@ class LogDensity:
                     self.observed[name] = value
                 continue
             if node["infer"].get("is_auxiliary"):
-                raise ValueError(f"site {name!r} is auxiliary: its draw would make the log-density random; observe it or sample it as a latent site")
+                raise ValueError(
+                    f"site {name!r} is auxiliary: its draw would make the "
+                    "log-density random; observe it or sample it as a latent site"
+                )
             if fn.support.is_discrete:
                 if not fn.has_enumerate_support:
                     raise ValueError(
-                        f"latent site {name!r} is discrete ({type(fn).__name__}) and cannot be enumerated: marginalise it by hand, "
+                        f"latent site {name!r} is discrete ({type(fn).__name__}) "
+                        "and cannot be enumerated: marginalise it by hand, "
                         "observe it, or use a kernel for discrete sites"
                     )
                 enumerated.append(name)
@@ -177,7 +191,9 @@ class LogDensity:
             start += z.numel()
         self.dim = start
         if not self.sites:
-            raise ValueError("the model has no continuous latent site to sample; every site is observed, discrete or deterministic")
+            raise ValueError(
+                "the model has no continuous latent site to sample; every site is observed, discrete or deterministic"
+            )
         self._refuse_wrong_minibatches(trace, enumerated)
         first = trace.nodes[next(iter(self.sites))]["value"]
         self.device = first.device
@@ -189,13 +205,17 @@ class LogDensity:
         self._evaluator = self._build_evaluator() if enumerated else None
 
     def __call__(self, z: Tensor, batch: Mapping[str, Tensor] | None = None) -> Tensor:
-        """log p(z) of one chain, a scalar; ``z`` is ``(dim,)``, ``batch`` gives each minibatch plate its ``(batch_size,)`` indices."""
+        """log p(z) of one chain, a scalar; ``z`` is ``(dim,)``, ``batch`` gives each minibatch plate its
+        ``(batch_size,)`` indices.
+        """
         return self.run(self.unflatten(z), batch)[0]
 
     def run(
         self, values: Mapping[str, Tensor], batch: Mapping[str, Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """log p(z), the constrained value of every latent site, and every deterministic site, at one chain's unconstrained ``values``."""
+        """log p(z), the constrained value of every latent site, and every deterministic site, at one chain's
+        unconstrained ``values``.
+        """
         messenger = _Unconstrained(values, batch or {}, self.transforms)
         with scoped_model(validate=False):
             if self._evaluator is None:
@@ -206,9 +226,11 @@ class LogDensity:
                 trace = self._enumerated_trace(messenger)
                 log_prob = self._evaluator.log_prob(trace)
                 recorder = None
-        nodes = (recorder.trace if recorder is not None else trace).nodes
+        nodes: dict[str, Any] = dict((recorder.trace if recorder is not None else trace).nodes)
         constrained = {name: nodes[name]["value"] for name in self.sites}
-        deterministic = {n: s["value"] for n, s in nodes.items() if s["type"] == "sample" and s["infer"].get("_deterministic")}
+        deterministic = {
+            n: s["value"] for n, s in nodes.items() if s["type"] == "sample" and s["infer"].get("_deterministic")
+        }
         return log_prob + messenger.log_det, constrained, deterministic
 
     def unflatten(self, z: Tensor) -> dict[str, Tensor]:
@@ -227,18 +249,25 @@ class LogDensity:
         unknown = sorted(set(values) - set(self.sites))
         missing = sorted(set(self.sites) - set(values))
         if unknown or missing:
-            raise ValueError(f"initial values must name the model's latent sites {sorted(self.sites)}; missing {missing}, unknown {unknown}")
+            raise ValueError(
+                "initial values must name the model's latent sites "
+                f"{sorted(self.sites)}; missing {missing}, unknown {unknown}"
+            )
         rows = []
         for site in self.sites.values():
             value = torch.as_tensor(values[site.name], dtype=self.dtype, device=self.device)
             if value.shape[1:] != site.unconstrained_shape:
                 raise ValueError(
-                    f"initial value of {site.name!r} has shape {tuple(value.shape)}; it needs (num_chains, *{tuple(site.unconstrained_shape)}) in "
+                    f"initial value of {site.name!r} has shape {tuple(value.shape)}; "
+                    f"it needs (num_chains, *{tuple(site.unconstrained_shape)}) in "
                     "unconstrained space"
                 )
             rows.append(value.reshape(len(value), -1))
         if len({len(r) for r in rows}) > 1:
-            raise ValueError(f"initial values differ in their number of chains: { {n: len(r) for n, r in zip(self.sites, rows, strict=True)} }")
+            raise ValueError(
+                "initial values differ in their number of chains: "
+                f"{ {n: len(r) for n, r in zip(self.sites, rows, strict=True)} }"
+            )
         return torch.cat(rows, dim=1)
 
     def initial_position(self, seed: int, strategy: Callable[[Any], Any] | None = None) -> Tensor:
@@ -284,7 +313,8 @@ class LogDensity:
             inside = [f.name for f in trace.nodes[name]["cond_indep_stack"] if f.name in self.plates]
             if inside:
                 raise ValueError(
-                    f"latent site {name!r} lies inside the subsampled plate {inside[0]!r}: each minibatch would hold other variables. "
+                    f"latent site {name!r} lies inside the subsampled plate "
+                    f"{inside[0]!r}: each minibatch would hold other variables. "
                     "Use the full plate, or marginalise the site in the likelihood"
                 )
 
@@ -308,7 +338,7 @@ class LogDensity:
 
 
 def _log_prob_sum(trace: Any) -> Tensor:
-    """Sum of the scaled and masked log-probabilities of all sample sites but the deterministic ones, which have none."""
+    """Sum of the scaled and masked log-probabilities of all sample sites; deterministic ones have none."""
     total: Tensor | float = 0.0
     for site in trace.nodes.values():
         fn = site["fn"] if site["type"] == "sample" else None

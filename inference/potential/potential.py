@@ -1,7 +1,9 @@
 """The potential energy U(z) = -log p(z) and its gradient, for all chains in one batch of tensor operations.
 
-The gradient of *one* chain is recorded through ordinary autograd as a graph of tensor operations, in which no Pyro is left, and the graph is mapped
-over chains.  Recording through autograd rather than ``torch.func`` lets models with old-style ``autograd.Function``s (Pyro's enumeration, gpytorch) be
+The gradient of *one* chain is recorded through ordinary autograd as a graph of tensor operations, in which no Pyro is
+left, and the graph is mapped
+over chains.  Recording through autograd rather than ``torch.func`` lets models with old-style ``autograd.Function``s
+(Pyro's enumeration, gpytorch) be
 captured like any other.  A model that cannot be recorded runs one chain at a time, with one warning that says why.
 """
 
@@ -33,7 +35,9 @@ class Density(Protocol):
     sites: dict[str, Site]
     plates: dict[str, MinibatchPlate]
 
-    def run(self, values: Mapping[str, Tensor], batch: Batch | None = None) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    def run(
+        self, values: Mapping[str, Tensor], batch: Batch | None = None
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Log-density, constrained latent values and deterministic values at one chain's unconstrained values."""
 
     def unflatten(self, z: Tensor) -> dict[str, Tensor]:
@@ -47,7 +51,8 @@ class Density(Protocol):
 
 
 class PotentialFunction(LogDensity):
-    """A user's own ``potential_fn``: unconstrained values by site name in, a scalar energy out, as ``pyro.infer.HMC(potential_fn=...)``.
+    """A user's own ``potential_fn``: unconstrained values by site name in, a scalar energy out, as
+    ``pyro.infer.HMC(potential_fn=...)``.
 
     Args:
         potential_fn: maps a dict of one chain's unconstrained values to the scalar energy.
@@ -56,7 +61,10 @@ class PotentialFunction(LogDensity):
     """
 
     def __init__(
-        self, potential_fn: Callable[[dict[str, Tensor]], Tensor], example: Mapping[str, Tensor], transforms: Mapping[str, Transform] | None = None
+        self,
+        potential_fn: Callable[[dict[str, Tensor]], Tensor],
+        example: Mapping[str, Tensor],
+        transforms: Mapping[str, Transform] | None = None,
     ) -> None:
         if not example:
             raise ValueError("potential_fn needs initial_params: a dict of unconstrained tensors, one entry a site")
@@ -71,7 +79,9 @@ class PotentialFunction(LogDensity):
         first = next(iter(example.values()))
         self.dim, self.device, self.dtype = start, first.device, first.dtype
 
-    def run(self, values: Mapping[str, Tensor], batch: Batch | None = None) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    def run(
+        self, values: Mapping[str, Tensor], batch: Batch | None = None
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Minus the energy, and the values in constrained space."""
         constrained = {n: self.transforms[n].inv(v) if n in self.transforms else v for n, v in values.items()}
         return -self.potential_fn(dict(values)), constrained, {}
@@ -94,7 +104,9 @@ class Potential:
     """
 
     def __init__(self, density: Density, *, chunk_size: int | None = None, capture: bool = True) -> None:
-        if chunk_size is not None and (not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1):
+        if chunk_size is not None and (
+            not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1
+        ):
             raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
         self.density, self.chunk_size = density, chunk_size
         self.dim, self.dtype, self.device = density.dim, density.dtype, density.device
@@ -111,11 +123,15 @@ class Potential:
 
     # ------------------------------------------------------------------ evaluation
     def __call__(self, z: Tensor, batch: Batch | None = None) -> Tensor:
-        """U of each chain, ``(chain,)``; ``batch`` gives each minibatch plate indices ``(batch_size,)`` shared by all chains or ``(chain, batch_size)``."""
+        """U of each chain, ``(chain,)``; ``batch`` gives each minibatch plate indices ``(batch_size,)`` shared by all
+        chains or ``(chain, batch_size)``.
+        """
         return self.value_and_grad(z, batch)[0]
 
     def value_and_grad(self, z: Tensor, batch: Batch | None = None) -> tuple[Tensor, Tensor]:
-        """U ``(chain,)`` and dU/dz ``(chain, dim)`` at ``z`` ``(chain, dim)``. Not finite where the density is not, for that chain alone."""
+        """U ``(chain,)`` and dU/dz ``(chain, dim)`` at ``z`` ``(chain, dim)``. Not finite where the density is not,
+        for that chain alone.
+        """
         indices = self._indices(batch)
         parts = []
         for start in range(0, len(z), self.chunk_size or len(z)):
@@ -127,7 +143,9 @@ class Potential:
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
     def constrain(self, z: Tensor, *, deterministic: bool = False) -> dict[str, Tensor]:
-        """Values of the latent sites in constrained space, ``(n, *shape)`` for ``z`` of shape ``(n, dim)``; with ``deterministic``, those sites too."""
+        """Values of the latent sites in constrained space, ``(n, *shape)`` for ``z`` of shape ``(n, dim)``; with
+        ``deterministic``, those sites too.
+        """
         if self._constrain_graph is not None:
             with torch.no_grad():
                 values = vmap(self._constrain_graph)(z)
@@ -139,7 +157,9 @@ class Potential:
 
     def _indices(self, batch: Batch | None) -> list[Tensor]:
         if set(batch or {}) != set(self._plate_names):
-            raise ValueError(f"the model's minibatch plates are {self._plate_names}; indices were given for {sorted(batch or {})}")
+            raise ValueError(
+                f"the model's minibatch plates are {self._plate_names}; indices were given for {sorted(batch or {})}"
+            )
         return [batch[name] for name in self._plate_names] if batch else []
 
     def _evaluate(self, z: Tensor, indices: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -151,7 +171,8 @@ class Potential:
 
     # ------------------------------------------------------------------ one chain
     def _one(self, z: Tensor, *indices: Tensor) -> tuple[Tensor, Tensor]:
-        # Leaves per site rather than one flat leaf: the gradient is then one concatenation instead of a padded sum of slices.
+        # Leaves per site rather than one flat leaf: the gradient is then one concatenation instead of a padded sum of
+        # slices.
         values = {n: v.detach().requires_grad_(True) for n, v in self.density.unflatten(z).items()}
         with torch.enable_grad():
             energy = -self.density.run(values, dict(zip(self._plate_names, indices, strict=True)))[0]
@@ -186,9 +207,13 @@ class Potential:
         except CaptureError as error:
             self._graph = self._constrain_graph = None
             if "random numbers" in str(error):
-                raise ValueError(f"the model is not a deterministic function of its latent values: {error}. Put dropout layers in eval mode") from error
+                raise ValueError(
+                    "the model is not a deterministic function of its latent "
+                    f"values: {error}. Put dropout layers in eval mode"
+                ) from error
             warnings.warn(
-                f"this model runs one chain at a time, which is slow, because it cannot be recorded as a graph: {error}. Branches on latent "
+                "this model runs one chain at a time, which is slow, because it "
+                f"cannot be recorded as a graph: {error}. Branches on latent "
                 "values, float() and .item() in the model are the usual reason",
                 CaptureWarning,
                 stacklevel=5,
@@ -202,7 +227,9 @@ class Potential:
         return (scale * torch.randn(self.dim, generator=noise)).to(device=self.device, dtype=self.dtype)
 
     def _check_against_model(self) -> None:
-        """The graph at another point and minibatch must be the model there: a branch that was frozen while recording would show."""
+        """The graph at another point and minibatch must be the model there: a branch that was frozen while recording
+        would show.
+        """
         batch = self.density.minibatch(101)
         indices = [batch[n] for n in self._plate_names]
         z = torch.stack([self._trial(101), self._trial(102)])
@@ -216,11 +243,20 @@ class Potential:
                 value, gradient = vmap(self._graph, in_dims=(0, *(None for _ in indices)))(z, *indices)
                 vmap(self._constrain_graph)(z)
         except RuntimeError as error:
-            raise CaptureError(f"its graph cannot be mapped over chains: {str(error).strip().splitlines()[0][:200]}") from error
+            raise CaptureError(
+                f"its graph cannot be mapped over chains: {str(error).strip().splitlines()[0][:200]}"
+            ) from error
         tolerance = 1e-3 if self.dtype in (torch.float32, torch.bfloat16, torch.float16) else 1e-8
         for row, (energy, slope) in enumerate(direct):
-            same = torch.isclose(value[row], energy, rtol=tolerance, atol=tolerance, equal_nan=True) & torch.isclose(
-                gradient[row], slope, rtol=tolerance, atol=tolerance * (1 + slope.abs().max().nan_to_num()), equal_nan=True
-            ).all()
+            same = (
+                torch.isclose(value[row], energy, rtol=tolerance, atol=tolerance, equal_nan=True)
+                & torch.isclose(
+                    gradient[row],
+                    slope,
+                    rtol=tolerance,
+                    atol=tolerance * (1 + float(slope.abs().max().nan_to_num())),
+                    equal_nan=True,
+                ).all()
+            )
             if not same:
                 raise CaptureError("it takes another path at other latent values than at those it was recorded with")

@@ -1,4 +1,6 @@
-"""Where a run's draws go: arrays in memory, or memory-mapped ``.npy`` files that survive the process and keep memory flat."""
+"""Where a run's draws go: arrays in memory, or memory-mapped ``.npy`` files that survive the process and keep memory
+flat.
+"""
 
 import os
 from collections.abc import Mapping
@@ -27,7 +29,8 @@ class DrawStore:
         self._arrays: dict[str, np.ndarray] = {}
 
     def allocate(self, names: Mapping[str, Tensor], *, resume: bool) -> None:
-        """Make room for arrays like the ``(chain, *shape)`` examples given; with ``resume``, open those that an earlier process wrote.
+        """Make room for arrays like the ``(chain, *shape)`` examples given; with ``resume``, open those that an
+        earlier process wrote.
 
         Raises:
             CheckpointError: the disk has no room, or the files there are of another run.
@@ -43,14 +46,21 @@ class DrawStore:
                 if resume:
                     array = np.load(path, mmap_mode="r+", allow_pickle=False)
                     if array.shape != shape or array.dtype != dtype:
-                        raise CheckpointError(f"{path} holds {array.dtype}{array.shape}, this run draws {dtype}{shape}; use another folder")
+                        raise CheckpointError(
+                            f"{path} holds {array.dtype}{array.shape}, this "
+                            f"run draws {dtype}{shape}; use another folder"
+                        )
                 else:
                     self.folder.mkdir(parents=True, exist_ok=True)
                     array = open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-                    with open(path, "r+b") as file:  # reserve the blocks now: a disk that fills up later would kill the process on a write
+                    with open(
+                        path, "r+b"
+                    ) as file:  # reserve the blocks now: a disk that fills up later would kill the process on a write
                         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
             except (OSError, ValueError) as error:
-                raise CheckpointError(f"cannot keep draws in {path}: {error}. Free space there, or give another checkpoint folder") from error
+                raise CheckpointError(
+                    f"cannot keep draws in {path}: {error}. Free space there, or give another checkpoint folder"
+                ) from error
             self._arrays[name] = array
 
     def write(self, start: int, values: Mapping[str, Tensor]) -> None:

@@ -39,7 +39,7 @@ def scoped_seed(seed: int, device: torch.device | str | None = None) -> Iterator
     kind = torch.device("cpu" if device is None else device)
     # A device that is not there (fake tensors name one) has no generator to put back.
     backend = getattr(torch, kind.type, None)
-    devices = [kind] if hasattr(backend, "get_rng_state") and backend.is_available() else []
+    devices = [kind] if backend is not None and hasattr(backend, "get_rng_state") and backend.is_available() else []
     with torch.random.fork_rng(devices=devices, device_type=kind.type if devices else "cuda"):
         torch.random.default_generator.manual_seed(derive_seed(seed, "global"))
         if devices:

@@ -15,6 +15,11 @@ from inference.runtime.optimization import Settings, scalar_loss
 
 __all__ = ["first_call", "isolated"]
 
+_OWN = (
+    "They would not be learned: instead of pyro.param(...) or pyro.module(...) make them attributes of a PyroModule "
+    "(self.x = PyroParam(...)), and give modules, not functions, as model and guide"
+)
+
 
 @contextmanager
 def isolated(objective: nn.Module, settings: Settings) -> Iterator[None]:
@@ -51,6 +56,10 @@ def first_call(objective: nn.Module, data: tuple[Tensor, ...], settings: Setting
                 if not isinstance(error.obj, _Context) or error.name != "param_state":
                     raise
                 _make_local(error.obj)
+            except NotImplementedError as error:
+                if "local param mode" not in str(error):
+                    raise
+                raise ValueError(f"objective uses parameters that its modules do not own. {_OWN}") from error
     with torch.no_grad():
         for name, b in objective.named_buffers():
             if name in buffers and b.shape == buffers[name].shape:
@@ -77,16 +86,8 @@ def _make_local(context: Any) -> None:
 
 
 def _refuse_stray_parameters(objective: nn.Module) -> None:
-    """``pyro.param`` statements make parameters that no module owns: they would be used and never learned."""
+    """``pyro.param`` in a function makes parameters that no module owns: they would be used and never learned."""
     owned = {id(p) for p in objective.parameters()}
-    stores = [
-        module._pyro_context.param_state["params"] for module in objective.modules() if isinstance(module, PyroModule)
-    ]
-    found = [pair for store in (dict(pyro.get_param_store().named_parameters()), *stores) for pair in store.items()]
-    stray = sorted({name for name, p in found if id(p) not in owned})
+    stray = sorted(name for name, p in pyro.get_param_store().named_parameters() if id(p) not in owned)
     if stray:
-        raise ValueError(
-            f"objective does not own the parameters {stray}, so they would not be learned. Instead of pyro.param(...) "
-            "or pyro.module(...) make them attributes of a PyroModule (self.x = PyroParam(...)), and give modules, not "
-            "functions, as model and guide"
-        )
+        raise ValueError(f"objective uses the parameters {stray} and its modules do not own them. {_OWN}")

@@ -1,5 +1,6 @@
 """Files come back bit for bit, survive what kills a process or fills a disk, and never run anything."""
 
+import enum
 import errno
 import functools
 import json
@@ -369,6 +370,14 @@ class Config:
     a: int = 1
 
 
+class Ab(enum.Enum):
+    C = 1
+
+
+class A(enum.Enum):
+    bC = 1
+
+
 def _objects():
     return [
         None, True, 1, 1.0, 1j, "1", b"1", -0.0, 0.0, float("nan"), "", (), {}, set(), Path("1"),
@@ -378,7 +387,7 @@ def _objects():
         torch.tensor(0.0), torch.tensor([-0.0, 0.0]), torch.zeros(0), torch.zeros(0, 2), torch.zeros(2).bfloat16(),
         torch.zeros(1, dtype=torch.complex64), np.zeros(2), np.zeros(2, dtype=np.float32), np.float64(0.0), np.zeros(1),
         torch.optim.SGD, torch.optim.Adam, torch.relu, os.path.join, functools.partial(os.path.join, 1),
-        functools.partial(os.path.join, 2), Config(), Config(2),
+        functools.partial(os.path.join, 2), Config(), Config(2), Ab.C, A.bC,
     ]  # fmt: skip
 
 

@@ -9,7 +9,6 @@ import pytest
 import scipy.linalg
 import scipy.stats
 import torch
-from tests.accelerator import fake_accelerator
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
@@ -28,6 +27,7 @@ from inference.objectives.functional_prior import (
     gaussian_wasserstein,
 )
 from inference.runtime.generators import generator, scoped_seed
+from tests.accelerator import fake_accelerator
 
 ALL = [EnergyDistance(), SlicedWasserstein(7), GaussianWasserstein(), WassersteinDual(num_steps=3, hidden=8)]
 

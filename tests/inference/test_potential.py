@@ -10,8 +10,8 @@ from pyro.infer.mcmc.util import initialize_model
 from pyro.ops.integrator import potential_grad
 
 from inference import CaptureWarning
-from inference.runtime.generators import scoped_seed
 from inference.potential import CaptureError, LogDensity, Potential, Program, trace
+from inference.runtime.generators import scoped_seed
 from tests.accelerator import fake_accelerator
 from tests.inference import zoo
 
@@ -24,7 +24,9 @@ def positions(potential: Potential, chains: int = 5) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ALL)
 def test_capture_loop_and_pyro_agree_in_float64(name):
-    """Three routes to one number: the captured graph mapped over chains, the model chain by chain, and Pyro's potential_grad."""
+    """Three routes to one number: the captured graph mapped over chains, the model chain by chain, and Pyro's
+    potential_grad.
+    """
     model, args = ALL[name]
     captured = Potential(LogDensity(model, args))
     loop = Potential(LogDensity(model, args), capture=False)
@@ -64,7 +66,9 @@ def test_enumerated_mixture_is_the_log_sum_exp():
     for chain in range(len(z)):
         p, m = x["p"][chain], x["m"][chain]
         parts = p.log() + dist.Normal(m, 1.0).log_prob(zoo.Y[:, None])
-        log_joint = torch.logsumexp(parts, 1).sum() + dist.Normal(torch.tensor(0.0, dtype=zoo.F64), 3.0).log_prob(m).sum()
+        log_joint = (
+            torch.logsumexp(parts, 1).sum() + dist.Normal(torch.tensor(0.0, dtype=zoo.F64), 3.0).log_prob(m).sum()
+        )
         # Dirichlet(1, 1) has log-density log Gamma(2) = 0, and stick-breaking of K = 2 has |dp/du| = p1 p2.
         expected = log_joint + p.log().sum()
         torch.testing.assert_close(-potential(z)[chain], expected, rtol=1e-10, atol=1e-10)
@@ -81,7 +85,10 @@ def test_enumerated_hmm_is_the_forward_algorithm():
         alpha = transition[0] + emission[0]
         for t in range(1, 8):
             alpha = torch.logsumexp(alpha[:, None] + transition, 0) + emission[t]
-        prior = dist.Beta(torch.tensor(8.0, dtype=zoo.F64), torch.tensor(2.0, dtype=zoo.F64)).log_prob(stay) + dist.Normal(torch.tensor(0.0, dtype=zoo.F64), 3.0).log_prob(m).sum()
+        prior = (
+            dist.Beta(torch.tensor(8.0, dtype=zoo.F64), torch.tensor(2.0, dtype=zoo.F64)).log_prob(stay)
+            + dist.Normal(torch.tensor(0.0, dtype=zoo.F64), 3.0).log_prob(m).sum()
+        )
         expected = torch.logsumexp(alpha, 0) + prior + stay.log() + (1 - stay).log()
         torch.testing.assert_close(-potential(z)[chain], expected, rtol=1e-10, atol=1e-10)
 
@@ -120,7 +127,9 @@ def minibatch_model(x, y, batch_size=10):
 
 
 def test_minibatch_potential_is_unbiased_and_scaled():
-    """E9: the mean of 2,000 minibatch potentials is the full one within 3 standard errors; a missing N / B would be 150 of them off."""
+    """E9: the mean of 2,000 minibatch potentials is the full one within 3 standard errors; a missing N / B would be
+    150 of them off.
+    """
     mini = Potential(LogDensity(minibatch_model, (zoo.X, zoo.Y)))
     full = Potential(LogDensity(minibatch_model, (zoo.X, zoo.Y, None)))
     assert mini.plates["n"] == ("n", 50, 10) and not full.plates
@@ -188,7 +197,11 @@ def test_a_model_that_reads_values_back_runs_chain_by_chain(kind):
     assert not potential.captured
     z = torch.tensor([[0.5], [-0.5]], dtype=zoo.F64)
     slopes = {"branch": (1.0, 2.0), "float": (1.5, 1.5), "tensor": (2.0, 2.0)}[kind]
-    expected = [dist.Normal(0.0, 1.0).log_prob(v) + dist.Normal(s * abs(v) * (1 if kind == "branch" else v.sign()), 1.0).log_prob(torch.tensor(1.0)) for v, s in zip(z[:, 0], slopes, strict=True)]
+    expected = [
+        dist.Normal(0.0, 1.0).log_prob(v)
+        + dist.Normal(s * abs(v) * (1 if kind == "branch" else v.sign()), 1.0).log_prob(torch.tensor(1.0))
+        for v, s in zip(z[:, 0], slopes, strict=True)
+    ]
     torch.testing.assert_close(-potential(z), torch.stack(expected), rtol=1e-10, atol=1e-10)
 
 
@@ -273,10 +286,15 @@ def test_no_stray_cpu_tensor_on_an_accelerator(name):
     with fake_accelerator() as device:
         on_gpu = tuple(torch.empty(a.shape, dtype=a.dtype, device=device) for a in args)
         density = LogDensity(model, on_gpu)
-        z = {n: torch.empty(s.unconstrained_shape, dtype=s.dtype, device=device, requires_grad=True) for n, s in density.sites.items()}
+        z = {
+            n: torch.empty(s.unconstrained_shape, dtype=s.dtype, device=device, requires_grad=True)
+            for n, s in density.sites.items()
+        }
         energy = density.run(z)[0]
         energy.backward()
-        assert energy.device.type == device.type and all(v.grad is not None and v.grad.device.type == device.type for v in z.values())
+        assert energy.device.type == device.type and all(
+            v.grad is not None and v.grad.device.type == device.type for v in z.values()
+        )
 
 
 def test_program_records_again_for_new_shapes_and_rejects_what_it_cannot_hold():
