@@ -25,7 +25,7 @@ from inference.kernels.base import Kernel, Noise, StepInputs
 from inference.potential import LogDensity, Potential, PotentialFunction, Program
 from inference.results import diagnostics as _diagnostics
 from inference.results.export import to_arviz
-from inference.results.predictive import log_likelihood
+from inference.results.predictive import log_likelihood as _log_likelihood
 from inference.runtime.checkpoint import fingerprint, load_checkpoint, save_checkpoint
 from inference.runtime.draws import DrawStore
 from inference.runtime.generators import ChainGenerators, derive_seed
@@ -430,6 +430,7 @@ class MCMC:
                 str(self.compile),
                 self.capture,
             ],
+            "density": potential.probe().hex(),
             "sites": [[s.name, list(s.shape), str(s.dtype)] for s in potential.sites.values()],
             "plates": [list(p) for p in potential.plates.values()],
             "data": [_identify(a) for a in (*self._args, *self._kwargs.values())],
@@ -568,9 +569,6 @@ class MCMC:
         assert self.potential is not None
         density = self.potential.density
         return {} if self.potential.plates else dict(getattr(density, "observed", {}))
-
-
-_log_likelihood = log_likelihood
 
 
 class _Noted:

@@ -155,6 +155,10 @@ class Potential:
         named = dict(zip(self._names, values, strict=True))
         return named if deterministic else {n: named[n] for n in self.sites}
 
+    def probe(self) -> float:
+        """U at a fixed point and minibatch: two models that differ, in a hyperparameter say, differ here."""
+        return float(self(self._trial(7)[None], self.density.minibatch(7))[0])
+
     def _indices(self, batch: Batch | None) -> list[Tensor]:
         if set(batch or {}) != set(self._plate_names):
             raise ValueError(

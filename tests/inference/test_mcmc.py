@@ -223,7 +223,14 @@ def test_checkpoint_of_another_run_is_refused_and_a_finished_one_is_read(tmp_pat
     first = run(SGLD(minibatch_model, step_size=0.01), zoo.X, zoo.Y, **options)
     again = run(SGLD(minibatch_model, step_size=0.01), zoo.X, zoo.Y, **options)
     assert_same(first, again)
+
+    def tighter(x, y):
+        with pyro.poutine.scale(scale=2.0):
+            minibatch_model(x, y)
+
+    tighter.__qualname__ = minibatch_model.__qualname__
     for kernel, args, other in (
+        (SGLD(tighter, step_size=0.01), (zoo.X, zoo.Y), {}),
         (SGLD(minibatch_model, step_size=0.02), (zoo.X, zoo.Y), {}),
         (SGLD(minibatch_model, step_size=0.01), (zoo.X, zoo.Y + 1), {}),
         (SGLD(minibatch_model, step_size=0.01), (zoo.X, zoo.Y), {"seed": 9}),
