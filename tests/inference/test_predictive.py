@@ -157,9 +157,9 @@ DRAWN = {"enumerable": {"z"}}  # left out of the samples
 
 def _prior(name: str, n: int) -> dict[str, Tensor]:
     """Prior draws of a model's latent sites in the shapes that MCMC gives them."""
-    latents = [site for site, node in poutine.trace(MODELS[name]).get_trace().nodes.items() if node["type"] == "sample"]
     draws: dict[str, list[Tensor]] = {}
     with torch.random.fork_rng():
+        latents = [n for n, node in poutine.trace(MODELS[name]).get_trace().nodes.items() if node["type"] == "sample"]
         torch.manual_seed(5)
         for _ in range(n):
             for site, node in poutine.trace(MODELS[name]).get_trace().iter_stochastic_nodes():
@@ -299,6 +299,7 @@ def test_log_likelihood_of_a_minibatch_model_is_that_of_all_data() -> None:
 
 # ---------------------------------------------------------------- log-likelihood
 @pytest.mark.parametrize("name", sorted(set(MODELS) - {"enumerable"}))
+@pytest.mark.changes_globals("rng")  # by the traces that it is compared with
 def test_log_likelihood_equals_a_loop_of_traces(name: str) -> None:
     samples = _prior(name, 12)
     y = PyroPredictive(MODELS[name], samples, return_sites=["y"])()["y"][0]
