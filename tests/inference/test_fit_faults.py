@@ -270,7 +270,7 @@ def test_a_truncated_checkpoint_gives_way_to_the_previous_one(halfway):
         ({"optimizer": torch.optim.SGD}, "optimizer"),
         ({"scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 3)}, "scheduler"),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else value,
 )
 def test_a_checkpoint_of_another_run_is_refused(halfway, change, named):
     data, keywords = halfway
