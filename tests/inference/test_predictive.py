@@ -201,6 +201,7 @@ def test_prior_predictive_agrees_with_pyro(name: str) -> None:
             _same_law(ours[site], theirs[site])
 
 
+@pytest.mark.changes_globals("rng")  # by Pyro, which it is compared with
 def test_deterministic_sites_are_exact_in_every_chunking() -> None:
     samples = _prior("eight_schools", 50)
     theirs = PyroPredictive(eight_schools, samples, return_sites=["theta"])()["theta"]
@@ -211,6 +212,7 @@ def test_deterministic_sites_are_exact_in_every_chunking() -> None:
     assert torch.equal(theirs.squeeze(1), samples["mu"][:, None] + samples["tau"][:, None] * samples["eta"])
 
 
+@pytest.mark.changes_globals("rng")  # by Pyro, which it is compared with
 def test_observed_sites_return_their_data_and_the_return_value_is_a_site() -> None:
     samples, y = _prior("logistic", 20), torch.ones(30)
     found = Predictive(logistic, samples, return_sites=["y", "_RETURN"])(y)
@@ -231,6 +233,7 @@ def test_grouped_samples_give_grouped_results() -> None:
     assert all(torch.equal(ours[site].flatten(0, 1), same[site]) for site in same)
 
 
+@pytest.mark.changes_globals("rng")  # by the call that sets the guide up
 @pytest.mark.parametrize("guide_type", [AutoNormal, AutoMultivariateNormal])
 def test_guide_draws_the_latent_sites(guide_type: type) -> None:
     y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
