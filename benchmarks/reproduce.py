@@ -27,6 +27,7 @@ from inference import SamplerWarning
 from ppl_models import FunctionalPriorBNN
 from ppl_models.datasets import load_boston, load_concrete, load_digits, load_keel, uci_splits
 from ppl_models.functional_prior_bnn.experiments import auroc, calibration_error
+from ppl_models.functional_prior_bnn.priors import GaussianPrior
 from ppl_models.functional_prior_bnn.targets import HierarchicalRBF
 
 __all__ = ["SETTINGS", "Data", "Setting", "load", "run", "save", "table"]
@@ -237,9 +238,8 @@ def _target(setting: Setting, features: int, outputs: int, regression: bool) -> 
 
 
 def _scales(bnn: FunctionalPriorBNN) -> dict[str, float]:
-    if bnn.config()["prior"] != "gaussian":
-        return {}
-    return {name: float(scale) for name, scale in ((n, bnn.prior.scale(n)) for n in bnn.prior.log_scale)}
+    prior = bnn.prior
+    return {name: float(prior.scale(name)) for name in prior.shapes} if isinstance(prior, GaussianPrior) else {}
 
 
 def save(row: Mapping[str, Any], folder: Path) -> Path:
