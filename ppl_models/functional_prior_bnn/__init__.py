@@ -3,5 +3,6 @@
 from ppl_models.functional_prior_bnn.model import FunctionalPriorBNN
 from ppl_models.functional_prior_bnn.posterior import Posterior
 from ppl_models.functional_prior_bnn.predictions import Prediction
+from ppl_models.functional_prior_bnn.targets import HierarchicalRBF
 
-__all__ = ["FunctionalPriorBNN", "Posterior", "Prediction"]
+__all__ = ["FunctionalPriorBNN", "HierarchicalRBF", "Posterior", "Prediction"]
