@@ -49,6 +49,7 @@ def assert_same(a: MCMC, b: MCMC) -> None:
 
 
 # ---------------------------------------------------------------------- Pyro's interface
+@pytest.mark.changes_globals("rng")  # by arviz.from_pyro, which runs the model
 def test_a_program_written_for_pyro():
     """Positional arguments, names and shapes of pyro.infer.MCMC; arviz.from_pyro takes the object."""
     kernel = HMC(
