@@ -254,6 +254,9 @@ def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]] | N
         found = header["format"], header["kind"], int(header["version"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _Damaged(f"{path} is truncated or is not a checkpoint (nothing in it was executed)") from error
+    if len(found[0]) == len(_FORMAT) and sum(a != b for a, b in zip(found[0], _FORMAT, strict=True)) == 1:
+        # One byte off is a flipped bit, not another program's name.
+        raise _Damaged(f"checkpoint {path} is damaged in its header")
     if found[0] != _FORMAT:
         raise CheckpointError(f"{path} is a file of another program ({found[0]!r}); give another path")
     if found[2] != _VERSION:
