@@ -4,7 +4,7 @@ diagnostics.
 
 from inference._errors import CaptureWarning, CheckpointError, NonFiniteError, SamplerWarning
 from inference.fit import FitResult, fit
-from inference.kernels import HMC, SGHMC, SGLD, AdaptiveSGHMC, CyclicalSchedule, PolynomialSchedule, ScaleGibbs
+from inference.kernels import HMC, NUTS, SGHMC, SGLD, AdaptiveSGHMC, CyclicalSchedule, PolynomialSchedule, ScaleGibbs
 from inference.mcmc import MCMC
 from inference.results.diagnostics import summary
 from inference.results.export import to_arviz
@@ -13,6 +13,7 @@ from inference.results.predictive import Predictive, log_likelihood
 __all__ = [
     "HMC",
     "MCMC",
+    "NUTS",
     "SGHMC",
     "SGLD",
     "AdaptiveSGHMC",

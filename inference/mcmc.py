@@ -10,6 +10,7 @@ checkpoints.  Steps run in blocks; noise and
 indices of a block are drawn at once, and nothing is read back to Python within it.
 """
 
+import functools
 import itertools
 import time
 import warnings
@@ -21,16 +22,17 @@ import torch
 from torch import Tensor
 
 from inference._errors import CheckpointError, NonFiniteError, SamplerWarning
-from inference.kernels.base import Kernel, Noise, StepInputs
+from inference.kernels.base import Kernel, Noise
 from inference.potential import LogDensity, Potential, PotentialFunction, Program
 from inference.results import diagnostics as _diagnostics
 from inference.results.export import to_arviz
 from inference.results.predictive import log_likelihood as _log_likelihood
 from inference.runtime.checkpoint import fingerprint, load_checkpoint, save_checkpoint
 from inference.runtime.draws import DrawStore
-from inference.runtime.generators import ChainGenerators, derive_seed
+from inference.runtime.generators import derive_seed
 from inference.runtime.progress import Progress
 from inference.runtime.state import leaves, restore
+from inference.runtime.streams import Streams
 
 __all__ = ["MCMC"]
 
@@ -125,12 +127,17 @@ class MCMC:
         self.interrupted = False
         self.seconds = 0.0
         self.num_gradients = 0
-        self.compiled = False
+        self._programs: list[Program] = []
         self._samples: dict[str, Tensor] | None = None
         self.sample_stats: dict[str, Tensor] = {}
         self._args: tuple[Any, ...] = ()
         self._kwargs: dict[str, Any] = {}
         self.potential: Potential | None = None
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the last run's steps were compiled."""
+        return any(program.compiled for program in self._programs)
 
     # ------------------------------------------------------------------ running
     def run(self, *args: Any, **kwargs: Any) -> "MCMC":
@@ -139,6 +146,7 @@ class MCMC:
         """
         self._args, self._kwargs = args, kwargs
         self.interrupted = False
+        self._programs = []
         potential = self.potential = self._potential()
         if potential.plates and not self.kernel.stochastic:
             names = sorted(potential.plates)
@@ -180,18 +188,17 @@ class MCMC:
         return value.dim() > 0 and value.shape[0] == 1
 
     def _sample(self, potential: Potential) -> None:
-        kernel, device = self.kernel, potential.device
+        kernel = self.kernel
         noise_spec = kernel.noise(potential)
         kept = list(kernel.kept_steps(self.num_samples, self.thin))
         total = self.warmup_steps + kept[-1] + 1
         edges = self._edges(noise_spec, total)
-        noise = ChainGenerators(self.seed, range(self.num_chains), device)
-        owners = range(1) if self.minibatch == "shared" else range(self.num_chains)
-        batches = ChainGenerators(self.seed, owners, device, stream="minibatch")
-        step = kernel.build(potential, lambda function, calls: self._lift(function, calls * total, potential))
+        streams = Streams(self.seed, range(self.num_chains), noise_spec, potential, self.minibatch)
+        lift = functools.partial(self._lift, steps=total, potential=potential)
+        run = kernel.runner(potential, lift, streams)
 
         identity = self._identity(potential) if self.checkpoint is not None else ""
-        resumed = self._load(identity, noise, batches) if self.checkpoint is not None else None
+        resumed = self._load(identity, streams) if self.checkpoint is not None else None
         state = kernel.init(self._starting_points(potential), potential)
         done, drawn, gradients, stats_example = 0, 0, 0, None
         if resumed is not None:
@@ -212,12 +219,12 @@ class MCMC:
                 for start, stop in itertools.pairwise(edges):
                     if stop <= done:
                         continue
-                    inputs = self._inputs(noise_spec, potential, noise, batches, start, stop)
-                    plan = kernel.plan(state)
                     positions, records = [], []
                     diverged: Tensor | None = None
-                    for t in range(start, stop):
-                        state, info = step(state, inputs[t - start], plan)
+                    taken: int | Tensor = 0
+                    for t, transition in enumerate(run(state, start, stop, self.warmup_steps), start=start):
+                        state, info = transition.state, transition.info
+                        taken = taken + transition.gradients
                         if self.hook_fn is not None:
                             self._hook(potential, state, t)
                         if "diverging" in info and t >= self.warmup_steps:
@@ -229,7 +236,7 @@ class MCMC:
                             positions.append(state.position)
                             records.append(info)
                             diverged = None
-                    gradients += (stop - start) * (plan if isinstance(plan, int) else 1)
+                    gradients += int(taken)
                     if positions:
                         stats = {n: torch.stack([r[n] for r in records], dim=1) for n in records[0]}
                         draws = self._constrain(potential, torch.stack(positions, dim=1))
@@ -254,45 +261,24 @@ class MCMC:
                         done == total or time.perf_counter() - last_saved >= self.checkpoint_every
                     ):
                         store.flush()
-                        self._save(identity, state, noise, batches, done, drawn, gradients, stats_example)
+                        self._save(identity, state, streams, done, drawn, gradients, stats_example)
                         last_saved = time.perf_counter()
             except KeyboardInterrupt:
                 self.interrupted = True
         self._finish(store, drawn, stats_example or [], lost, divergences)
-        self.num_gradients = gradients * self.num_chains
+        self.num_gradients = gradients
 
-    def _lift(self, function: Callable[..., Any], calls: int, potential: Potential) -> Callable[..., Any]:
-        if not potential.captured:
-            return function
-        return _Noted(Program(function, calls=calls, compile=self.compile), self)
+    def _lift(self, function: Callable[..., Any], calls_per_step: int, *, steps: int, potential: Potential) -> Program:
+        calls = calls_per_step * steps
+        program = Program(function, calls=calls, compile=self.compile, record=potential.captured)
+        self._programs.append(program)
+        return program
 
     def _edges(self, spec: Noise, total: int) -> list[int]:
         per_step = max(1, spec.normal + spec.uniform + (0 if spec.gamma is None else spec.gamma.numel()))
         block = max(1, min(_STEPS_PER_BLOCK, _NOISE_PER_BLOCK // per_step))
         inner = [b for b in (self.warmup_steps, *self.kernel.boundaries(self.warmup_steps)) if 0 < b < total]
         return sorted({0, total, *inner, *range(0, total, block)})
-
-    def _inputs(
-        self, spec: Noise, potential: Potential, noise: ChainGenerators, batches: ChainGenerators, start: int, stop: int
-    ) -> list[StepInputs]:
-        steps, dtype, device = stop - start, potential.dtype, potential.device
-        streams: dict[str, Tensor] = {}
-        if spec.normal:
-            streams["normal"] = noise.normal(steps, spec.normal, dtype)
-        if spec.uniform:
-            streams["uniform"] = noise.uniform(steps, spec.uniform, dtype)
-        if spec.gamma is not None:
-            streams["gamma"] = noise.gamma(steps, spec.gamma)
-        controls = {
-            n: torch.tensor(list(v), dtype=dtype, device=device)
-            for n, v in self.kernel.controls(start, stop, self.warmup_steps).items()
-        }
-        indices: dict[str, Tensor] = {}
-        for plate in potential.plates.values():
-            drawn = batches.indices(steps, plate.size, plate.batch_size)
-            indices[plate.name] = drawn[:, 0] if self.minibatch == "shared" else drawn
-        rows = [{n: v.unbind(0) for n, v in group.items()} for group in (streams, controls, indices)]
-        return [StepInputs(*({n: v[t] for n, v in group.items()} for group in rows)) for t in range(steps)]
 
     # ------------------------------------------------------------------ starting points
     def _starting_points(self, potential: Potential) -> Tensor:
@@ -447,17 +433,14 @@ class MCMC:
         self,
         identity: str,
         state: Any,
-        noise: ChainGenerators,
-        batches: ChainGenerators,
+        streams: Streams,
         step: int,
         drawn: int,
         gradients: int,
         stats: list[str] | None,
     ) -> None:
         tensors = {f"state/{i}": leaf.contiguous() for i, leaf in enumerate(leaves(state))}
-        tensors |= {f"noise/{n}": g for n, g in noise.state_dict().items()} | {
-            f"batch/{n}": g for n, g in batches.state_dict().items()
-        }
+        tensors |= {f"streams/{n}": g for n, g in streams.state_dict().items()}
         meta = {
             "identity": identity,
             "step": step,
@@ -472,9 +455,7 @@ class MCMC:
         assert self.potential is not None
         return list(self._select(dict.fromkeys(self.potential.sites)))  # type: ignore[arg-type]
 
-    def _load(
-        self, identity: str, noise: ChainGenerators, batches: ChainGenerators
-    ) -> tuple[list[Tensor], dict[str, Any]] | None:
+    def _load(self, identity: str, streams: Streams) -> tuple[list[Tensor], dict[str, Any]] | None:
         found = load_checkpoint(self._checkpoint_file, kind=_KIND)
         if found is None:
             return None
@@ -484,12 +465,11 @@ class MCMC:
                 f"{self._checkpoint_file} belongs to a run with other settings, "
                 "data or model; give the same ones, or another checkpoint folder"
             )
-        groups: dict[str, dict[str, Tensor]] = {"state": {}, "noise": {}, "batch": {}}
+        groups: dict[str, dict[str, Tensor]] = {"state": {}, "streams": {}}
         for name, tensor in tensors.items():
             group, key = name.split("/", 1)
             groups[group][key] = tensor
-        noise.load_state_dict(groups["noise"])
-        batches.load_state_dict(groups["batch"])
+        streams.load_state_dict(groups["streams"])
         return [groups["state"][str(i)] for i in range(len(groups["state"]))], meta
 
     # ------------------------------------------------------------------ results
@@ -569,18 +549,6 @@ class MCMC:
         assert self.potential is not None
         density = self.potential.density
         return {} if self.potential.plates else dict(getattr(density, "observed", {}))
-
-
-class _Noted:
-    """A program that tells its driver whether it was compiled."""
-
-    def __init__(self, program: Program, driver: MCMC) -> None:
-        self.program, self.driver = program, driver
-
-    def __call__(self, *args: Any) -> Any:
-        result = self.program(*args)
-        self.driver.compiled |= self.program.compiled
-        return result
 
 
 def _count(name: str, value: Any, least: int) -> int:

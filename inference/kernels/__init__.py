@@ -4,12 +4,14 @@ from inference.kernels.adaptive_sghmc import AdaptiveSGHMC
 from inference.kernels.base import Kernel, Noise, StepInputs
 from inference.kernels.gibbs import ScaleGibbs
 from inference.kernels.hmc import HMC
+from inference.kernels.nuts import NUTS
 from inference.kernels.schedules import CyclicalSchedule, PolynomialSchedule
 from inference.kernels.sghmc import SGHMC
 from inference.kernels.sgld import SGLD
 
 __all__ = [
     "HMC",
+    "NUTS",
     "SGHMC",
     "SGLD",
     "AdaptiveSGHMC",

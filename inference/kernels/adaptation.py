@@ -1,5 +1,8 @@
-"""Adaptation that kernels share, pooled over chains and made of tensors alone: dual averaging, mass matrices, warm-up
-windows.
+"""Adaptation that kernels share, made of tensors alone: dual averaging, pooled moments, warm-up windows.
+
+Between the ends of windows a chain's adaptation depends on that chain alone; there, and nowhere else, it is pooled over
+chains, and over the processes that chains are split over.  So a run's draws are the same, to rounding, however its
+chains are split.
 
 Hoffman and Gelman, JMLR 15 (2014), section 3.2, for dual averaging; the Stan reference manual, "HMC algorithm
 parameters", for the windows and the
@@ -12,11 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from inference.runtime.distributed import sum_over_ranks
+
 __all__ = ["DualAverage", "Moments", "mass_windows"]
 
 
 class DualAverage(NamedTuple):
-    """Nesterov's dual averaging of the log step size.
+    """Nesterov's dual averaging of the log step size, one a chain; all of shape ``(chain,)``.
 
     Attributes:
         log_step: log of the step size to use while adapting.
@@ -34,7 +39,7 @@ class DualAverage(NamedTuple):
 
     @classmethod
     def start(cls, step_size: Tensor) -> "DualAverage":
-        """Begin at ``step_size`` (0-dim), shrinking towards ten times it."""
+        """Begin at ``step_size`` ``(chain,)``, shrinking towards ten times it."""
         log_step = step_size.log()
         zero = torch.zeros_like(log_step)
         return cls(log_step, log_step.clone(), zero, log_step + math.log(10.0), zero.clone())
@@ -42,7 +47,7 @@ class DualAverage(NamedTuple):
     def update(
         self, acceptance: Tensor, target: float, *, gamma: float = 0.05, t0: float = 10.0, kappa: float = 0.75
     ) -> "DualAverage":
-        """One update from the mean acceptance probability of all chains (0-dim)."""
+        """One update from each chain's acceptance probability, ``(chain,)``."""
         count = self.updates + 1
         weight = 1 / (count + t0)
         error = (1 - weight) * self.error + weight * (target - acceptance)
@@ -50,9 +55,14 @@ class DualAverage(NamedTuple):
         decay = count**-kappa
         return DualAverage(log_step, decay * log_step + (1 - decay) * self.log_average, error, self.center, count)
 
+    def pooled(self) -> "DualAverage":
+        """Every chain with the mean over all chains."""
+        chains = sum_over_ranks(torch.ones_like(self.log_step).sum())
+        return DualAverage(*((sum_over_ranks(x.sum()) / chains).expand_as(x).contiguous() for x in self))
+
 
 class Moments(NamedTuple):
-    """Welford's running mean and (co)variance of positions, pooled over chains and steps.
+    """Welford's running mean and (co)variance of positions, over the chains of this process and steps.
 
     Attributes:
         size: number of positions.
@@ -83,6 +93,14 @@ class Moments(NamedTuple):
         else:
             scatter = self.scatter + deviation.square().sum(0) + weight * shift.square()
         return Moments(count, self.mean + shift * batch / count, scatter)
+
+    def pooled(self) -> "Moments":
+        """The moments over the chains of all processes."""
+        size = sum_over_ranks(self.size)
+        mean = sum_over_ranks(self.size * self.mean) / size.clamp(min=1)
+        shift = self.mean - mean
+        spread = torch.outer(shift, shift) if self.scatter.dim() == 2 else shift.square()
+        return Moments(size, mean, sum_over_ranks(self.scatter + self.size * spread))
 
     def regularised(self) -> Tensor:
         """The (co)variance, shrunk towards a small multiple of the identity as in Stan."""

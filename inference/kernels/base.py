@@ -9,20 +9,21 @@ touches a generator.  States are named tuples of tensors whose first field is ``
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 
-from inference.potential import Potential
+from inference.potential import Potential, Program
+from inference.runtime.streams import Streams
 
-__all__ = ["Kernel", "Lift", "Noise", "StepInputs", "nonnegative", "positive"]
+__all__ = ["Kernel", "Lift", "Noise", "StepInputs", "Transition", "nonnegative", "positive"]
 
 State = Any
 Info = dict[str, Tensor]
-Lift = Callable[[Callable[..., Any], int], Callable[..., Any]]
+Lift = Callable[[Callable[..., Any], int], Program]
 
 
 class Noise(NamedTuple):
@@ -51,6 +52,20 @@ class StepInputs(NamedTuple):
     noise: dict[str, Tensor]
     control: dict[str, Tensor]
     batch: dict[str, Tensor]
+
+
+class Transition(NamedTuple):
+    """One step of all chains.
+
+    Attributes:
+        state: the state after it; its position is exact at every step, all else at a block's last one.
+        info: what happened, each entry ``(chain,)``.
+        gradients: gradients that it took, of all chains together.
+    """
+
+    state: State
+    info: Info
+    gradients: int | Tensor
 
 
 class Kernel(ABC):
@@ -101,6 +116,23 @@ class Kernel(ABC):
         recorded = lift(lambda state, inputs: self.step(state, inputs, potential), 1)
         return lambda state, inputs, plan: recorded(state, inputs)
 
+    def runner(
+        self, potential: Potential, lift: Lift, streams: Streams
+    ) -> Callable[[State, int, int, int], Iterator[Transition]]:
+        """The function ``run(state, start, stop, warmup_steps)`` that takes a block of steps, one after another unless
+        overridden.
+        """
+        step = self.build(potential, lift)
+
+        def run(state: State, start: int, stop: int, warmup_steps: int) -> Iterator[Transition]:
+            plan = self.plan(state)
+            gradients = plan if isinstance(plan, int) else 1
+            for inputs in streams.inputs(stop - start, self.controls(start, stop, warmup_steps)):
+                state, info = step(state, inputs, plan)
+                yield Transition(state, info, gradients * len(state.position))
+
+        return run
+
     def controls(self, start: int, stop: int, warmup_steps: int) -> dict[str, Sequence[float]]:
         """The scheduled scalars of steps ``start`` to ``stop``, by name."""
         return {}
@@ -129,7 +161,7 @@ class Kernel(ABC):
         return {
             k: v if isinstance(v, plain) else repr(v)
             for k, v in sorted(vars(self).items())
-            if isinstance(v, plain) or k == "schedule"
+            if isinstance(v, plain) or k in ("schedule", "full_mass")
         }
 
 

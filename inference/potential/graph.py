@@ -11,6 +11,7 @@ pytrees as such a graph, and compiles it where that pays.
 import operator
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -26,8 +27,8 @@ __all__ = ["CaptureError", "Program", "trace"]
 # they are constants rather than timings so that the same run makes the same choice, and hence the same bits, every
 # time.
 _SECONDS_PER_NODE = 5e-6
-_COMPILE_SECONDS = 6.0
-_COMPILE_SECONDS_PER_NODE = 0.05
+_COMPILE_SECONDS = 4.0
+_COMPILE_SECONDS_PER_NODE = 0.01
 
 _FOLD_LIMIT = 1 << 24  # elements; a larger constant is recomputed rather than held
 _NAN_ON_FAILURE = {
@@ -225,17 +226,30 @@ class Program:
         calls: how often the run will call it; with ``compile="auto"`` it is compiled where that saves more than it
             costs.
         compile: ``True``, ``False`` or ``"auto"``.
+        record: ``False`` runs the function itself, for one that cannot be recorded.
+
+    Attributes:
+        compiled: whether a graph of it was compiled.
     """
 
-    def __init__(self, function: Callable[..., Any], *, calls: int = 0, compile: bool | str = "auto") -> None:
+    def __init__(
+        self, function: Callable[..., Any], *, calls: int = 0, compile: bool | str = "auto", record: bool = True
+    ) -> None:
         if compile not in (True, False, "auto"):
             raise ValueError(f"compile must be True, False or 'auto', got {compile!r}")
-        self.function, self.calls, self.compile = function, calls, compile
+        self.function, self.calls, self.compile, self.record = function, calls, compile, record
         self.compiled = False
         self._recorded: dict[Any, tuple[Callable[..., Any], Any]] = {}
         self._last: tuple[Any, Callable[..., Any], Any] | None = None
 
+    @property
+    def recordings(self) -> int:
+        """How often it was recorded."""
+        return len(self._recorded)
+
     def __call__(self, *args: Any) -> Any:
+        if not self.record:
+            return self.function(*args)
         flat: list[Tensor] = []
         _flatten(args, flat)
         key = tuple([x.shape for x in flat])
@@ -247,7 +261,31 @@ class Program:
         with torch.no_grad():
             return _unflatten(structure, iter(run(*flat)))
 
-    def _record(self, flat: list[Tensor], args: tuple[Any, ...]) -> tuple[Callable[..., Any], Any]:
+    def bind(self, state: Any, *args: Any) -> Callable[[], None]:
+        """The program as a step in place, for small steps that run very often: each call replaces what the tensors of
+        ``state`` hold by what the function makes of them.
+
+        ``function(state, *args)`` must return a tree of the shapes and dtypes of ``state``, whose tensors must be its
+        own; nothing is allocated or unpacked in a call.
+        """
+        flat: list[Tensor] = []
+        _flatten(state, flat)
+        if not self.record:
+            return lambda: _overwrite(flat, self.function(state, *args))
+        updated = len(flat)
+        _flatten(args, flat)
+        key = (updated, *(x.shape for x in flat))
+        if key not in self._recorded:
+            self._recorded[key] = self._record(flat, (state, *args), updated)
+        run = self._recorded[key][0]
+
+        def step() -> None:
+            with torch.no_grad():
+                run(*flat)
+
+        return step
+
+    def _record(self, flat: list[Tensor], args: tuple[Any, ...], updated: int = 0) -> tuple[Callable[..., Any], Any]:
         structure: list[Any] = []
 
         def flat_function(*inputs: Tensor) -> list[Tensor]:
@@ -257,8 +295,12 @@ class Program:
             _flatten(result, outputs)
             return outputs
 
+        # Two inputs that happen to be one tensor at the first call are two inputs at the next.
+        flat = [x.detach().clone() for x in flat]
         with torch.no_grad():
             graph = trace(flat_function, *flat)
+            if updated:
+                _write_back(graph)
             nodes = sum(n.op == "call_function" for n in graph.graph.nodes)
             worth = self.calls * nodes * _SECONDS_PER_NODE > _COMPILE_SECONDS + nodes * _COMPILE_SECONDS_PER_NODE
             if self.compile is True or (self.compile == "auto" and worth):
@@ -266,17 +308,18 @@ class Program:
         return graph, structure[0]
 
     def _compiled(self, graph: fx.GraphModule, flat: list[Tensor]) -> Callable[..., Any]:
+        constants = _lift_constants(graph)
         try:
             # Straight to the compiler: Dynamo has nothing left to find in a flat graph, and its guards would double
             # the cost of a small step.
             import torch._inductor as inductor
 
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _compiler_settings():
                 warnings.simplefilter("ignore")
-                run = inductor.compile(graph, list(flat))
-                run(*flat)
+                compiled = inductor.compile(graph, _stand_ins([*flat, *constants]))
+                compiled(*flat, *constants)
             self.compiled = True
-            return run
+            return lambda *inputs: compiled(*inputs, *constants)
         except Exception as error:
             message = str(error).strip().splitlines()
             warnings.warn(
@@ -286,7 +329,77 @@ class Program:
                 CaptureWarning,
                 stacklevel=3,
             )
-            return graph
+            return lambda *inputs: graph(*inputs, *constants)
+
+
+def _overwrite(tensors: list[Tensor], tree: Any) -> None:
+    values: list[Tensor] = []
+    _flatten(tree, values)
+    for tensor, value in zip(tensors, [v.clone() for v in values], strict=True):
+        tensor.copy_(value)
+
+
+def _write_back(module: fx.GraphModule) -> None:
+    """Let the graph put its outputs into its first inputs, one into the other in their order, and return nothing."""
+    graph = module.graph
+    places = [n for n in graph.nodes if n.op == "placeholder"]
+    output = next(n for n in graph.nodes if n.op == "output")
+    results = list(output.args[0])
+    with graph.inserting_before(output):
+        pairs = []
+        for place, result in zip(places, results, strict=False):
+            if result is not place:
+                moved = result.op == "placeholder"  # another input, which may be written to before it is read
+                pairs.append((place, graph.call_function(torch.ops.aten.clone.default, (result,)) if moved else result))
+        for place, result in pairs:
+            graph.call_function(torch.ops.aten.copy_.default, (place, result))
+    output.args = ([],)
+    module.recompile()
+
+
+def _lift_constants(module: fx.GraphModule) -> list[Tensor]:
+    """Make the graph's constant arrays its last inputs, so that one compilation serves all data of these shapes."""
+    constants: list[Tensor] = []
+    places = [n for n in module.graph.nodes if n.op == "placeholder"]
+    for node in [n for n in module.graph.nodes if n.op == "get_attr"]:
+        value = _attribute(module, node.target)
+        if not isinstance(value, Tensor) or value.numel() == 1:
+            continue
+        with module.graph.inserting_after(places[-1]):
+            places.append(module.graph.placeholder(f"constant_{len(constants)}"))
+        node.replace_all_uses_with(places[-1])
+        module.graph.erase_node(node)
+        constants.append(value.detach())
+    module.recompile()
+    return constants
+
+
+def _stand_ins(inputs: list[Tensor]) -> list[Any]:
+    """Tensors of these shapes that hold nothing, of a kind that the compiler's cache on disk demands."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    return [mode.from_tensor(x, static_shapes=True) for x in inputs]
+
+
+@contextmanager
+def _compiler_settings() -> Iterator[None]:
+    """Let the compiler's cache on disk serve graphs that did not come from Dynamo, and leave out checks of sizes that
+    a recorded graph has fixed already: for a small step they cost as much as its arithmetic.
+    """
+    import torch._functorch.config as functorch
+    import torch._inductor.config as inductor
+
+    wanted = {
+        functorch: {"bundled_autograd_cache": False},
+        inductor: {"size_asserts": False, "alignment_asserts": False},
+    }
+    with ExitStack() as stack:
+        for config, settings in wanted.items():
+            known = {name: value for name, value in settings.items() if hasattr(config, name)}
+            stack.enter_context(config.patch(known))
+        yield
 
 
 # torch's own pytrees cost as much as a small step does; these handle what programs are made of and nothing else.

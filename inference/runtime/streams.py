@@ -1,0 +1,81 @@
+"""Everything random that a run consumes, drawn in blocks of steps: noise, and the indices of minibatch plates."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from inference.runtime.generators import ChainGenerators
+
+if TYPE_CHECKING:
+    from inference.kernels.base import Noise, StepInputs
+    from inference.potential import Potential
+
+__all__ = ["Streams"]
+
+
+class Streams:
+    """The random streams of some of a run's chains.
+
+    Args:
+        seed: the run's.
+        chains: global indices of the chains that this process runs.
+        noise: what one step of one chain consumes.
+        potential: for the minibatch plates, dtype and device.
+        minibatch: ``"shared"`` or ``"per_chain"``.
+    """
+
+    def __init__(
+        self, seed: int, chains: Sequence[int], noise: "Noise", potential: "Potential", minibatch: str
+    ) -> None:
+        self.seed, self.chains, self._spec = seed, chains, noise
+        self.dtype, self.device, self._plates = potential.dtype, potential.device, potential.plates
+        self._shared = minibatch == "shared"
+        self._noise = ChainGenerators(seed, chains, self.device)
+        owners = range(1) if self._shared else chains
+        self._batches = ChainGenerators(seed, owners, self.device, stream="minibatch")
+
+    def noise(self, steps: int) -> dict[str, Tensor]:
+        """The noise of the next steps: ``normal``, ``uniform`` and ``gamma``, each ``(steps, chain, k)`` where the
+        kernel asks for it.
+        """
+        spec = self._spec
+        drawn: dict[str, Tensor] = {}
+        if spec.normal:
+            drawn["normal"] = self._noise.normal(steps, spec.normal, self.dtype)
+        if spec.uniform:
+            drawn["uniform"] = self._noise.uniform(steps, spec.uniform, self.dtype)
+        if spec.gamma is not None:
+            drawn["gamma"] = self._noise.gamma(steps, spec.gamma)
+        return drawn
+
+    def inputs(self, steps: int, controls: Mapping[str, Sequence[float]]) -> "list[StepInputs]":
+        """The inputs of the next steps; ``controls`` as the kernel scheduled them."""
+        from inference.kernels.base import StepInputs
+
+        scheduled = {n: torch.tensor(list(v), dtype=self.dtype, device=self.device) for n, v in controls.items()}
+        indices: dict[str, Tensor] = {}
+        for plate in self._plates.values():
+            drawn = self._batches.indices(steps, plate.size, plate.batch_size)
+            indices[plate.name] = drawn[:, 0] if self._shared else drawn
+        rows = [{n: v.unbind(0) for n, v in group.items()} for group in (self.noise(steps), scheduled, indices)]
+        return [StepInputs(*({n: v[t] for n, v in group.items()} for group in rows)) for t in range(steps)]
+
+    def fresh(self, purpose: str, block: int) -> ChainGenerators:
+        """Generators for one block alone, for a kernel that cannot say beforehand how much it will draw: what is left
+        undrawn moves no later block.
+        """
+        return ChainGenerators(self.seed, self.chains, self.device, stream=f"{purpose}/{block}")
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The generators' states."""
+        return {
+            **{f"noise/{n}": g for n, g in self._noise.state_dict().items()},
+            **{f"batch/{n}": g for n, g in self._batches.state_dict().items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Put the generators back to a saved state."""
+        for group, generators in (("noise", self._noise), ("batch", self._batches)):
+            generators.load_state_dict({n.split("/")[1]: g for n, g in state.items() if n.startswith(group)})
