@@ -9,6 +9,8 @@ from inference.mcmc import MCMC
 from inference.results.diagnostics import summary
 from inference.results.export import to_arviz
 from inference.results.predictive import Predictive, log_likelihood
+from inference.runtime.stopping import Stop
+from inference.streaming import StreamingMCMC
 
 __all__ = [
     "HMC",
@@ -26,6 +28,8 @@ __all__ = [
     "Predictive",
     "SamplerWarning",
     "ScaleGibbs",
+    "Stop",
+    "StreamingMCMC",
     "fit",
     "log_likelihood",
     "summary",

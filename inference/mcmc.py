@@ -32,6 +32,7 @@ from inference.runtime.draws import DrawStore
 from inference.runtime.generators import derive_seed
 from inference.runtime.progress import Progress
 from inference.runtime.state import leaves, restore
+from inference.runtime.stopping import Stop, StopWatch
 from inference.runtime.streams import Streams
 
 __all__ = ["MCMC"]
@@ -73,6 +74,7 @@ class MCMC:
         compile: ``"auto"`` compiles the step for long runs, ``True`` always, ``False`` never.
         chunk_size: most chains whose gradients are evaluated at once.
         capture: ``False`` runs the Pyro model itself at every step, one chain at a time.
+        stop: a ``Stop`` that ends the run before ``num_samples`` draws; looked at where blocks of steps end.
 
     Raises:
         ValueError, TypeError: bad counts or arguments; a minibatch model in a Metropolis-corrected kernel; no finite
@@ -104,6 +106,7 @@ class MCMC:
         compile: bool | str = "auto",
         chunk_size: int | None = None,
         capture: bool = True,
+        stop: Stop | None = None,
     ) -> None:
         if not isinstance(kernel, Kernel):
             raise TypeError(
@@ -124,6 +127,10 @@ class MCMC:
         self.checkpoint_every = checkpoint_every
         self.progress: bool | Callable[[dict[str, Any]], None] = False if disable_progbar else progress
         self.compile, self.chunk_size, self.capture = compile, chunk_size, capture
+        if stop is not None and not isinstance(stop, Stop):
+            raise TypeError(f"stop must be an inference.Stop, got {stop!r}")
+        self.stop = stop
+        self.stopped: str | None = None  # why the run ended early, if a criterion of stop ended it
         self.interrupted = False
         self.seconds = 0.0
         self.num_gradients = 0
@@ -145,7 +152,7 @@ class MCMC:
         made so far.
         """
         self._args, self._kwargs = args, kwargs
-        self.interrupted = False
+        self.interrupted, self.stopped = False, None
         self._programs = []
         potential = self.potential = self._potential()
         if potential.plates and not self.kernel.stochastic:
@@ -205,13 +212,13 @@ class MCMC:
             state = restore(state, resumed[0])
             done, drawn, gradients = resumed[1]["step"], resumed[1]["drawn"], resumed[1]["num_gradients"]
             stats_example = resumed[1]["stats"]
-        store = DrawStore(self.num_chains, self.num_samples, self.checkpoint)
+        store = self._make_store()
         example = self._select(potential.constrain(state.position))
         if stats_example is not None:
             store.allocate(self._columns(example, {n: state.position[:, 0] for n in stats_example}), resume=True)
         bar = Progress(total, "sample" if not self.warmup_steps else "warmup", self.progress)
         kept_set = {self.warmup_steps + k for k in kept}
-        last_saved = time.perf_counter()
+        last_saved, watch = time.perf_counter(), StopWatch(self.stop)
         divergences = 0.0
         lost: set[int] = set()
         with bar:
@@ -257,12 +264,17 @@ class MCMC:
                     if divergences:
                         fields["divergences"] = f"{divergences:.0f}"
                     bar.update(done, stage="warmup" if done < self.warmup_steps else "sample", **fields)
+                    if drawn:
+                        due = watch.due(drawn)
+                        self.stopped = watch.reason(drawn, self._draws(store, drawn) if due else None)
                     if self.checkpoint is not None and (
-                        done == total or time.perf_counter() - last_saved >= self.checkpoint_every
+                        done == total or self.stopped or time.perf_counter() - last_saved >= self.checkpoint_every
                     ):
                         store.flush()
                         self._save(identity, state, streams, done, drawn, gradients, stats_example)
                         last_saved = time.perf_counter()
+                    if self.stopped:
+                        break
             except KeyboardInterrupt:
                 self.interrupted = True
         self._finish(store, drawn, stats_example or [], lost, divergences)
@@ -273,6 +285,13 @@ class MCMC:
         program = Program(function, calls=calls, compile=self.compile, record=potential.captured)
         self._programs.append(program)
         return program
+
+    def _make_store(self) -> DrawStore:
+        return DrawStore(self.num_chains, self.num_samples, self.checkpoint)
+
+    @staticmethod
+    def _draws(store: DrawStore, drawn: int) -> dict[str, Tensor]:
+        return {n.removeprefix("draw/"): v for n, v in store.tensors(drawn).items() if n.startswith("draw/")}
 
     def _edges(self, spec: Noise, total: int) -> list[int]:
         per_step = max(1, spec.normal + spec.uniform + (0 if spec.gamma is None else spec.gamma.numel()))
@@ -375,7 +394,7 @@ class MCMC:
                 )
             return
         tensors = store.tensors(drawn)
-        self._samples = {n.removeprefix("draw/"): v for n, v in tensors.items() if n.startswith("draw/")}
+        self._samples = self._draws(store, drawn)
         self.sample_stats = {n.removeprefix("stat/"): v for n, v in tensors.items() if n.startswith("stat/")}
         if self.interrupted:
             warnings.warn(

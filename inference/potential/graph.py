@@ -27,7 +27,7 @@ __all__ = ["CaptureError", "Program", "trace"]
 # they are constants rather than timings so that the same run makes the same choice, and hence the same bits, every
 # time.
 _SECONDS_PER_NODE = 5e-6
-_COMPILE_SECONDS = 4.0
+_COMPILE_SECONDS = 3.0
 _COMPILE_SECONDS_PER_NODE = 0.01
 
 _FOLD_LIMIT = 1 << 24  # elements; a larger constant is recomputed rather than held
