@@ -5,6 +5,7 @@ over draws, as it does for ``Predictive``.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -44,10 +45,9 @@ def unconstrained(density: LogDensity, samples: Mapping[str, Tensor]) -> Tensor:
         for n, s in density.sites.items()
     }
     for name, value in chosen.items():
-        if value.dim() == 0 or value.shape[1:] != density.sites[name].shape:
-            raise ValueError(
-                f"draws of {name!r} have shape {tuple(value.shape)}; needed is (draw, *{tuple(density.sites[name].shape)})"
-            )
+        shape = density.sites[name].shape
+        if value.dim() == 0 or value.shape[1:] != shape:
+            raise ValueError(f"draws of {name!r} have shape {tuple(value.shape)}; needed is (draw, *{tuple(shape)})")
     sizes = {n: len(v) for n, v in chosen.items()}
     if len(set(sizes.values())) > 1 or not next(iter(sizes.values())):
         raise ValueError(f"every site needs the same number of draws, at least one; got {sizes}")
@@ -63,7 +63,7 @@ def _positions(density: LogDensity, samples: Draws, num: int, seed: int) -> Tens
     def one(draws: Draws) -> Draws:
         with poutine.trace() as recorder, poutine.condition(data=draws):
             density.model(*density.args, **density.kwargs)
-        nodes = recorder.trace.nodes
+        nodes: dict[str, Any] = dict(recorder.trace.nodes)
         parts = [
             density._to_unconstrained(name, nodes[name]["fn"], nodes[name]["value"]).reshape(-1).to(density.dtype)
             for name in density.sites

@@ -123,7 +123,8 @@ class TemperedFunction:
         base: a distribution over vectors ``(dim,)`` whose support holds the target's.
 
     Raises:
-        TypeError, ValueError: ``base`` is no distribution over vectors; ``log_density`` does not return one value a row.
+        TypeError, ValueError: ``base`` is no distribution over vectors; ``log_density`` does not return one value a
+            row.
     """
 
     captured = False  # batched as it is, and free to do what a graph could not record
