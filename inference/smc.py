@@ -283,25 +283,27 @@ def anneal(
 def next_temperature(log_likelihood: Tensor, beta: Tensor, target_ess: float) -> Tensor:
     """The largest beta' <= 1 at which the mean over runs of the weights' effective fraction is at least the target.
 
+    Particles of likelihood zero count in no fraction: no beta' above beta can keep them.
+
     Args:
         log_likelihood: of equally weighted particles ``(run, particle)``, float64.
         beta: where they are, 0-dim.
         target_ess: fraction of the particles.
     """
-    size = log_likelihood.shape[1]
+    alive = (log_likelihood > -math.inf).sum(1)
 
-    def effective(new: Tensor) -> Tensor:
-        log_w = (new - beta) * log_likelihood
-        return (2 * torch.logsumexp(log_w, 1) - torch.logsumexp(2 * log_w, 1)).exp().mean() / size
+    def effective(difference: Tensor) -> Tensor:
+        log_w = difference * log_likelihood
+        return ((2 * torch.logsumexp(log_w, 1) - torch.logsumexp(2 * log_w, 1)).exp() / alive).mean()
 
-    one = torch.ones_like(beta)
-    # on a log scale: from a vague prior the first temperature may be 1e-12; the ends are never read back
-    low, high = torch.full_like(beta, -80.0), (one - beta).log()
+    # on a log scale: from a vague prior the first temperature may be 1e-12
+    rest = 1 - beta
+    low, high = torch.full_like(beta, -80.0), rest.log()
     for _ in range(_BISECTIONS):
         middle = 0.5 * (low + high)
-        enough = effective(beta + middle.exp()) >= target_ess
+        enough = effective(middle.exp()) >= target_ess
         low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    return torch.where(effective(one) >= target_ess, one, beta + low.exp())
+    return torch.where(effective(rest) >= target_ess, torch.ones_like(beta), beta + low.exp())
 
 
 def systematic(weights: Tensor, uniform: Tensor) -> Tensor:

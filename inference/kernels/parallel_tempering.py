@@ -45,7 +45,7 @@ class ParallelTemperingState(NamedTuple):
     log_step: log step size, ``(temperature,)``.
     scale: preconditioner, ``(temperature, dim)``.
     center: where ``total`` and ``squares`` are counted from, ``(temperature, dim)``.
-    count: steps in the current window, ``(chain,)``.
+    collected: steps in the current window, ``(chain,)``.
     acceptance: summed since the last update of the step sizes, ``(chain, temperature)``.
     since: steps since then, ``(chain,)``.
     rejection: summed probabilities of rejecting a swap in the window, ``(chain, temperature - 1)``.
@@ -62,7 +62,7 @@ class ParallelTemperingState(NamedTuple):
     log_step: Tensor
     scale: Tensor
     center: Tensor
-    count: Tensor
+    collected: Tensor
     acceptance: Tensor
     since: Tensor
     rejection: Tensor
@@ -165,7 +165,7 @@ class ParallelTempering(Kernel):
             log_step=log_step,
             scale=one,
             center=torch.zeros_like(one),
-            count=zero[:, 0].clone(),
+            collected=zero[:, 0].clone(),
             acceptance=zero.clone(),
             since=zero[:, 0].clone(),
             rejection=zero[:, 1:].clone(),
@@ -275,7 +275,7 @@ class ParallelTempering(Kernel):
             heading=heading,
             round_trips=state.round_trips + returned,
             odd=1 - state.odd,
-            count=state.count + collect,
+            collected=state.collected + collect,
             acceptance=state.acceptance + collect * acceptance,
             since=state.since + collect,
             rejection=state.rejection + collect * proposed * (1 - probability),
@@ -296,7 +296,7 @@ class ParallelTempering(Kernel):
     def _end_ladder_window(self, state: ParallelTemperingState) -> ParallelTemperingState:
         """Equal rejection rates; step sizes and preconditioners follow the temperatures they belong to."""
         old = state.inverse_temperature
-        count = sum_over_ranks(state.count.sum())
+        count = sum_over_ranks(state.collected.sum())
         scale, center = state.scale, state.center
         if self.adapt_mass_matrix and bool(count > 1):
             mean = sum_over_ranks(state.total.sum(0)) / count
@@ -318,7 +318,7 @@ class ParallelTempering(Kernel):
             log_step=log_step,
             scale=scale,
             center=center,
-            count=torch.zeros_like(state.count),
+            collected=torch.zeros_like(state.collected),
             rejection=torch.zeros_like(state.rejection),
             proposals=torch.zeros_like(state.proposals),
             total=torch.zeros_like(state.total),
