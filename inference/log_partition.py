@@ -117,6 +117,7 @@ def ais(
         raise ValueError(f"direction must be 'forward' or 'reverse', got {direction!r}")
     if (posterior_samples is not None) != (direction == "reverse"):
         raise ValueError("posterior_samples are what direction='reverse' starts from; give both or neither")
+    _check(num_chains, num_temperatures, num_steps, inverse_temperatures)
     path = tempered_path(target, args, kwargs, reference)
     plan = _Plan.make(path, num_chains, num_temperatures, num_steps, inverse_temperatures, seed, compile)
     if direction == "forward":
@@ -154,6 +155,7 @@ def ais_sandwich(
             as in :func:`ais`.
     """
     count("num_burn_in", num_burn_in, 0)
+    _check(num_chains, num_temperatures, num_steps, inverse_temperatures)
     path = tempered_path(target, args, kwargs, reference)
     plan = _Plan.make(path, num_chains, num_temperatures, num_steps, inverse_temperatures, seed, compile)
     if posterior_samples is None:
@@ -196,10 +198,10 @@ def bridge_sampling(
     """
     if warp not in _WARP:
         raise ValueError(f"warp must be one of {_WARP}, got {warp!r}")
-    path = tempered_path(target, args, kwargs, reference)
     leading = {n: tuple(v.shape[:2]) for n, v in posterior_samples.items()}
     if any(len(s) < 2 for s in leading.values()) or len(set(leading.values())) != 1:
         raise ValueError(f"posterior_samples must be (chain, draw, *shape), alike for all sites; they begin {leading}")
+    path = tempered_path(target, args, kwargs, reference)
     chains, draws = next(iter(leading.values()))
     z = path.unconstrain({n: v.flatten(0, 1) for n, v in posterior_samples.items()}).reshape(chains, draws, -1)
     half = draws // 2
@@ -281,6 +283,14 @@ def importance(
 
 
 # ---------------------------------------------------------------- annealing with HMC
+def _check(num_chains: int, num_temperatures: int, num_steps: int, inverse_temperatures: Tensor | None) -> None:
+    count("num_chains", num_chains, 2)
+    count("num_temperatures", num_temperatures, 1)
+    count("num_steps", num_steps, 1)
+    if inverse_temperatures is not None:
+        ladder(inverse_temperatures)
+
+
 class _State(NamedTuple):
     """Attributes:
     position: ``(chain, dim)``.
@@ -323,10 +333,8 @@ class _Plan(NamedTuple):
         seed: int,
         compile: bool,
     ) -> "_Plan":
-        count("num_chains", num_chains, 2)
-        count("num_temperatures", num_temperatures, 1)
-        count("num_steps", num_steps, 1)
         fixed = None if inverse_temperatures is None else ladder(inverse_temperatures).to(path.device)
+        move = TemperedHMC(path, num_steps, 0.5, lift(path, compile))
         pilot = anneal(
             path,
             num_particles=max(_PILOT_PARTICLES, num_chains),
@@ -338,7 +346,7 @@ class _Plan(NamedTuple):
             jitter=0.5,
             ladder=None,
             seed=derive_seed(seed, "pilot"),
-            compile=compile,
+            move=move,
         )
         known = torch.cat([pilot.inverse_temperatures.new_zeros(1), pilot.inverse_temperatures])
         zero = known.new_zeros(1)
@@ -354,7 +362,6 @@ class _Plan(NamedTuple):
         tuned = (place - 1).clamp(min=0)  # there is no move at beta = 0 to learn from
         log_step = _interpolate(tuned, pilot.step_size.double().log())
         log_scale = _interpolate(tuned, pilot.scale.double().log())
-        move = TemperedHMC(path, num_steps, 0.5, lift(path, compile))
         tensors = (log_step.exp().to(path.dtype), log_scale.exp().to(path.dtype))
         return cls(path, num_chains, seed, betas, *tensors, move, pilot)
 

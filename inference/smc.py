@@ -221,11 +221,15 @@ def anneal(
     seed: int,
     progress: bool | Callable[[dict[str, Any]], None] = False,
     compile: bool = False,
+    move: TemperedHMC | None = None,
 ) -> Annealed:
-    """Tempered SMC; arguments as in :class:`SMC`, ``ladder`` are the inverse temperatures."""
+    """Tempered SMC; arguments as in :class:`SMC`, ``ladder`` are the inverse temperatures.  A ``move`` that is given
+    has its own ``num_steps`` and ``jitter``.
+    """
     runs, size = num_runs, num_particles
     noise = ChainGenerators(seed, range(runs), path.device, stream="smc")
-    move = TemperedHMC(path, num_steps, jitter, lift(path, compile))
+    if move is None:
+        move = TemperedHMC(path, num_steps, jitter, lift(path, compile))
     with torch.no_grad(), Progress(100, "smc", progress) as bar:
         z = path.sample(size, [derive_seed(seed, "reference", r) for r in range(runs)])
         log_l = likelihood(path.energy_and_grad(z, z.new_zeros(len(z)))[1])

@@ -79,21 +79,30 @@ def test_models_within_their_errors(name):
     assert found.lower == forward.value
 
 
-def test_exact_draws_of_a_model_and_dependence_of_shared_ones():
-    """Reverse chains of a Pyro model from its exact posterior; chains that share a draw are counted as one group."""
-    truth, path = cases.regression_evidence(), cases.path("closed-form")
-    options = {"num_chains": 300, "num_temperatures": 30, "seed": 3}
-    up = ais(path, direction="reverse", posterior_samples=exact_draws(300), **options)
-    assert up.upper == up.value and up.lower == -math.inf and up.ess > 50
-    assert abs(up.value - truth) < 3.5 * up.standard_error
-    down = ais(cases.regression, cases.X, cases.Y, **options)
-    assert down.lower == down.value and down.upper == math.inf
-    assert abs(down.value - truth) < 3.5 * down.standard_error
-    again = ais(path, **options)
-    assert torch.equal(again.log_weights, down.log_weights)
-    # simulated data come with one exact draw: the bound holds in expectation, and there is no spread to see
-    one = ais_sandwich(path, posterior_samples=exact_draws(1), **options)
+def test_one_direction_of_a_model():
+    """From the exact posterior down, and from the prior up, each with its one bound."""
+    truth, options = cases.regression_evidence(), {"num_chains": 300, "num_temperatures": 30, "seed": 3}
+    start = exact_draws(300)
+    high = ais(cases.path("closed-form"), direction="reverse", posterior_samples=start, **options)
+    low = ais(cases.regression, cases.X, cases.Y, **options)
+    assert high.upper == high.value and high.lower == -math.inf and low.lower == low.value and low.upper == math.inf
+    for found in (low, high):
+        assert found.ess > 50 and found.standard_error < 0.15
+        assert abs(found.value - truth) < 3.5 * found.standard_error
+
+
+def test_seed_ladder_and_shared_draws():
+    """Simulated data come with one exact draw: the bound holds in expectation, and there is no spread to see."""
+    target, _, _ = cases.gaussian_target()
+    options = {"num_chains": 20, "num_temperatures": 8}
+    assert torch.equal(ais(target, seed=1, **options).log_weights, ais(target, seed=1, **options).log_weights)
+    assert not torch.equal(ais(target, seed=1, **options).log_weights, ais(target, seed=2, **options).log_weights)
+    one = ais_sandwich(target, posterior_samples={"x": torch.ones(1, 2, dtype=F64)}, **options)
     assert one.exact and math.isnan(one.standard_error) and math.isfinite(one.upper)
+    # one step from 0 to 1 is plain importance sampling from the base
+    single = ais(target, inverse_temperatures=[1.0], num_chains=500)
+    plain = importance(target, num_samples=500)
+    assert abs(single.value - plain.value) < 3.5 * math.hypot(single.standard_error, plain.standard_error)
 
 
 def test_groups_are_the_unit_of_the_error():
@@ -169,12 +178,12 @@ def _draws() -> dict[str, torch.Tensor]:
 
 def test_error_of_the_bridge_counts_autocorrelation():
     """Each target draw repeated ten times in its chain is worth no more than once."""
-    x, y = normals(100_000), 0.5 + 0.7 * normals(4, 250, seed=1)
+    x, y = normals(4000), 0.5 + 0.7 * normals(4, 250, seed=1)
     log_ratio = lambda z: -0.5 * ((z - 0.5) / 0.7).square() + 0.5 * z.square()  # noqa: E731
     _, once = bridge(log_ratio(x), log_ratio(y).flatten(), chains=4)
     _, sticky = bridge(log_ratio(x), log_ratio(y.repeat_interleave(10, 1)).flatten(), chains=4)
     _, blind = bridge(log_ratio(x), log_ratio(y.repeat_interleave(10, 1)).flatten())
-    assert sticky == pytest.approx(once, rel=0.35) and blind < 0.6 * once
+    assert sticky == pytest.approx(once, rel=0.35) and blind < 0.7 * once
 
 
 def test_importance_with_a_proposal_and_from_the_prior():
@@ -216,9 +225,9 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"must be \(chain, draw"):
         bridge_sampling(cases.regression, {"w": torch.zeros(5)}, *args)
     with pytest.raises(ValueError, match="too few"):
-        bridge_sampling(cases.regression, {"w": torch.zeros(1, 6, 2)}, *args)
+        bridge_sampling(cases.path("closed-form"), {"w": torch.zeros(1, 6, 2)})
     with pytest.raises(ValueError, match="singular"):
-        bridge_sampling(cases.regression, {"w": torch.zeros(2, 20, 2)}, *args)
+        bridge_sampling(cases.path("closed-form"), {"w": torch.zeros(2, 20, 2)})
     base = cases.gaussian_target()[0].base
     half = TemperedFunction(lambda z: torch.where(z[:, 0] > 0, base.log_prob(z), -math.inf), base)
     with pytest.raises(ValueError, match="are not of this posterior"):
@@ -226,4 +235,4 @@ def test_refusals():
     with pytest.raises(NonFiniteError, match="no draw from the prior"):
         importance(TemperedFunction(lambda z: -math.inf + z[:, 0], base))
     with pytest.raises(ValueError, match="one distribution over vectors"):
-        importance(cases.regression, *args, proposal=torch.distributions.Normal(0.0, 1.0))
+        importance(cases.path("closed-form"), proposal=torch.distributions.Normal(0.0, 1.0))

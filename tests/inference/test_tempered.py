@@ -27,10 +27,10 @@ def betas(rows: int) -> torch.Tensor:
     return torch.rand(rows, dtype=F64, generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("name", ["eight_schools", "dirichlet", "factor_mask_scale", "mixture"])
+@pytest.mark.parametrize("name", ["eight_schools", "dirichlet", "factor_mask_scale"])
 def test_both_terms_make_up_the_whole(name):
     """At beta = 1 the path is the potential, and U_beta is linear in beta with slope -log L."""
-    model, args = {**zoo.CONTINUOUS, **zoo.ENUMERATED}[name]
+    model, args = zoo.CONTINUOUS[name]
     whole = Potential(LogDensity(model, args))
     tempered = TemperedPotential(whole)
     assert tempered.captured
@@ -48,7 +48,7 @@ def test_both_terms_make_up_the_whole(name):
 
 def test_prior_term_has_the_log_jacobian_and_the_likelihood_has_not():
     """s ~ Gamma(2, 1) through s = exp(z): log pi_0(z) = log Gamma(s) + z."""
-    tempered = path(cases.location_scale, cases.SCALE_Y)
+    tempered = cases.path("quadrature-2d")
     z = torch.tensor([[-0.3, 0.5], [0.8, -1.0]], dtype=F64)
     s, m = z[:, 0].exp(), z[:, 1]
     expected = dist.StudentT(4.0, m[:, None], s[:, None]).log_prob(cases.SCALE_Y).sum(1)
@@ -59,7 +59,7 @@ def test_prior_term_has_the_log_jacobian_and_the_likelihood_has_not():
 
 
 def test_enumerated_likelihood_is_the_sum_over_classes():
-    tempered = path(cases.enumerated, cases.MIXTURE_Y)
+    tempered = cases.path("enumerated")
     z = torch.tensor([[-0.3], [0.8]], dtype=F64)
     p = torch.sigmoid(z)
     each = dist.Normal(torch.tensor([-2.0, 2.0], dtype=F64), 1.0).log_prob(cases.MIXTURE_Y[:, None]).exp()
@@ -206,9 +206,9 @@ def test_refusals():
     with pytest.raises(ValueError, match="event shape"):
         TemperedFunction(lambda z: z[:, 0], dist.Normal(torch.zeros(2), 1.0))
     with pytest.raises(ValueError, match=r"'w'.*missing"):
-        path(cases.regression, cases.X, cases.Y).unconstrain({})
+        cases.path("closed-form").unconstrain({})
     with pytest.raises(ValueError, match=r"'w' have shape \(4, 3\)"):
-        path(cases.regression, cases.X, cases.Y).unconstrain({"w": torch.zeros(4, 3)})
+        cases.path("closed-form").unconstrain({"w": torch.zeros(4, 3)})
 
 
 def test_on_an_accelerator():
