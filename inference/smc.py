@@ -82,7 +82,8 @@ class SMC:
         num_steps: leapfrog steps of a transition.
         target_accept_prob: acceptance that the step size aims at.
         jitter: step sizes are uniform on epsilon (1 - jitter, 1).
-        inverse_temperatures: a fixed ladder, increasing, from above 0 to 1, in place of the adapted one.
+        inverse_temperatures: a fixed ladder, increasing, from above 0 to 1, in place of the adapted one; a run is then
+            resampled only where its weights' effective number is below ``target_ess``, and at the end.
         reference: where the path starts: ``"prior"`` or a distribution over flat unconstrained vectors.
         seed: same seed, same machine, same result to the bit; a run's random numbers depend on the seed and its number.
         progress: ``True`` for a bar, ``False`` for none, or a function that receives a dict a temperature.
@@ -238,6 +239,7 @@ def anneal(
         log_step = torch.tensor(path.dim**-0.25, dtype=z.dtype, device=z.device).log()
         beta = torch.zeros((), dtype=torch.float64, device=z.device)
         log_z = torch.zeros(runs, dtype=torch.float64, device=z.device)
+        log_w = torch.full((runs, size), -math.log(size), dtype=torch.float64, device=z.device)
         excess = torch.zeros_like(log_z)
         eve = torch.arange(size, device=z.device).expand(runs, size)
         stages: list[tuple[Tensor, ...]] = []
@@ -245,18 +247,24 @@ def anneal(
         for stage in range(_MAX_TEMPERATURES):
             by_run = log_l.reshape(runs, size).double()
             new = next_temperature(by_run, beta, target_ess) if fixed is None else fixed[stage]
-            log_w = (new - beta) * by_run
-            log_z = log_z + torch.logsumexp(log_w, 1) - math.log(size)
+            log_w = log_w + (new - beta) * by_run
+            log_z = log_z + torch.logsumexp(log_w, 1)
             weights = torch.softmax(log_w, 1)
             ess = 1 / weights.square().sum(1)
             last = float(new) >= 1.0
+            # the adapted ladder counts on equal weights; on a fixed one a needless resampling would only add noise
+            resample = (
+                (ess < target_ess * size) if fixed is not None and not last else torch.ones_like(ess, dtype=torch.bool)
+            )
             families = torch.zeros_like(weights).scatter_add(1, eve, weights)
             if last:
                 variance, ancestors = genealogical_variance(families, excess), 1 / families.square().sum(1)
             else:
                 part = (size * families).frac()
-                excess = excess + (part * (1 - part)).sum(1) / size**2
+                excess = excess + torch.where(resample, (part * (1 - part)).sum(1) / size**2, 0.0)
             chosen = systematic(weights, noise.uniform(1, 1, torch.float64)[0])
+            chosen = torch.where(resample[:, None], chosen, torch.arange(size, device=z.device))
+            log_w = torch.where(resample[:, None], -math.log(size), weights.log())
             eve = eve.gather(1, chosen)
             rows = (chosen + size * torch.arange(runs, device=z.device)[:, None]).reshape(-1)
             z = z[rows]
