@@ -153,13 +153,13 @@ class SMC:
 
     @property
     def log_evidence(self) -> LogPartition:
-        """log Z of the mean of all runs' estimates of Z.
+        """log Z of the mean of all runs' estimates of Z; ``exact`` is False because adaptation biases Z by order 1 / N.
 
         The standard error is the runs' spread if there are ten or more, and otherwise comes from each run's genealogy:
         see :func:`genealogical_variance`.
         """
         result = self._result()
-        found = from_weights(result.log_evidence, "SMC")
+        found = from_weights(result.log_evidence, "SMC", exact=False)
         if len(result.log_evidence) < _ENOUGH_RUNS:
             relative = (result.log_evidence - found.value).exp()
             error = float((relative.square() * result.variance).sum().sqrt()) / len(relative)

@@ -34,8 +34,9 @@ class LogPartition(NamedTuple):
         pareto_k: shape of the weights' upper tail (the larger one of both directions); above 0.7 neither ``value`` nor
             ``standard_error`` can be trusted (Vehtari, Simpson, Gelman, Yao and Gabry, JMLR 25, 2024,
             arXiv:1507.02646).
-        exact: whether the bounds and the error hold as stated.  False where posterior draws that are only approximate
-            went in: then ``upper`` is too low if the draws miss a part of the posterior.
+        exact: whether the bounds hold as stated.  False where posterior draws went in that are only approximate, so
+            that ``upper`` is too low if they miss a part of the posterior, and where the weights are unbiased only in
+            the limit (adaptive SMC).
         method: how it was made.
         log_weights: log weights of the forward chains, draws or runs ``(n,)``; their mean exponential is Z.
         reverse_log_weights: the same quantity on reverse chains ``(m,)``, whose mean of ``exp(-x)`` is 1 / Z; empty if

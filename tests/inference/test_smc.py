@@ -9,6 +9,7 @@ from inference import NonFiniteError, SamplerWarning
 from inference.potential import TemperedFunction
 from inference.results.evidence import from_weights
 from inference.smc import SMC, genealogical_variance, next_temperature, systematic
+from tests.accelerator import fake_accelerator
 from tests.inference import evidence_cases as cases
 
 F64 = torch.float64
@@ -145,6 +146,24 @@ def test_fixed_ladder_seed_and_record():
     assert first.get_samples(group_by_chain=True)["x"].shape == (3, 100, 2)
     exported = first.to_arviz()
     assert dict(exported.posterior.sizes)["draw"] == 100 and dict(exported.posterior.sizes)["chain"] == 3
+
+
+def test_single_precision():
+    x, y = cases.X.float(), cases.Y.float()
+    smc = run(cases.regression, x, y, num_particles=500, num_runs=2)
+    assert smc.get_samples()["w"].dtype == torch.float32
+    assert abs(smc.log_evidence.value - cases.truth("closed-form")) < 3.5 * smc.log_evidence.standard_error
+
+
+def test_on_an_accelerator():
+    with fake_accelerator() as device:
+        rows = torch.empty(2, 5, dtype=F64, device=device)
+        results = (
+            next_temperature(rows, rows[0, 0], 0.5),
+            systematic(rows, rows[:, :1]),
+            genealogical_variance(rows, rows[:, 0]),
+        )
+        assert {v.device.type for v in results} == {device.type}
 
 
 def test_few_ancestors_are_reported():
