@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from inference._errors import NonFiniteError, SamplerWarning
-from inference.kernels.base import positive
+from inference.kernels.base import Lift, positive
 from inference.kernels.tempered_hmc import TemperedHMC, likelihood
 from inference.potential import Program, TemperedPath, tempered_path
 from inference.potential.tempered import Reference
@@ -358,9 +358,9 @@ def genealogical_variance(families: Tensor, excess: Tensor) -> Tensor:
     return torch.maximum(raw - excess, 0.5 * raw)
 
 
-def lift(path: TemperedPath, compile: bool) -> Callable[[Callable[..., Any], int], Callable[..., Any]] | None:
+def lift(path: TemperedPath, compile: bool) -> Lift:
     """What records the pieces of a move as graphs, where the path can be recorded."""
-    return (lambda function, calls: Program(function, compile=compile)) if path.captured else None
+    return lambda function, calls: Program(function, compile=compile, record=path.captured)
 
 
 def refuse_bad(log_likelihood: Tensor) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from inference.kernels.base import Info, Kernel, Lift, Noise, StepInputs, positive
 from inference.kernels.tempered_hmc import TemperedHMC
-from inference.potential import Potential, TemperedPotential
+from inference.potential import Potential, Program, TemperedPotential
 from inference.potential.tempered import Reference
 from inference.runtime.distributed import sum_over_ranks
 
@@ -178,18 +178,16 @@ class ParallelTempering(Kernel):
         self, state: ParallelTemperingState, inputs: StepInputs, potential: Potential
     ) -> tuple[ParallelTemperingState, Info]:
         """One move of all replicas of all chains and one round of swaps."""
-        return self.build(potential, lambda function, calls: function)(state, inputs, None)
+        return self.build(potential, _as_it_is)(state, inputs, None)
 
     def build(
         self, potential: Potential, lift: Lift
     ) -> Callable[[ParallelTemperingState, StepInputs, Any], tuple[ParallelTemperingState, Info]]:
         """The three graphs of the move, and one of the swaps."""
         path = TemperedPotential(potential, self.reference)
-        if path.captured:
-            move = TemperedHMC(path, self.num_steps, self.jitter, lift)
-            rows, finish = lift(self._rows, 1), lift(self._finish, 1)
-        else:
-            move, rows, finish = TemperedHMC(path, self.num_steps, self.jitter), self._rows, self._finish
+        record = lift if path.captured else _as_it_is
+        move = TemperedHMC(path, self.num_steps, self.jitter, record)
+        rows, finish = record(self._rows, 1), record(self._finish, 1)
 
         def run(state: ParallelTemperingState, inputs: StepInputs, plan: Any) -> tuple[ParallelTemperingState, Info]:
             moved = move(*rows(state, inputs))
@@ -324,6 +322,10 @@ class ParallelTempering(Kernel):
             total=torch.zeros_like(state.total),
             squares=torch.zeros_like(state.squares),
         )
+
+
+def _as_it_is(function: Callable[..., Any], calls: int) -> Program:
+    return Program(function, record=False)
 
 
 def swap_neighbours(

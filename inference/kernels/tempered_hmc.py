@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from inference.kernels.base import Lift
-from inference.potential.tempered import TemperedPath
+from inference.potential import Program, TemperedPath
 
 __all__ = ["TemperedHMC", "TemperedMove", "likelihood"]
 
@@ -55,7 +55,7 @@ class TemperedHMC:
     """
 
     def __init__(self, path: TemperedPath, num_steps: int, jitter: float, lift: Lift | None = None) -> None:
-        record: Lift = lift if lift is not None else (lambda function, calls: function)
+        record: Lift = lift if lift is not None else (lambda function, calls: Program(function, record=False))
         self.path, self.num_steps, self.jitter = path, num_steps, jitter
         self._begin: Callable[..., tuple[Tensor, ...]] = record(self._start, 1)
         self._step: Callable[..., tuple[Tensor, ...]] = record(self._leapfrog, num_steps)
