@@ -5,6 +5,7 @@ from inference.kernels.base import Kernel, Noise, StepInputs
 from inference.kernels.gibbs import ScaleGibbs
 from inference.kernels.hmc import HMC
 from inference.kernels.nuts import NUTS
+from inference.kernels.parallel_tempering import ParallelTempering
 from inference.kernels.schedules import CyclicalSchedule, PolynomialSchedule
 from inference.kernels.sghmc import SGHMC
 from inference.kernels.sgld import SGLD
@@ -18,6 +19,7 @@ __all__ = [
     "CyclicalSchedule",
     "Kernel",
     "Noise",
+    "ParallelTempering",
     "PolynomialSchedule",
     "ScaleGibbs",
     "StepInputs",

@@ -5,5 +5,19 @@ chains.
 from inference.potential.graph import CaptureError, Program, trace
 from inference.potential.log_density import LogDensity, MinibatchPlate, Site
 from inference.potential.potential import Potential, PotentialFunction
+from inference.potential.tempered import TemperedFunction, TemperedPath, TemperedPotential, tempered_path
 
-__all__ = ["CaptureError", "LogDensity", "MinibatchPlate", "Potential", "PotentialFunction", "Program", "Site", "trace"]
+__all__ = [
+    "CaptureError",
+    "LogDensity",
+    "MinibatchPlate",
+    "Potential",
+    "PotentialFunction",
+    "Program",
+    "Site",
+    "TemperedFunction",
+    "TemperedPath",
+    "TemperedPotential",
+    "tempered_path",
+    "trace",
+]

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import ImproperUniform
+from pyro.distributions import ImproperUniform, MaskedDistribution
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import config_enumerate
@@ -216,22 +216,40 @@ class LogDensity:
         """log p(z), the constrained value of every latent site, and every deterministic site, at one chain's
         unconstrained ``values``.
         """
-        messenger = _Unconstrained(values, batch or {}, self.transforms)
-        with scoped_model(validate=False):
-            if self._evaluator is None:
-                with poutine.trace() as recorder, messenger:
-                    self.model(*self.args, **self.kwargs)
-                log_prob = _log_prob_sum(recorder.trace)
-            else:
-                trace = self._enumerated_trace(messenger)
-                log_prob = self._evaluator.log_prob(trace)
-                recorder = None
-        nodes: dict[str, Any] = dict((recorder.trace if recorder is not None else trace).nodes)
+        nodes, log_prob, log_det = self._evaluate(values, batch)
         constrained = {name: nodes[name]["value"] for name in self.sites}
         deterministic = {
             n: s["value"] for n, s in nodes.items() if s["type"] == "sample" and s["infer"].get("_deterministic")
         }
-        return log_prob + messenger.log_det, constrained, deterministic
+        return log_prob + log_det, constrained, deterministic
+
+    def split(self, values: Mapping[str, Tensor], batch: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """log p(z) as two terms at one chain's unconstrained ``values``: the prior of the continuous latent sites
+        with their log-Jacobians, and all the rest.
+
+        The prior is the law that the model draws the sites from, so it is normalised: scales and masks on latent sites
+        count as likelihood, as do observed sites, factors and discrete sites that are summed out.
+
+        Raises:
+            ValueError: a site's prior is flat, or depends on a discrete site that is summed out, so that the
+                continuous sites have no prior of their own.
+        """
+        self._refuse_flat_priors()
+        nodes, log_prob, log_det = self._evaluate(values, batch)
+        prior = torch.as_tensor(log_det, dtype=self.dtype, device=self.device)
+        for name in self.sites:
+            prior = prior + self._plain_prior(name, nodes[name]).sum()
+        if self._evaluator is not None:
+            return prior, log_prob + log_det - prior
+        rest = prior.new_zeros(())
+        for name, node in nodes.items():
+            if node["type"] != "sample" or not _has_density(node):
+                continue
+            if name not in self.sites:
+                rest = rest + _log_prob(node)
+            elif node["mask"] is not None or not (isinstance(node["scale"], float) and node["scale"] == 1.0):
+                rest = rest + _log_prob(node) - node["fn"].log_prob(node["value"]).sum()
+        return prior, rest
 
     def unflatten(self, z: Tensor) -> dict[str, Tensor]:
         """Split flat vectors ``(..., dim)`` into the sites' unconstrained values ``(..., *unconstrained_shape)``."""
@@ -286,6 +304,44 @@ class LogDensity:
             return {p.name: torch.randperm(p.size)[: p.batch_size].to(self.device) for p in self.plates.values()}
 
     # ------------------------------------------------------------------ internals
+    def _evaluate(
+        self, values: Mapping[str, Tensor], batch: Mapping[str, Tensor] | None
+    ) -> tuple[dict[str, Any], Tensor, Tensor | float]:
+        """The trace's nodes, the log-joint in constrained space and the log-Jacobians."""
+        messenger = _Unconstrained(values, batch or {}, self.transforms)
+        with scoped_model(validate=False):
+            if self._evaluator is None:
+                with poutine.trace() as recorder, messenger:
+                    self.model(*self.args, **self.kwargs)
+                trace = recorder.trace
+                log_prob = _log_prob_sum(trace)
+            else:
+                trace = self._enumerated_trace(messenger)
+                log_prob = self._evaluator.log_prob(trace)
+        return dict(trace.nodes), log_prob, messenger.log_det
+
+    def _plain_prior(self, name: str, node: Any) -> Tensor:
+        log_prob: Tensor = node["fn"].log_prob(node["value"])
+        if self._evaluator is not None and log_prob.dim() > self._max_plate_nesting:
+            extra = log_prob.shape[: log_prob.dim() - self._max_plate_nesting]
+            if extra.numel() > 1:
+                raise ValueError(
+                    f"the prior of site {name!r} depends on a discrete site that is summed out, so it cannot be told "
+                    "apart from the likelihood: temper against a reference distribution of your own (reference=...)"
+                )
+        return log_prob
+
+    def _refuse_flat_priors(self) -> None:
+        for name, fn in self.priors.items():
+            base = fn
+            while isinstance(base, torch.distributions.Independent):
+                base = base.base_dist
+            if isinstance(base, ImproperUniform | MaskedDistribution):
+                raise ValueError(
+                    f"the prior of site {name!r} is flat ({type(base).__name__}): it has no draws and the evidence is "
+                    "not defined. Give it a proper prior, or temper against a reference distribution (reference=...)"
+                )
+
     def _argument_device(self) -> torch.device:
         tensors = [a for a in (*self.args, *self.kwargs.values()) if isinstance(a, Tensor)]
         return tensors[0].device if tensors else torch.device("cpu")
@@ -341,13 +397,22 @@ def _log_prob_sum(trace: Any) -> Tensor:
     """Sum of the scaled and masked log-probabilities of all sample sites; deterministic ones have none."""
     total: Tensor | float = 0.0
     for site in trace.nodes.values():
-        fn = site["fn"] if site["type"] == "sample" else None
-        if fn is None or isinstance(fn, _Subsample) or site["infer"].get("_deterministic"):
-            continue
-        if not isinstance(fn, TorchDistributionMixin | Distribution):
-            raise ValueError(f"site {site['name']!r} holds a {type(fn).__name__}, which has no log-density")
-        log_prob = fn.log_prob(site["value"], *site["args"], **site["kwargs"])
-        total = total + scale_and_mask(log_prob, site["scale"], site["mask"]).sum()
+        if site["type"] == "sample" and _has_density(site):
+            total = total + _log_prob(site)
     if not isinstance(total, Tensor):
         raise ValueError("the model has no sample site with a density")
     return total
+
+
+def _has_density(site: Any) -> bool:
+    fn = site["fn"]
+    if isinstance(fn, _Subsample) or site["infer"].get("_deterministic"):
+        return False
+    if not isinstance(fn, TorchDistributionMixin | Distribution):
+        raise ValueError(f"site {site['name']!r} holds a {type(fn).__name__}, which has no log-density")
+    return True
+
+
+def _log_prob(site: Any) -> Tensor:
+    log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    return scale_and_mask(log_prob, site["scale"], site["mask"]).sum()
