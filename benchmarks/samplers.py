@@ -1,0 +1,306 @@
+"""Effective draws a second of samplers, by model and number of chains, each in a process of its own.
+
+    python -m benchmarks.samplers
+    python -m benchmarks.samplers --models "eight schools" --chains 1 64 --samplers "inference NUTS" "numpyro NUTS"
+
+Every sampler has the same warm-up and the same draws a chain, and its effective draws are counted by the same function:
+the smallest bulk ESS over all scalars of the posterior.  For the network, whose weights have symmetric modes, they are
+counted on the function's values at the 100 inputs.  "Warm" is a second run in the same process, with another seed;
+"cold" is the first, compilation included.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import record
+from benchmarks.sampler_models import MODELS, for_numpyro, for_pyro
+
+Draws = dict[str, np.ndarray]  # site -> (chain, draw, ...)
+Runner = Callable[[str, int, int, int], Callable[[int], Draws]]
+
+
+def inference_sampler(name: str, options: dict[str, Any]) -> Runner:
+    """A kernel of this library."""
+
+    def prepare(model: str, chains: int, warmup: int, draws: int) -> Callable[[int], Draws]:
+        import inference
+
+        text, arguments = for_pyro(model)
+
+        def run(seed: int) -> Draws:
+            kernel = getattr(inference, name)(text, **options)
+            mcmc = inference.MCMC(kernel, draws, warmup, num_chains=chains, seed=seed, progress=False)
+            mcmc.run(*arguments)
+            return {n: v.numpy() for n, v in mcmc.get_samples(group_by_chain=True).items()}
+
+        return run
+
+    return prepare
+
+
+def pyro_nuts(jit: bool) -> Runner:
+    """Pyro's NUTS, one chain after another in this process."""
+
+    def prepare(model: str, chains: int, warmup: int, draws: int) -> Callable[[int], Draws]:
+        import pyro
+        from pyro.infer import MCMC, NUTS
+
+        text, arguments = for_pyro(model)
+
+        def run(seed: int) -> Draws:
+            result = []
+            for chain in range(chains):
+                pyro.set_rng_seed(1000 * seed + chain)
+                kernel = NUTS(text, jit_compile=jit, ignore_jit_warnings=True)
+                mcmc = MCMC(kernel, draws, warmup, disable_progbar=True)
+                mcmc.run(*arguments)
+                result.append(mcmc.get_samples())
+            return {n: np.stack([r[n].numpy() for r in result]) for n in result[0]}
+
+        return run
+
+    return prepare
+
+
+def numpyro_nuts(method: str) -> Runner:
+    """numpyro's NUTS, chains one after another or vectorised."""
+
+    def prepare(model: str, chains: int, warmup: int, draws: int) -> Callable[[int], Draws]:
+        import jax
+        from numpyro.infer import MCMC, NUTS
+
+        text, arguments = for_numpyro(model)
+        mcmc = MCMC(
+            NUTS(text), num_warmup=warmup, num_samples=draws, num_chains=chains, chain_method=method, progress_bar=False
+        )
+
+        def run(seed: int) -> Draws:
+            mcmc.run(jax.random.PRNGKey(seed), *arguments)
+            return {n: np.asarray(v) for n, v in mcmc.get_samples(group_by_chain=True).items()}
+
+        return run
+
+    return prepare
+
+
+def _unconstrained(model: str, chains: int, seed: int) -> tuple[Any, Any, Any]:
+    """numpyro's potential, the chains' starting points, and the map back to the sites."""
+    import jax
+    from numpyro.infer.util import initialize_model
+
+    text, arguments = for_numpyro(model)
+    found = initialize_model(jax.random.split(jax.random.PRNGKey(seed), chains), text, model_args=arguments)
+    return found.potential_fn, found.param_info.z, found.postprocess_fn
+
+
+def blackjax_sampler(algorithm: str) -> Runner:
+    """blackjax on numpyro's potential, chains vectorised, the whole run one compiled program."""
+
+    def prepare(model: str, chains: int, warmup: int, draws: int) -> Callable[[int], Draws]:
+        import blackjax
+        import jax
+        import optax
+
+        potential, _, back = _unconstrained(model, chains, 0)
+
+        def log_density(z: Any) -> Any:
+            return -potential(z)
+
+        def nuts(key: Any, start: Any) -> Any:
+            adapt = blackjax.window_adaptation(blackjax.nuts, log_density)
+
+            def chain(key: Any, z: Any) -> Any:
+                first, second = jax.random.split(key)
+                (state, parameters), _ = adapt.run(first, z, num_steps=warmup)
+                step = blackjax.nuts(log_density, **parameters).step
+                return jax.lax.scan(
+                    lambda s, k: (lambda new: (new, new.position))(step(k, s)[0]),
+                    state,
+                    jax.random.split(second, draws),
+                )[1]
+
+            return jax.vmap(chain)(jax.random.split(key, chains), start)
+
+        def chees(key: Any, start: Any) -> Any:
+            first, second = jax.random.split(key)
+            adapt = blackjax.chees_adaptation(log_density, chains)
+            (state, parameters), _ = adapt.run(first, start, 0.1, optax.adam(0.02), warmup)
+            step = jax.vmap(blackjax.dynamic_hmc(log_density, **parameters).step)
+
+            def advance(s: Any, k: Any) -> Any:
+                new = step(jax.random.split(k, chains), s)[0]
+                return new, new.position
+
+            found = jax.lax.scan(advance, state, jax.random.split(second, draws))[1]
+            return jax.tree.map(lambda v: v.swapaxes(0, 1), found)
+
+        program = jax.jit({"NUTS": nuts, "ChEES": chees}[algorithm])
+        constrain = jax.jit(jax.vmap(jax.vmap(back)))
+
+        def run(seed: int) -> Draws:
+            _, start, _ = _unconstrained(model, chains, seed)
+            found = constrain(program(jax.random.PRNGKey(seed), start))
+            return {n: np.asarray(v) for n, v in found.items()}
+
+        return run
+
+    return prepare
+
+
+def nutpie_nuts(model: str, chains: int, warmup: int, draws: int) -> Callable[[int], Draws]:
+    """nutpie, Rust threads that call numpyro's potential as compiled by XLA; ESS is counted in unconstrained space."""
+    import jax
+    import nutpie
+    from jax.flatten_util import ravel_pytree
+
+    potential, start, _ = _unconstrained(model, 1, 0)
+    first, unravel = ravel_pytree(jax.tree.map(lambda v: v[0], start))
+    value_and_grad = jax.jit(jax.value_and_grad(lambda z: -potential(unravel(z))))
+    network = for_pyro(model)[1][0].numpy() if model == "small network" else None
+
+    def log_density() -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
+        def call(z: np.ndarray) -> tuple[float, np.ndarray]:
+            value, gradient = value_and_grad(z.astype(np.float32))
+            return float(value), np.asarray(gradient, dtype=np.float64)
+
+        return call
+
+    def expand(seed1: Any, seed2: Any, chain: Any) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+        return lambda z: {"z": np.asarray(z, dtype=np.float64)}
+
+    compiled = nutpie.compiled_pyfunc.from_pyfunc(
+        len(first),
+        log_density,
+        expand,
+        [np.dtype("float64")],
+        [(len(first),)],
+        ["z"],
+        coords=None,
+        dims=None,
+        initial_mean=np.zeros(len(first)),
+    )
+
+    def run(seed: int) -> Draws:
+        trace = nutpie.sample(compiled, draws=draws, tune=warmup, chains=chains, cores=1, seed=seed, progress_bar=False)
+        z = np.asarray(trace.posterior["z"])
+        if network is None:
+            return {"z": z}
+        sites = jax.vmap(jax.vmap(unravel))(z)
+        return {n: np.asarray(v) for n, v in sites.items()}
+
+    return run
+
+
+SAMPLERS: dict[str, Runner] = {
+    "inference NUTS": inference_sampler("NUTS", {}),
+    "inference HMC": inference_sampler("HMC", {}),
+    "inference ChEES": inference_sampler("ChEES", {}),
+    "inference MEADS": inference_sampler("MEADS", {}),
+    "inference MCLMC": inference_sampler("MCLMC", {}),
+    "Pyro NUTS": pyro_nuts(False),
+    "Pyro NUTS, jit": pyro_nuts(True),
+    "numpyro NUTS, sequential": numpyro_nuts("sequential"),
+    "numpyro NUTS, vectorised": numpyro_nuts("vectorized"),
+    "blackjax NUTS": blackjax_sampler("NUTS"),
+    "blackjax ChEES": blackjax_sampler("ChEES"),
+    "nutpie NUTS": nutpie_nuts,
+}
+_MANY = {"inference ChEES", "inference MEADS", "blackjax ChEES", "inference HMC", "inference MCLMC"}  # for 64 chains up
+_ONE_BY_ONE = {"Pyro NUTS", "Pyro NUTS, jit", "numpyro NUTS, sequential", "nutpie NUTS"}  # for 4 chains at most
+
+
+def least_ess(model: str, draws: Draws) -> float:
+    """Smallest bulk ESS over all scalars."""
+    import torch
+
+    from inference.results.diagnostics import ess_bulk
+
+    if model == "small network" and "first" in draws:
+        x = for_pyro(model)[1][0].numpy()
+        hidden = np.tanh(x @ draws["first"] + draws["bias"][..., None, :])
+        draws = {"f": np.einsum("cdnh,cdh->cdn", hidden, draws["second"]), "sigma": draws["sigma"]}
+    values = [torch.from_numpy(np.array(v)).double() for n, v in draws.items() if n != "f" or model == "small network"]
+    return min(float(ess_bulk(v.reshape(*v.shape[:2], -1)).min()) for v in values)
+
+
+def measure(sampler: str, model: str, chains: int, warmup: int, draws: int, repeats: int) -> dict[str, Any]:
+    """One row, in this process."""
+    record.one_core()
+    warnings.simplefilter("ignore")
+    start = time.perf_counter()
+    run = SAMPLERS[sampler](model, chains, warmup, draws)
+    found = run(0)
+    cold = time.perf_counter() - start
+    row: dict[str, Any] = {"sampler": sampler, "model": model, "chains": chains, "cold": least_ess(model, found) / cold}
+    rates, seconds = [], []
+    for seed in range(1, repeats + 1):
+        start = time.perf_counter()
+        found = run(seed)
+        seconds.append(time.perf_counter() - start)
+        rates.append(least_ess(model, found) / seconds[-1])
+    return {**row, "warm": rates, "seconds": seconds, "cold seconds": cold, "draws": draws, "warmup": warmup}
+
+
+def main() -> None:
+    """Run each row in a process and print a table a model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--chains", nargs="+", type=int, default=[1, 4, 64, 1024])
+    parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS), choices=SAMPLERS)
+    parser.add_argument("--warmup", type=int, default=400)
+    parser.add_argument("--draws", type=int, default=400)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds after which a row is given up")
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--row", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.row:
+        sampler, model, chains = options.row
+        with contextlib.redirect_stdout(sys.stderr):
+            row = measure(sampler, model, int(chains), options.warmup, options.draws, options.repeats)
+        print(json.dumps(row))
+        return
+    rows = []
+    for model in options.models:
+        for chains in options.chains:
+            for sampler in options.samplers:
+                if (sampler in _MANY and chains < 64) or (sampler in _ONE_BY_ONE and chains > 4):
+                    continue
+                row = _in_a_process(sampler, model, chains, options)
+                rows.append(row)
+                shown = record.spread(row["warm"]) if "warm" in row else row["failed"]
+                print(f"{model:18} {chains:5} {sampler:26} warm {shown:26} cold {row.get('cold', 0):9.3g}", flush=True)
+    packages = ("torch", "pyro-ppl", "jax", "numpyro", "blackjax", "nutpie")
+    record.save(options.out / "samplers.json", rows, packages)
+
+
+def _in_a_process(sampler: str, model: str, chains: int, options: argparse.Namespace) -> dict[str, Any]:
+    counts = ["--warmup", str(options.warmup), "--draws", str(options.draws), "--repeats", str(options.repeats)]
+    command = [sys.executable, "-m", "benchmarks.samplers", *counts, "--row", sampler, model, str(chains)]
+    environment = {**os.environ, "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"}
+    failed = {"sampler": sampler, "model": model, "chains": chains}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=options.limit, env=environment, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {**failed, "failed": f"more than {options.limit:.0f} s"}
+    if done.returncode:
+        return {**failed, "failed": done.stderr.strip().splitlines()[-1][:100] if done.stderr else "failed"}
+    row: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return row
+
+
+if __name__ == "__main__":
+    main()
