@@ -27,11 +27,15 @@ class Filtered(NamedTuple):
         log_likelihood: of each series and dimension, ``(B, D)``; sum over D for the joint one.
         mean: ``(T, B, D, S)``.
         factor: L, ``(T, B or 1, D, S, S)``.
+        innovation: observation minus its forecast, ``(T, B, D)``; meaningless where masked.
+        innovation_variance: of the forecast with the observation's error, ``(T, B or 1, D)``.
     """
 
     log_likelihood: Tensor
     mean: Tensor
     factor: Tensor
+    innovation: Tensor
+    innovation_variance: Tensor
 
 
 class Information(NamedTuple):
@@ -138,7 +142,7 @@ def kalman_filter(
     lead = torch.broadcast_shapes(factor.shape[:-2], data.mask.shape[1:], data.std.shape[1:])
     factor = factor.expand(*lead, -1, -1)
     total = torch.zeros_like(data.values[0])
-    means, factors = [], []
+    means, factors, errors, alphas = [], [], [], []
     variance = data.std**2
     for n in range(len(data.times)):
         if n > 0 or steps.ahead:
@@ -156,7 +160,9 @@ def kalman_filter(
         factor = factor - (gamma.unsqueeze(-1) * column).unsqueeze(-1) * v.unsqueeze(-2)
         means.append(mean)
         factors.append(factor)
-    return Filtered(total, torch.stack(means), torch.stack(factors))
+        errors.append(error)
+        alphas.append(alpha)
+    return Filtered(total, *(torch.stack(part) for part in (means, factors, errors, alphas)))
 
 
 class _Steps(NamedTuple):
