@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Literal
 
 import torch
@@ -26,7 +27,7 @@ class PathError(ArithmeticError):
 
 def as_hurst(hurst: float | Tensor) -> Tensor:
     """``hurst`` as a float64 tensor of its own shape, every entry in (0, 1)."""
-    if isinstance(hurst, bool) or not isinstance(hurst, int | float | Tensor):
+    if isinstance(hurst, bool) or not isinstance(hurst, Real | Tensor):
         raise TypeError(f"hurst must be a number or a tensor, got {type(hurst).__name__}")
     value = torch.as_tensor(hurst, dtype=torch.float64)
     # "not all inside" rather than "any outside": NaN is outside as well.
@@ -38,7 +39,9 @@ def as_hurst(hurst: float | Tensor) -> Tensor:
 def as_kind(kind: str | int) -> Kind:
     """``"mvn"`` (Mandelbrot-Van Ness, type I) or ``"rl"`` (Riemann-Liouville, type II)."""
     if isinstance(kind, bool) or kind not in _KINDS:
-        raise ValueError(f"kind must be 'mvn' (or 1, Mandelbrot-Van Ness) or 'rl' (or 2, Riemann-Liouville), got {kind!r}")
+        raise ValueError(
+            f"kind must be 'mvn' (or 1, Mandelbrot-Van Ness) or 'rl' (or 2, Riemann-Liouville), got {kind!r}"
+        )
     return _KINDS[kind]
 
 
@@ -77,7 +80,7 @@ def as_times(times: Times, name: str = "times", *, minimum: int = 1, horizon: fl
 
 def as_positive(value: float | Tensor, name: str, *, zero: bool = False) -> Tensor:
     """``value`` as a float64 tensor, every entry finite and positive (or zero, where ``zero`` allows it)."""
-    if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
+    if isinstance(value, bool) or not isinstance(value, Real | Tensor):
         raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
     tensor = torch.as_tensor(value, dtype=torch.float64)
     inside = torch.isfinite(tensor) & ((tensor >= 0) if zero else (tensor > 0))
@@ -88,11 +91,11 @@ def as_positive(value: float | Tensor, name: str, *, zero: bool = False) -> Tens
 
 def as_count(value: int, name: str, minimum: int = 1) -> int:
     """``value`` as an integer of at least ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    return value
+    return int(value)
 
 
 def base_seed(seed: int | None, generator: torch.Generator | None) -> int:
@@ -103,9 +106,9 @@ def base_seed(seed: int | None, generator: torch.Generator | None) -> int:
     if seed is not None and generator is not None:
         raise ValueError("give seed or generator, not both")
     if seed is not None:
-        if isinstance(seed, bool) or not isinstance(seed, int):
+        if isinstance(seed, bool) or not isinstance(seed, Integral):
             raise TypeError(f"seed must be an integer, got {seed!r}")
-        return seed
+        return int(seed)
     device = "cpu" if generator is None else generator.device
     return int(torch.randint(2**62, (), generator=generator, device=device, dtype=torch.int64))
 

@@ -1,12 +1,12 @@
 """Controls and guides in closed form for linear SDEs, alone or below a learned residual.
 
 For dX = (c - theta X) dt + s dB with Gaussian observations the posterior control is u* = G'(nu - Lambda z), with the
-backward information (Lambda, nu) and G = (s sum w, beta): the linear optimum.  Two variants are exact on a grid: the best
-control that is frozen over each step (a discrete Riccati recursion, whose value is the floor that no mean shift can beat on
-that grid), and the Gaussian law of each step's normals, which also shrinks them and has no gap at all.
+backward information (Lambda, nu) and G = (s sum w, beta): the linear optimum.  Two variants are exact on a grid: the
+best control that is frozen over each step (a discrete Riccati recursion, whose value is the floor that no mean shift
+can beat on that grid), and the Gaussian law of each step's normals, which also shrinks them and has no gap at all.
 
-Daems et al., *Efficient Training of Neural SDEs Using Stochastic Optimal Control*, 2025, arXiv 2505.17150 (linear part plus
-learned residual).
+Daems et al., *Efficient Training of Neural SDEs Using Stochastic Optimal Control*, 2025, arXiv 2505.17150 (linear part
+plus learned residual).
 """
 
 import math
@@ -19,7 +19,14 @@ from sde.kalman import backward_information
 from sde.linear import LinearSDE, Transitions
 from sde.solvers import Step
 
-__all__ = ["GaussianStepGuide", "LinearControl", "LinearPlusResidual", "frozen_control", "information_control", "step_guide"]
+__all__ = [
+    "GaussianStepGuide",
+    "LinearControl",
+    "LinearPlusResidual",
+    "frozen_control",
+    "information_control",
+    "step_guide",
+]
 
 
 class LinearControl(NamedTuple):
@@ -35,8 +42,8 @@ class LinearControl(NamedTuple):
 
     def __call__(self, step: Step, x: Tensor, v: Tensor) -> Tensor:
         """``(B, D)``."""
-        gain = self.gain[step.index].to(x)
-        return self.offset[step.index].to(x) - gain[..., 0] * x - (gain[..., 1:] * v).sum(-1)
+        gain = self.gain[step.number].to(x)
+        return self.offset[step.number].to(x) - gain[..., 0] * x - (gain[..., 1:] * v).sum(-1)
 
 
 class LinearPlusResidual(nn.Module):
@@ -105,11 +112,12 @@ def frozen_control(
     Args:
         transitions: of the grid; ``model.euler_transitions(grid)`` for the chain that ``solve`` runs.
         start: mean and factor of the state at time 0, ``model.start()``.
-        index, observations, noise_std, mask: as for ``information_control``; an observation at position 0 counts as well.
+        index, observations, noise_std, mask: as for ``information_control``; an observation at position 0 counts as
+            well.
 
     Returns:
-        The control, and the bound per series and dimension, ``(B, D)``: no mean shift on this grid has a higher one (its
-        gap to the log evidence is of the order of the step).
+        The control, and the bound per series and dimension, ``(B, D)``: no mean shift on this grid has a higher one
+        (its gap to the log evidence is of the order of the step).
     """
     f, o, r, g = (part.unsqueeze(1) if part.ndim < 2 + k else part
                   for part, k in zip(transitions[1:], (2, 1, 1, 2), strict=True))  # fmt: skip
@@ -168,7 +176,7 @@ class GaussianStepGuide(NamedTuple):
 
     def __call__(self, step: Step, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Mean ``(B, D, M)`` and factor ``(B or 1, D or 1, M, M)``."""
-        n = step.index
+        n = step.number
         z = torch.cat([x.unsqueeze(-1), v], -1).unsqueeze(-1)
         return self.offset[n].to(x) - (self.gain[n].to(x) @ z).squeeze(-1), self.tril[n].to(x)
 
@@ -182,9 +190,9 @@ def step_guide(
 ) -> GaussianStepGuide:
     """The exact posterior of a linear chain as a guide: its ELBO is the chain's log evidence for any number of steps.
 
-    log p(eps) + log beta(F z + o + G eps) has precision I + G' Lambda G and mean (I + G' Lambda G)^-1 G' (nu - Lambda (F z
-    + o)), beta that of the next time with its observation.  An observation at position 0 conditions the start, not a step:
-    it is left to q(x0).
+    log p(eps) + log beta(F z + o + G eps) has precision I + G' Lambda G and mean (I + G' Lambda G)^-1 G' (nu - Lambda
+    (F z + o)), beta that of the next time with its observation.  An observation at position 0 conditions the start,
+    not a step: it is left to q(x0).
 
     Args:
         transitions: of the chain that is solved, ``model.euler_transitions(grid)``.
@@ -215,5 +223,3 @@ def step_guide(
     # C C' = precision^-1 with C lower triangular
     inverse = torch.cholesky_inverse(upper)
     return GaussianStepGuide(reach @ big @ f.unsqueeze(1), offset, torch.linalg.cholesky(inverse))
-
-

@@ -3,8 +3,8 @@
 Two motions, in two normalisations (see ``MarkovFractionalBrownianMotion`` for the approximation that solvers use):
 
 * ``"mvn"``, type I, Mandelbrot-Van Ness: covariance (V/2) (s^2H + t^2H - |t - s|^2H), V = 1 (unit) or V_H (gamma);
-* ``"rl"``, type II, Riemann-Liouville: int_0^t (t - s)^(H - 1/2) dW_s / Gamma(H + 1/2), times Gamma(H + 1/2) sqrt(2H) for
-  unit variance at time 1.
+* ``"rl"``, type II, Riemann-Liouville: int_0^t (t - s)^(H - 1/2) dW_s / Gamma(H + 1/2), times Gamma(H + 1/2) sqrt(2H)
+  for unit variance at time 1.
 
 B. B. Mandelbrot, J. W. Van Ness, *Fractional Brownian Motions, Fractional Noises and Applications*, SIAM Review 1968;
 R. B. Davies, D. S. Harte, *Tests for Hurst effect*, Biometrika 1987 (circulant sampling).
@@ -111,8 +111,8 @@ def fractional_gaussian_noise(
     length = float(as_positive(step, "step"))
     size = _fast_length(steps)
     gamma = increment_autocovariance(value, size + 1, length, as_normalisation(normalisation))
-    # The circulant's first row is the autocovariance there and back; it is positive semidefinite for every H in (0, 1), so
-    # that negative eigenvalues are rounding.
+    # The circulant's first row is the autocovariance there and back; it is positive semidefinite for every H in (0,
+    # 1), so that negative eigenvalues are rounding.
     row = torch.cat([gamma, gamma[..., 1:-1].flip(-1)], -1)
     eigenvalues = torch.fft.rfft(row).real.clamp_min(0)  # (*D, size + 1)
     device = value.device
@@ -189,7 +189,9 @@ class _ExactGaussian:
         """
         t = as_times(times).to(self.hurst.device)
         if values.shape[:1] != t.shape or values.ndim != 2 + self.hurst.ndim:
-            raise ValueError(f"values must be (T, N{', D' * self.hurst.ndim}) with T={len(t)}, got {tuple(values.shape)}")
+            raise ValueError(
+                f"values must be (T, N{', D' * self.hurst.ndim}) with T={len(t)}, got {tuple(values.shape)}"
+            )
         noise = as_positive(noise_std, "noise_std", zero=True) if not isinstance(noise_std, Tensor) else noise_std
         covariance = self.covariance(t) + noise**2 * torch.eye(len(t), dtype=torch.float64, device=t.device)
         residual = values.to(torch.float64).movedim(0, -1).movedim(0, -1)  # (*D, T, N)
@@ -231,8 +233,8 @@ class FractionalBrownianMotion(_ExactGaussian):
         generator: torch.Generator | None = None,
         dtype: torch.dtype = torch.float64,
     ) -> Tensor:
-        """Draw paths, ``(T, num_paths, *D)``: by circulant embedding where type I meets a uniform grid from 0 (O(T log T)
-        a path), by Cholesky elsewhere.
+        """Draw paths, ``(T, num_paths, *D)``: by circulant embedding where type I meets a uniform grid from 0 (O(T log
+        T) a path), by Cholesky elsewhere.
 
         Raises:
             ValueError: for times that are unsorted, repeated or negative.
@@ -253,9 +255,11 @@ class FractionalBrownianMotion(_ExactGaussian):
 
 
 class FractionalOrnsteinUhlenbeck(_ExactGaussian):
-    """Exact fractional Ornstein-Uhlenbeck process dX = -theta X dt + dB, X_0 = 0 (add x0 e^(-theta t) for another start).
+    """Exact fractional Ornstein-Uhlenbeck process dX = -theta X dt + dB, X_0 = 0 (add x0 e^(-theta t) for another
+    start).
 
-    Started at 0: neither the stationary process nor that conditioned on X_0 = 0, whose laws differ for H other than 1/2.
+    Started at 0: neither the stationary process nor that conditioned on X_0 = 0, whose laws differ for H other than
+    1/2.
 
     Args:
         hurst: H in (0, 1), a number or ``(D,)``.
@@ -347,8 +351,8 @@ def _upper(x: Tensor, b: Tensor, theta: Tensor) -> Tensor:
 
 
 def _rl_ornstein_uhlenbeck(times: Tensor, hurst: Tensor, theta: Tensor, normalisation: str) -> Tensor:
-    """int_0^s k(x) k(x + lag) dx with x = s e^(-v): a small lag, which is a near-singularity at x = -lag, is harmless in
-    log x, and v = exp(y - e^(-y)) makes the rule double-exponential at both ends.
+    """int_0^s k(x) k(x + lag) dx with x = s e^(-v): a small lag, which is a near-singularity at x = -lag, is harmless
+    in log x, and v = exp(y - e^(-y)) makes the rule double-exponential at both ends.
     """
     a, th = (hurst + 0.5)[..., None, None, None], theta[..., None, None, None]
     y = torch.linspace(-4.2, 6.6, _LAG_NODES, dtype=times.dtype, device=times.device)

@@ -1,6 +1,7 @@
 """Grids: of the speeds of the Ornstein-Uhlenbeck processes, and of the times at which a path is solved."""
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -56,11 +57,11 @@ class TimeGrid(NamedTuple):
 
     Attributes:
         times: strictly increasing, ``(N + 1,)``, float64.
-        index: positions of the requested times in ``times``, ``(M,)``, int64.
+        positions: of the requested times in ``times``, ``(M,)``, int64.
     """
 
     times: Tensor
-    index: Tensor
+    positions: Tensor
 
 
 def uniform_grid(end: float, num_steps: int, start: float = 0.0) -> Tensor:
@@ -96,7 +97,8 @@ def observation_grid(
 
     Args:
         observation_times: strictly increasing, ``(M,)``, not before ``start``.
-        max_step: the longest step allowed for ``power=1``; the number of steps between two observations follows from it.
+        max_step: the longest step allowed for ``power=1``; the number of steps between two observations follows from
+            it.
         end: solve on to this time after the last observation (forecast).
     """
     wanted = as_times(observation_times, "observation_times")
@@ -110,7 +112,7 @@ def observation_grid(
         if end > stops[-1]:
             stops.append(end)
     pieces, index, count = [torch.tensor([start], dtype=torch.float64)], [0], 0
-    for left, right in zip(stops[:-1], stops[1:], strict=True):
+    for left, right in pairwise(stops):
         # The small margin keeps a gap of exactly n steps from becoming n + 1 by rounding.
         steps = max(1, math.ceil((right - left) / step * (1 - 1e-12)))
         u = 1 - (1 - torch.linspace(0, 1, steps + 1, dtype=torch.float64)[1:]) ** power

@@ -1,7 +1,7 @@
 """Hurst index of a series by likelihood: exact, Whittle's in the frequency domain, or of the Markov approximation.
 
-All three profile out mean and scale, tabulate the remaining function of H at Chebyshev nodes of logit H (one factorisation
-a node serves every series) and maximise its interpolating polynomial.
+All three profile out mean and scale, tabulate the remaining function of H at Chebyshev nodes of logit H (one
+factorisation a node serves every series) and maximise its interpolating polynomial.
 
 J. Beran, *Statistics for Long-Memory Processes*, 1994, ch. 5 and 6; P. Whittle 1953.
 """
@@ -67,8 +67,8 @@ def hurst_estimate(
     Args:
         values: ``(T,)``, or ``(T, N)`` for N series at once, T >= 8, finite, not constant.
         of: ``"increments"``, or ``"path"`` where ``values`` are the motion: they are differenced.
-        method: ``"ml"`` (exact, O(T^3) a node up to T = 5000), ``"whittle"`` (O(T log T)), or ``"markov"`` (Kalman filter on
-            the Markov approximation, O(T)).
+        method: ``"ml"`` (exact, O(T^3) a node up to T = 5000), ``"whittle"`` (O(T log T)), or ``"markov"`` (Kalman
+            filter on the Markov approximation, O(T)).
         known_mean: take the increments' mean to be 0 instead of estimating it.
         num_processes: of the Markov approximation.
 
@@ -187,7 +187,9 @@ _FASTEST = 20.0  # per step: what is faster moves the covariance of increments b
 
 
 def _interpolation(u: Tensor, at: Tensor) -> Tensor:
-    """Weights of the node values in the interpolating polynomial at points ``at``, ``(*at, nodes)`` (barycentric form)."""
+    """Weights of the node values in the interpolating polynomial at points ``at``, ``(*at, nodes)`` (barycentric
+    form).
+    """
     k = torch.arange(len(u), dtype=u.dtype, device=u.device)
     barycentric = (-1) ** k * torch.sin(math.pi * (k + 0.5) / len(u))
     gap = at.unsqueeze(-1) - u

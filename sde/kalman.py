@@ -1,11 +1,11 @@
 """Exact inference in linear fractional SDEs: square-root Kalman filter, backward information filter, smoother.
 
-Observations y = X(t) + noise of a ``LinearSDE``.  The filter carries a factor L of the covariance P = L L' (Potter's update
-at an observation, QR at a transition), the backward filter a factor R of the information R R', so that neither loses
-positivity however rank-deficient the step noise is; the smoother combines them without inverting either.
+Observations y = X(t) + noise of a ``LinearSDE``.  The filter carries a factor L of the covariance P = L L' (Potter's
+update at an observation, QR at a transition), the backward filter a factor R of the information R R', so that neither
+loses positivity however rank-deficient the step noise is; the smoother combines them without inverting either.
 
-G. J. Bierman, *Factorization Methods for Discrete Sequential Estimation*, 1977; D. Q. Mayne, *A solution of the smoothing
-problem for linear dynamic systems*, Automatica 1966 (two-filter form).
+G. J. Bierman, *Factorization Methods for Discrete Sequential Estimation*, 1977; D. Q. Mayne, *A solution of the
+smoothing problem for linear dynamic systems*, Automatica 1966 (two-filter form).
 """
 
 import math
@@ -95,7 +95,9 @@ def _data(
     else:
         here = mask.to(device, torch.bool)
         if here.ndim != 3 or any(m not in (1, n) for m, n in zip(here.shape, values.shape, strict=True)):
-            raise ValueError(f"mask must broadcast to {tuple(values.shape)} in three dimensions, got {tuple(here.shape)}")
+            raise ValueError(
+                f"mask must broadcast to {tuple(values.shape)} in three dimensions, got {tuple(here.shape)}"
+            )
     values = torch.where(here, values, 0.0)
     std = torch.as_tensor(noise_std, dtype=torch.float64, device=device).broadcast_to(len(t), 1, values.shape[2])
     return _Data(t, values, here.to(torch.float64), std)
@@ -129,7 +131,8 @@ def kalman_filter(
         times: strictly increasing, ``(T,)``; a first time 0 is an observation of the start.
         observations: ``(T, B, D)``; values where the mask is False don't matter and may be NaN.
         noise_std: of the observations' errors, 0 or more: a number, ``(D,)``, or ``(T, 1, 1 or D)``.
-        mask: True where an observation counts, ``(T, B or 1, D or 1)``; covariances are shared by the batch where it is.
+        mask: True where an observation counts, ``(T, B or 1, D or 1)``; covariances are shared by the batch where it
+            is.
         increments: observe X(t_n) - X(t_{n-1}) instead of X(t_n) (for theta = 0): fractional Gaussian noise.
 
     Raises:
@@ -205,8 +208,8 @@ def backward_information(
     """What the later observations say about the state, at every time of a solver grid.
 
     log beta(z) = -1/2 z' Lambda z + nu' z.  At an observation Lambda += c c' / sig^2, nu += c o / sig^2; one step back,
-    with Lambda = R R', T = G' R: Lambda <- F' R (I + T'T)^-1 R' F and nu <- F' (nu - R (I + T'T)^-1 T' G' nu).  G may have
-    any rank.
+    with Lambda = R R', T = G' R: Lambda <- F' R (I + T'T)^-1 R' F and nu <- F' (nu - R (I + T'T)^-1 T' G' nu).  G may
+    have any rank.
 
     Args:
         transitions: N steps; their dims ``*D`` must be ``(D,)`` or empty.

@@ -30,9 +30,9 @@ _MIN_DOUBLINGS = 4  # leaves room for theta up to about 100 / step, which is not
 def lower_factor(columns: Tensor) -> Tensor:
     """A lower triangular L with L L' = C C' for C = ``columns``, ``(..., S, M)``, by QR of C'.
 
-    The derivative treats the rotation as a constant: L = C Q, so dL = dC Q, which gives d(L L') = d(C C') exactly because
-    C Q Q' = C.  Whatever depends on L through L L' alone (a likelihood, an expectation over L times a normal) has its
-    exact first derivative, and no inverse of a singular triangle appears.  Second derivatives would be wrong.
+    The derivative treats the rotation as a constant: L = C Q, so dL = dC Q, which gives d(L L') = d(C C') exactly
+    because C Q Q' = C.  Whatever depends on L through L L' alone (a likelihood, an expectation over L times a normal)
+    has its exact first derivative, and no inverse of a singular triangle appears.  Second derivatives would be wrong.
 
     Returns:
         ``(..., S, S)``; narrower input is padded with zeros.
@@ -97,7 +97,9 @@ class LinearSDE:
         mean = self._parameter(self.start_mean).expand(dims)
         mean = torch.nn.functional.pad(mean.unsqueeze(-1), (0, count))
         past = torch.nn.functional.pad(self.noise.initial_factor.expand(*dims, -1, -1), (1, 0, 1, 0))
-        own = torch.nn.functional.pad(self._parameter(self.start_std).expand(dims)[..., None, None], (0, count, 0, count))
+        own = torch.nn.functional.pad(
+            self._parameter(self.start_std).expand(dims)[..., None, None], (0, count, 0, count)
+        )
         return mean, past + own
 
     def transitions(self, times: Times) -> Transitions:
@@ -114,7 +116,9 @@ class LinearSDE:
 
         nodes, weights = (torch.from_numpy(part).to(device) for part in np.polynomial.legendre.leggauss(_NODES))
         tau = cell.unsqueeze(-1) * (nodes + 1) / 2
-        kernel = self._kernel(tau) * (cell.unsqueeze(-1) * weights / 2).sqrt().reshape(len(h), -1, *[1] * len(self.dims), 1)
+        kernel = self._kernel(tau) * (cell.unsqueeze(-1) * weights / 2).sqrt().reshape(
+            len(h), -1, *[1] * len(self.dims), 1
+        )
         columns = kernel.movedim(1, -1)  # (U, *D, S, nodes)
         response = self._kernel(tau).movedim(1, -1) @ (weights / 2) * cell.reshape(-1, *[1] * len(self.dims), 1)
         factor = lower_factor(columns)
@@ -131,7 +135,8 @@ class LinearSDE:
     def euler_transitions(self, grid: Discretisation) -> Transitions:
         """Transitions of the chain that ``solve(..., scheme="euler")`` runs: V exact, X by Euler steps.
 
-        Controls and guides that are built on these are optimal for that chain, so that its ELBO has no discretisation gap.
+        Controls and guides that are built on these are optimal for that chain, so that its ELBO has no discretisation
+        gap.
         """
         dims, noise = self.dims, self.noise
         lead = (len(grid.steps), *dims)
@@ -144,7 +149,9 @@ class LinearSDE:
                            (scale * loadings * (decay - 1)).expand(*lead, -1)], -1)  # fmt: skip
         rest = torch.nn.functional.pad(torch.diag_embed(decay.expand(*lead, -1)), (1, 0))
         shift = gains * grid.shift.reshape(*shape, noise.num_processes)
-        response = torch.cat([(scale * loadings * shift).sum(-1, keepdim=True).expand(*lead, 1), shift.expand(*lead, -1)], -1)
+        response = torch.cat(
+            [(scale * loadings * shift).sum(-1, keepdim=True).expand(*lead, 1), shift.expand(*lead, -1)], -1
+        )
         columns = grid.factor[grid.which][:, :-1].reshape(*shape, noise.num_processes, grid.rank) * gains.unsqueeze(-1)
         own = (scale * loadings).unsqueeze(-2) @ columns
         factor = torch.cat([own.expand(*lead, 1, -1), columns.expand(*lead, -1, -1)], -2)
@@ -153,7 +160,9 @@ class LinearSDE:
         return Transitions(grid.steps, torch.cat([first.unsqueeze(-2), rest], -2), offset, response, factor)
 
     def _divided(self, tau: Tensor) -> tuple[Tensor, Tensor]:
-        """(e^(-theta tau) - e^(-g tau)) / (g - theta), finite where a speed equals theta, ``(*tau, *D, K)``; tau itself."""
+        """(e^(-theta tau) - e^(-g tau)) / (g - theta), finite where a speed equals theta, ``(*tau, *D, K)``; tau
+        itself.
+        """
         tau = tau.reshape(*tau.shape, *[1] * len(self.dims), 1)
         theta, g = self._parameter(self.theta).unsqueeze(-1), self.noise.speeds.to(tau.device)
         return tau * torch.exp(-torch.minimum(theta, g) * tau) * mean_decay((g - theta).abs() * tau), tau

@@ -4,8 +4,8 @@ B_t is replaced by Bhat_t = sum_k w_k (Y_k(t) - Y_k(0)) with the weights that mi
 which solve A w = b in closed form.
 
 R. Daems, M. Opper, G. Crevecoeur, T. Birdal, *Variational Inference for SDEs Driven by Fractional Noise*, ICLR 2024,
-arXiv 2310.12975.  Where this differs from the authors' code: everything is solved in float64 (A has condition numbers up
-to 1e12), the error is c - b'w with the right constant c for type I, and type I has the better ``hybrid`` start.
+arXiv 2310.12975.  Where this differs from the authors' code: everything is solved in float64 (A has condition numbers
+up to 1e12), the error is c - b'w with the right constant c for type I, and type I has the better ``hybrid`` start.
 """
 
 import math
@@ -58,9 +58,10 @@ class ErrorReport(NamedTuple):
 class _RiemannLiouvilleWeights:
     """Optimal weights for horizon 1 without a past: least squares of kernels, set up once for all H.
 
-    A_ij = int_0^1 (1 - r) e^(-(z_i + z_j) r) dr has condition numbers up to 1e16 and more, so A w = b is not formed: with
-    a quadrature of r, A = E'E and b = E'y for E = exponentials and y = the kernel r^(a-1) / Gamma(a), both times
-    the roots of the weights, and w is the least-squares solution of E w = y, which has the root of A's condition number.
+    A_ij = int_0^1 (1 - r) e^(-(z_i + z_j) r) dr has condition numbers up to 1e16 and more, so A w = b is not formed:
+    with a quadrature of r, A = E'E and b = E'y for E = exponentials and y = the kernel r^(a-1) / Gamma(a), both times
+    the roots of the weights, and w is the least-squares solution of E w = y, which has the root of A's condition
+    number.
     """
 
     def __init__(self, z: Tensor) -> None:
@@ -137,14 +138,15 @@ class MarkovFractionalBrownianMotion(MarkovNoise):
         horizon: T, up to which the weights are optimal and the noise may be used.
         kind: ``"mvn"`` or 1 (Mandelbrot-Van Ness: stationary increments), ``"rl"`` or 2 (Riemann-Liouville: no past).
         normalisation: ``"unit"`` (variance t^(2H), so that H doesn't change the scale) or ``"gamma"`` (the literature's
-            integral over dW with 1 / Gamma(H + 1/2); variance 1 / (Gamma(2H+1) sin(pi H)) or 1 / (2H Gamma(H+1/2)^2) at 1).
+            integral over dW with 1 / Gamma(H + 1/2); variance 1 / (Gamma(2H+1) sin(pi H)) or 1 / (2H Gamma(H+1/2)^2)
+            at 1).
         grid: ``"horizon"`` (geometric between 0.3 / T and the fastest speed), ``"geometric"`` (the paper's, from
             1 / max_speed to max_speed), or the speeds themselves, ``(K,)``.
         start: how the past of ``"mvn"`` is made. ``"stationary"``, the paper's: Y(0) has the processes' stationary law,
             and the weights fit future and past at once. ``"hybrid"``: the weights are those of ``"rl"``, and the
-            independent smooth process of the past is projected on the same exponentials; its mean-square error is below the
-            paper's on every grid that was measured. ``"auto"``: stationary on the geometric grid, which is the paper's
-            construction, and hybrid elsewhere.
+            independent smooth process of the past is projected on the same exponentials; its mean-square error is
+            below the paper's on every grid that was measured. ``"auto"``: stationary on the geometric grid, which is
+            the paper's construction, and hybrid elsewhere.
 
     Raises:
         ValueError: H outside (0, 1), fewer than one process, speeds not positive, unknown names.
@@ -207,8 +209,8 @@ class MarkovFractionalBrownianMotion(MarkovNoise):
         weights = self.weights_at(hurst)
         if self._past is not None:
             # State k is w_k Y_k here, so that a weight that passes through 0 divides nothing.
-            length = (self._scale(hurst) * self.horizon**0.5)[..., None, None]  # a path scales by T^H, a weight by T^(H-1/2)
-            factor = self._past.to(hurst.device).factor(hurst) * length
+            length = self._scale(hurst) * self.horizon**0.5  # a path scales by T^H, a weight by T^(H - 1/2)
+            factor = self._past.to(hurst.device).factor(hurst) * length[..., None, None]
             self._set(torch.ones_like(weights), weights, factor, self.horizon)
         elif self.start == "stationary":
             factor = covariance_factor(stationary_covariance(self.speeds)).to(hurst.device)
@@ -260,7 +262,8 @@ class MarkovFractionalBrownianMotion(MarkovNoise):
         """Error, conditioning and advice; warns above a relative error of 2 %.
 
         Warns:
-            NoiseWarning: where the approximation is poor, or more processes than the range of speeds carries were asked.
+            NoiseWarning: where the approximation is poor, or more processes than the range of speeds carries were
+            asked.
         """
         with torch.no_grad():
             error = self.relative_error
@@ -271,7 +274,8 @@ class MarkovFractionalBrownianMotion(MarkovNoise):
             largest = self.weights.abs().max()
         advice = []
         if float(error.max()) > _ERROR_WORTH_A_WARNING:
-            what = "start='hybrid' or a wider grid" if self.start == "stationary" else "a larger max_speed with more processes"
+            wider = "a larger max_speed with more processes"
+            what = f"start='hybrid' or {wider}" if self.start == "stationary" else wider
             advice.append(f"relative error {float(error.max()):.3g} at H={float(self.hurst.max()):.2g}: try {what}")
         if self._projection.dropped:
             advice.append(

@@ -186,9 +186,7 @@ class MixedNoise(MarkovNoise):
         if bool(past.any()):
             factor = covariance_factor(stationary_covariance(speeds) * past * past.unsqueeze(-1))
             factor = factor.to(loadings.device).expand(*dims, -1, -1)
-        super().__init__(
-            speeds, loadings, initial_factor=factor, horizon=min(noise.horizon for _, noise in parts)
-        )
+        super().__init__(speeds, loadings, initial_factor=factor, horizon=min(noise.horizon for _, noise in parts))
 
 
 def covariance_factor(covariance: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ are dropped, and a step needs M <= K normals.  The Brownian increment over the s
 jointly with xi, is a process of speed 0 and rides along as the last row.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -75,8 +76,10 @@ class Discretisation:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Discretisation":
         """The same on another device, in another precision (times stay float64)."""
-        moved = (part.to(device, dtype) for part in (self.steps, self.decay, self.shift, self.factor))
-        return Discretisation(self.times.to(device), *moved, self.which.to(device))
+        steps, decay, shift, factor = (
+            part.to(device, dtype) for part in (self.steps, self.decay, self.shift, self.factor)
+        )
+        return Discretisation(self.times.to(device), steps, decay, shift, factor, self.which.to(device))
 
     def increments(self, normals: Tensor, first: int = 0) -> Tensor:
         """Correlated noise of successive steps from standard normals.
@@ -119,24 +122,42 @@ def discretise(speeds: Tensor, times: Times) -> Discretisation:
 
 
 def exponential_scan(speeds: Tensor, times: Tensor, inputs: Tensor) -> Tensor:
-    """V at each time from what is added at each time: V_n = e^(-g (t_n - t_{n-1})) V_{n-1} + inputs_n, all n at once.
+    """V at each time from what is added at each time: V_n = e^(-g (t_n - t_{n-1})) V_{n-1} + inputs_n.
 
-    After pass j, entry n holds the inputs of its last 2^j times, decayed to t_n: log2(N) passes over the whole array, and
-    no power of e^(+g t) that could overflow.
+    In sqrt(N) blocks: all blocks are stepped side by side from 0, their ends are chained, and what a block inherits is
+    added with its decay; 2 sqrt(N) small operations, and no power of e^(+g t) that could overflow.
 
     Args:
         speeds: ``(K,)``.
-        times: ``(N,)``.
+        times: ``(N,)``, on the device of ``inputs``.
         inputs: ``(N, ..., K)``; put the initial state into the first.
 
     Returns:
         ``(N, ..., K)``.
     """
-    state, reach = inputs, 1
-    while reach < len(times):
-        lag = (times[reach:] - times[:-reach]).unsqueeze(-1)
-        decay = torch.exp(-lag * speeds).to(inputs.dtype)
-        decay = decay.reshape(len(lag), *[1] * (inputs.ndim - 2), -1)
-        state = torch.cat([state[:reach], torch.addcmul(state[reach:], decay, state[:-reach])])
-        reach *= 2
-    return state
+    count = len(times)
+    length = math.isqrt(count - 1) + 1
+    blocks = -(-count // length)
+    spare = blocks * length - count
+    if spare:
+        times = torch.cat([times, times[-1:].expand(spare)])
+        inputs = torch.cat([inputs, inputs.new_zeros(spare, *inputs.shape[1:])])
+    clock = times.reshape(blocks, length)
+    middle = [1] * (inputs.ndim - 2)
+
+    def decay(lag: Tensor) -> Tensor:
+        return torch.exp(-lag.unsqueeze(-1) * speeds).to(inputs.dtype).reshape(*lag.shape, *middle, -1)
+
+    added = inputs.reshape(blocks, length, *inputs.shape[1:])
+    within = decay(clock.diff(dim=1))
+    inner = [added[:, 0]]
+    for i in range(1, length):
+        inner.append(torch.addcmul(added[:, i], within[:, i - 1], inner[-1]))
+    carry = [torch.zeros_like(inner[0][0])]
+    across = decay(clock[1:, -1] - clock[:-1, -1])
+    for m in range(blocks - 1):
+        carry.append(inner[-1][m] + (across[m - 1] * carry[-1] if m else 0))
+    # A block inherits the state at the end of the block before it.
+    since = decay(clock - torch.cat([clock[:1, :1], clock[:-1, -1:]]))
+    state = torch.addcmul(torch.stack(inner, 1), since, torch.stack(carry).unsqueeze(1))
+    return state.flatten(0, 1)[:count]

@@ -1,12 +1,13 @@
 """The past of Mandelbrot-Van Ness motion on the exponentials of a Markov approximation.
 
-Mandelbrot-Van Ness motion is Riemann-Liouville motion plus an independent Gaussian process made by the noise before time 0,
+Mandelbrot-Van Ness motion is Riemann-Liouville motion plus an independent Gaussian process made by the noise before
+time 0,
 
     G_t = 1 / Gamma(a) int_0^inf [(t + s)^(a-1) - s^(a-1)] dW_s,   a = H + 1/2,
 
-smooth for t > 0.  Its projection in L2([0, T]) on the functions e^(-g_k t) - 1, Ghat_t = sum_k (e^(-g_k t) - 1) Z_k, has
-Gaussian coefficients Z = F w with w standard normal, and F F' is the best covariance for them in the least-squares sense;
-an Ornstein-Uhlenbeck state started at Z adds Ghat to the approximation at no cost.
+smooth for t > 0.  Its projection in L2([0, T]) on the functions e^(-g_k t) - 1, Ghat_t = sum_k (e^(-g_k t) - 1) Z_k,
+has Gaussian coefficients Z = F w with w standard normal, and F F' is the best covariance for them in the least-squares
+sense; an Ornstein-Uhlenbeck state started at Z adds Ghat to the approximation at no cost.
 """
 
 from dataclasses import dataclass
@@ -84,4 +85,3 @@ def past_covariance(hurst: Tensor, times: Tensor) -> Tensor:
     kernel, delta = _past_kernel(hurst, times / longest)
     scaled = delta * kernel * longest ** hurst[..., None, None]
     return scaled @ scaled.mT
-

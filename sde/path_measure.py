@@ -1,8 +1,8 @@
 """Path measures: importance weights and bounds from what a solve accumulates (Girsanov).
 
-A control u turns the prior P into Q with log dP/dQ = -int u dW_q - 1/2 int u^2 dt and KL(Q || P) = E_Q 1/2 int u^2 dt, a
-SUM over dimensions: D independent copies cost D times as much.  (The authors' code averages over them, which weighs the
-path's KL by 1/D.)
+A control u turns the prior P into Q with log dP/dQ = -int u dW_q - 1/2 int u^2 dt and KL(Q || P) = E_Q 1/2 int u^2 dt,
+a SUM over dimensions: D independent copies cost D times as much.  (The authors' code averages over them, which weighs
+the path's KL by 1/D.)
 """
 
 import math
@@ -26,7 +26,9 @@ def path_log_ratio(path: Path) -> Tensor:
 
 
 def evidence_bound(path: Path, log_likelihood: Tensor) -> Tensor:
-    """E_Q[log p(data | path)] - KL, one term a path, ``(B,)``; the path's KL alone, without those of q(x0) and q(Y0)."""
+    """E_Q[log p(data | path)] - KL, one term a path, ``(B,)``; the path's KL alone, without those of q(x0) and
+    q(Y0).
+    """
     return _matching(path, log_likelihood) - path_kl(path)
 
 
@@ -42,7 +44,9 @@ def importance_bound(log_weights: Tensor, num_particles: int) -> Tensor:
         ``(B,)``, in expectation between the evidence bound and the log evidence.
     """
     if log_weights.ndim != 1 or len(log_weights) == 0 or len(log_weights) % num_particles:
-        raise ValueError(f"log_weights must be a vector of a multiple of {num_particles}, got {tuple(log_weights.shape)}")
+        raise ValueError(
+            f"log_weights must be a vector of a multiple of {num_particles}, got {tuple(log_weights.shape)}"
+        )
     grouped = log_weights.reshape(num_particles, -1)
     return torch.logsumexp(grouped, 0) - math.log(num_particles)
 

@@ -2,10 +2,10 @@
 
     dX = b(t, X) dt + s(t, X) o dB,   B = sum_k l_k (V_k(t) - V_k(0)),   dV_k = (-g_k V_k + beta_k u) dt + beta_k dW,
 
-diagonal noise: s_d depends on x_d alone, and all processes of a dimension share its W.  B is a semimartingale with quadratic
-variation (sum_k w_k)^2 t, so a state-dependent s is read in the Stratonovich sense; the Ito correction would grow without
-bound with the fastest speed for H < 1/2.  V is stepped by its exact transition in every scheme but ``"plain_euler"``, so the
-step size bounds no speed.
+diagonal noise: s_d depends on x_d alone, and all processes of a dimension share its W.  B is a semimartingale with
+quadratic variation (sum_k w_k)^2 t, so a state-dependent s is read in the Stratonovich sense; the Ito correction would
+grow without bound with the fastest speed for H < 1/2.  V is stepped by its exact transition in every scheme but
+``"plain_euler"``, so the step size bounds no speed.
 
 Schemes: ``"euler"`` (additive noise; strong order 1), ``"heun"`` and ``"milstein"`` (Stratonovich, strong order 1),
 ``"plain_euler"`` (Euler-Maruyama on V as well, additive noise; for comparison).
@@ -14,6 +14,7 @@ P. E. Kloeden, E. Platen, *Numerical Solution of Stochastic Differential Equatio
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -33,12 +34,12 @@ class Step(NamedTuple):
     """Where a solver stands.
 
     Attributes:
-        index: of the step, for whatever was prepared on the grid.
+        number: of the step, for whatever was prepared on the grid.
         time: at its start, a scalar tensor.
         size: h, a scalar tensor.
     """
 
-    index: int
+    number: int
     time: Tensor
     size: Tensor
 
@@ -115,13 +116,13 @@ def solve(
         drift: b.
         diffusion: s: positive, a number or tensor that broadcasts to ``(B, D)``, or a function of time and state.
         noise: B; dims ``()`` or ``(D,)``.
-        times: the grid, ``(N + 1,)``, strictly increasing; or what ``noise.discretise`` made of it, which a training loop
-            makes once, as it does not depend on H.
+        times: the grid, ``(N + 1,)``, strictly increasing; or what ``noise.discretise`` made of it, which a training
+            loop makes once, as it does not depend on H.
         x0: initial state, ``(B, D)``; its device and precision are the solve's.
         y0: initial processes V, ``(B, D, K)``; drawn from the noise's own law where left out.
         control: u, frozen over a step: Q adds beta u dt to every dV of a dimension (Girsanov).
-        guide: instead of a control, the law of each step's M standard normals under Q: it may shrink them as well as shift
-            them, and its KL is in closed form.
+        guide: instead of a control, the law of each step's M standard normals under Q: it may shrink them as well as
+            shift them, and its KL is in closed form.
         scheme: ``"euler"`` by default for additive noise and ``"heun"`` otherwise.
         additive: whether a function ``diffusion`` ignores the state; without it a function is taken to depend on it.
         seed: integer seed.
@@ -130,8 +131,8 @@ def solve(
         increments: the steps' joint noise of the K unit processes and W, ``(N, B, D, K + 1)``, instead of a seed (for
             coupled step sizes).
         keep: positions in the grid whose states are returned, increasing, 0..N; all by default.
-        checkpoint_segments: number of segments whose inner states are recomputed in the backward pass, or ``"sqrt"`` for
-            sqrt(N) of them, with which memory grows like sqrt(N) (with a short ``keep``). Gradients are the same.
+        checkpoint_segments: number of segments whose inner states are recomputed in the backward pass, or ``"sqrt"``
+            for sqrt(N) of them, with which memory grows like sqrt(N) (with a short ``keep``). Gradients are the same.
         check: look once, at the end, whether a state or diffusion went wrong.
 
     Raises:
@@ -198,7 +199,8 @@ def solve(
         if given is not None and tuple(given.shape) != (num_steps, batch, dim, last):
             raise ValueError(f"{name} must be {(num_steps, batch, dim, last)}, got {tuple(given.shape)}")
     y = _initial(noise, x0, y0, root)
-    loadings = noise.loadings_on(grid.times.to(noise.loadings.device)).to(device, dtype).unsqueeze(1)
+    loadings = noise.loadings_on(grid.times.to(noise.loadings.device)).to(device, dtype)
+    loadings = loadings.reshape(len(loadings), 1, -1, noise.num_processes)
     problem = _Problem(
         drift, diffusion, scheme, additive, control, guide, grid.to(device, dtype), noise.speeds.to(device),
         loadings, noise.gains.to(device, dtype), draw, increments, frozenset(kept), check,
@@ -208,7 +210,7 @@ def solve(
     kl, log_ratio, states = zero, zero, [x0] if kept[0] == 0 else []
     worst = torch.full((), num_steps * batch * dim, device=device)
     bounds = torch.linspace(0, num_steps, segments + 1).round().int().tolist()
-    for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+    for first, last in pairwise(bounds):
         if segments > 1 and torch.is_grad_enabled():
             out = checkpoint(_run, problem, first, last, x, y, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -257,14 +259,16 @@ def _run(problem: _Problem, first: int, last: int, x: Tensor, y: Tensor) -> _Out
     steps = grid.steps[first:last]
     sizes, clock = steps.unbind(), grid.times[first:last].to(x.dtype).unbind()
     # Loadings of each time, twice a row where they are constant: B is differenced, so that H may change with time.
-    loadings = (p.loadings[first : last + 1] if len(p.loadings) > 1 else p.loadings.expand(count + 1, *p.loadings.shape[1:]))
+    constant = len(p.loadings) == 1
+    loadings = p.loadings.expand(count + 1, -1, -1, -1) if constant else p.loadings[first : last + 1]
     loadings_at = loadings.unbind()
     if p.scheme == "plain_euler":
         decay, shift = 1 - steps.unsqueeze(-1) * p.speeds.to(x.dtype), steps.unsqueeze(-1).expand(-1, len(p.speeds))
     else:
         decay, shift = grid.decay[first:last], grid.shift[first:last]
     if p.guide is None:
-        given = p.increments[first:last].to(x) if p.increments is not None else grid.increments(p.normals(first, last), first)
+        drawn = p.increments is None
+        given = grid.increments(p.normals(first, last), first) if drawn else p.increments[first:last].to(x)
         wiener = given[..., -1]
         noise = wiener.unsqueeze(-1) * gains if p.scheme == "plain_euler" else given[..., :-1] * gains
     states, diffusions, xs = [], [], []
@@ -336,14 +340,14 @@ def _advance(p: _Problem, x: Tensor, db: Tensor, t: Tensor, h: Tensor) -> tuple[
         b, s = drift(t, x), diffusion(t, x)
         ahead = x + b * h + s * db
         return x + 0.5 * (b + drift(t + h, ahead)) * h + 0.5 * (s + diffusion(t + h, ahead)) * db, s
-    s, slope = diffusion(t, x), None
+    s = diffusion(t, x)
     # s_d depends on x_d alone, so that the derivative along s is s s', entry by entry.
-    _, slope = torch.func.jvp(lambda state: diffusion(t, state), (x,), (s,))
+    slope = torch.func.jvp(lambda state: diffusion(t, state), (x,), (s,))[1]
     return x + drift(t, x) * h + s * db + 0.5 * slope * db**2, s
 
 
 def _first_bad(p: _Problem, first: int, xs: list[Tensor], diffusions: list[Tensor]) -> Tensor:
-    """The smallest position step * B * D + path * D + dimension that went wrong, or one beyond the end; no host is asked."""
+    """The smallest step * B * D + path * D + dimension that went wrong, or one beyond the end; no host is asked."""
     with torch.no_grad():
         x = torch.stack([state.detach() for state in xs])
         bad = ~torch.isfinite(x)
@@ -360,10 +364,10 @@ def _raise_if_bad(place: int, num_steps: int, batch: int, dim: int, times: Tenso
         return
     step, rest = divmod(place, batch * dim)
     path, axis = divmod(rest, dim)
+    span = f"from time {float(times[step]):g} to {float(times[step + 1]):g} on path {path}, dimension {axis}"
     raise PathError(
-        f"the state or the diffusion went wrong (not finite, or diffusion not positive) in the step from time "
-        f"{float(times[step]):g} to {float(times[step + 1]):g} on path {path}, dimension {axis}: take smaller steps, bound "
-        "the drift, or keep the diffusion positive"
+        f"the state or the diffusion went wrong (not finite, or diffusion not positive) in the step {span}: take smaller "
+        "steps, bound the drift, or keep the diffusion positive"
     )
 
 

@@ -2,8 +2,8 @@
 
 ``torch.special.gammainc`` has no derivative in its first argument, where the Hurst index stands, so what is needed is
 summed here: series of positive terms for small arguments, Legendre's continued fraction or the asymptotic series for
-large ones.  All of them are meant for float64.  Letters as in the literature: a = H + 1/2, z = speed times time, P and Q
-the regularised lower and upper incomplete gamma functions.
+large ones.  All of them are meant for float64.  Letters as in the literature: a = H + 1/2, z = speed times time, P and
+Q the regularised lower and upper incomplete gamma functions.
 """
 
 import math
@@ -18,7 +18,6 @@ __all__ = [
     "mvn_variance",
     "phi2",
     "rl_hypergeometric",
-    "rl_projection",
     "rl_variance",
     "scaled_upper_gamma",
 ]
@@ -42,7 +41,9 @@ def phi2(z: Tensor) -> Tensor:
 
 
 def mvn_variance(hurst: Tensor) -> Tensor:
-    """V_H = 1 / (Gamma(2H + 1) sin(pi H)): the variance at time 1 of Mandelbrot-Van Ness motion, gamma normalisation."""
+    """V_H = 1 / (Gamma(2H + 1) sin(pi H)): the variance at time 1 of Mandelbrot-Van Ness motion, gamma
+    normalisation.
+    """
     return torch.exp(-torch.lgamma(2 * hurst + 1)) / torch.sin(math.pi * hurst)
 
 
@@ -73,22 +74,6 @@ def _fraction(a: Tensor, z: Tensor, levels: int = _FRACTION_LEVELS) -> Tensor:
     for n in range(levels, 0, -1):
         tail = z + (n - a) / (1 + n / tail)
     return torch.exp(a * torch.log(z) - torch.lgamma(a)) / tail
-
-
-def rl_projection(a: Tensor, z: Tensor) -> Tensor:
-    """T^(-a-1) int_0^T E[B_t Y_t] dt for Riemann-Liouville motion B and Y of speed z / T, started at 0.
-
-    For small z it is e^(-z) sum_n (n + 1) z^n / Gamma(a + 2 + n); for large z, z^(-a) P(a, z) - a z^(-a-1) P(a+1, z).
-    """
-    a, z = torch.broadcast_tensors(a, z)
-    large = z > _FRACTION_FROM
-    zs, zl = torch.where(large, 1.0, z), torch.where(large, z, 2 * _FRACTION_FROM)
-    n = torch.arange(_GAMMA_TERMS, dtype=z.dtype, device=z.device)
-    terms = (n + 1) * zs.unsqueeze(-1) ** n * torch.exp(-torch.lgamma(a.unsqueeze(-1) + 2 + n))
-    series = torch.exp(-zs) * terms.sum(-1)
-    lower = 1 - torch.exp(-zl) * _fraction(a, zl)
-    lower_next = lower - torch.exp(a * torch.log(zl) - zl - torch.lgamma(a + 1))
-    return torch.where(large, zl ** (-a) * (lower - a / zl * lower_next), series)
 
 
 def mvn_projection(a: Tensor, z: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """The augmented SDE for torchsde's solvers: one adapter, for its adaptive and adjoint schemes and for comparisons.
 
-The state (X, V, 1/2 int u^2) of every dimension is one flat vector with the drift and diffusion that torchsde asks for.  All
-processes of a dimension share a Brownian motion, which makes the noise ``general`` (``scalar`` for one dimension): torchsde
-has Euler for the Ito form and midpoint, Heun, Euler-Heun and reversible Heun for the Stratonovich form of such noise.
-X. Li, T.-K. L. Wong, R. T. Q. Chen, D. Duvenaud, *Scalable Gradients for Stochastic Differential Equations*, 2020, arXiv 2001.01328.
+The state (X, V, 1/2 int u^2) of every dimension is one flat vector with the drift and diffusion that torchsde asks
+for.  All processes of a dimension share a Brownian motion, which makes the noise ``general`` (``scalar`` for one
+dimension): torchsde has Euler for the Ito form and midpoint, Heun, Euler-Heun and reversible Heun for the Stratonovich
+form of such noise. X. Li, T.-K. L. Wong, R. T. Q. Chen, D. Duvenaud, *Scalable Gradients for Stochastic Differential
+Equations*, 2020, arXiv 2001.01328.
 """
 
 import torch
@@ -27,7 +28,7 @@ class AugmentedSDE(nn.Module):
         diffusion: s, a function or a tensor that broadcasts to ``(B, D)``.
         noise: B, with constant loadings.
         dim: D.
-        control: u, called with a step of index -1 and size 0: torchsde evaluates it anywhere.
+        control: u, called with a step of number -1 and size 0: torchsde evaluates it anywhere.
         sde_type: ``"stratonovich"``, or ``"ito"`` for additive noise.
     """
 
@@ -107,10 +108,11 @@ def solve_torchsde(
     Args:
         times: of the kept states, starting at the time of ``x0``.
         step_size: torchsde's dt (the first step, where ``adaptive``).
-        method: ``"euler"`` (Ito, additive noise), ``"midpoint"``, ``"heun"``, ``"euler_heun"`` or ``"reversible_heun"``.
+        method: ``"euler"`` (Ito, additive noise), ``"midpoint"``, ``"heun"``, ``"euler_heun"`` or
+            ``"reversible_heun"``.
         adaptive: let torchsde adapt the step, one for the whole batch.
-        adjoint: constant memory by the stochastic adjoint; it differentiates the parameters of ``drift``, ``diffusion`` and
-            ``control`` where those are modules, and no others.
+        adjoint: constant memory by the stochastic adjoint; it differentiates the parameters of ``drift``,
+            ``diffusion`` and ``control`` where those are modules, and no others.
 
     Returns:
         A path whose ``log_ratio`` is NaN: the Ito integral of u is not among torchsde's states.
