@@ -266,6 +266,8 @@ def kalman_smoother(
     For interpolation and forecasts add the wanted times with a mask of False.
     """
     data = _data(model, times, observations, noise_std, mask)
+    if not isinstance(noise_std, Tensor) and not noise_std > 0:
+        raise ValueError(f"noise_std must be positive for smoothing, got {noise_std}")
     filtered = kalman_filter(model, times, observations, noise_std, mask)
     if len(data.times) == 1:
         root = filtered.factor

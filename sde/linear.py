@@ -105,6 +105,8 @@ class LinearSDE:
     def transitions(self, times: Times) -> Transitions:
         """Exact transitions over a grid ``(N + 1,)``; differentiable in H, theta, scale and constant."""
         grid = as_times(times, minimum=2, horizon=self.noise.horizon)
+        if not self.noise.constant_loadings:
+            raise ValueError("the noise's loadings change with time: it has no exact linear transitions here")
         steps = grid.diff()
         scale = steps.max() * 1e-12
         distinct, which = torch.unique(torch.round(steps / scale), return_inverse=True)

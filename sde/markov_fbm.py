@@ -32,7 +32,7 @@ _ERROR_WORTH_A_WARNING = 0.02  # relative, in the mean square over [0, T]
 _EIGENVALUE_FLOOR = 1e-15  # below it an eigenvalue of the scaled A is rounding, and its direction is left out
 _SINGULAR_FLOOR = 1e-13  # the same for singular values, of which the eigenvalues are squares
 _REACH, _SPACING = 6.0, 0.04  # of the quadrature of the Riemann-Liouville kernel
-_BOTTOM, _TOP = 0.3, 300.0  # default speeds times horizon: error below 2 % for every H above 0.2 with five processes
+_BOTTOM, _TOP = 0.3, 150.0  # default speeds times horizon: error below 2 % for every H above 0.2 with five processes
 
 
 class ErrorReport(NamedTuple):
@@ -134,7 +134,7 @@ class MarkovFractionalBrownianMotion(MarkovNoise):
         hurst: H in (0, 1): a number, or a tensor ``()`` (shared by all dimensions) or ``(D,)`` (one each), which may
             require grad: weights, covariances and samples are differentiable in it.
         num_processes: K.
-        max_speed: the fastest speed, in 1 / time; by default 20 on the geometric grid, and 300 / horizon otherwise.
+        max_speed: the fastest speed, in 1 / time; by default 20 on the geometric grid, and 150 / horizon otherwise.
         horizon: T, up to which the weights are optimal and the noise may be used.
         kind: ``"mvn"`` or 1 (Mandelbrot-Van Ness: stationary increments), ``"rl"`` or 2 (Riemann-Liouville: no past).
         normalisation: ``"unit"`` (variance t^(2H), so that H doesn't change the scale) or ``"gamma"`` (the literature's
@@ -299,6 +299,8 @@ class MultifractionalMotion(MarkovNoise):
         base: a Riemann-Liouville approximation that gives speeds, horizon and normalisation.
         dims: ``()`` or ``(D,)``, as in the output of ``hurst``.
     """
+
+    constant_loadings = False
 
     def __init__(
         self,

@@ -54,6 +54,9 @@ class MarkovNoise:
         self.starts_at_zero = initial_factor is None
         self.horizon = float(horizon)
 
+    constant_loadings = True
+    """Whether ``loadings_on`` returns the same at all times."""
+
     @property
     def num_processes(self) -> int:
         """K."""

@@ -146,7 +146,7 @@ def exponential_scan(speeds: Tensor, times: Tensor, inputs: Tensor) -> Tensor:
     middle = [1] * (inputs.ndim - 2)
 
     def decay(lag: Tensor) -> Tensor:
-        return torch.exp(-lag.unsqueeze(-1) * speeds).to(inputs.dtype).reshape(*lag.shape, *middle, -1)
+        return torch.exp(-lag.unsqueeze(-1) * speeds).to(inputs.dtype).reshape(*lag.shape, *middle, len(speeds))
 
     added = inputs.reshape(blocks, length, *inputs.shape[1:])
     within = decay(clock.diff(dim=1))

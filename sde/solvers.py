@@ -258,7 +258,7 @@ def _run(problem: _Problem, first: int, last: int, x: Tensor, y: Tensor) -> _Out
     gains = p.gains
     steps = grid.steps[first:last]
     sizes, clock = steps.unbind(), grid.times[first:last].to(x.dtype).unbind()
-    # Loadings of each time, twice a row where they are constant: B is differenced, so that H may change with time.
+    # B itself is differenced, with the loadings of each time, so that H may change along the path.
     constant = len(p.loadings) == 1
     loadings = p.loadings.expand(count + 1, -1, -1, -1) if constant else p.loadings[first : last + 1]
     loadings_at = loadings.unbind()
@@ -267,8 +267,10 @@ def _run(problem: _Problem, first: int, last: int, x: Tensor, y: Tensor) -> _Out
     else:
         decay, shift = grid.decay[first:last], grid.shift[first:last]
     if p.guide is None:
-        drawn = p.increments is None
-        given = grid.increments(p.normals(first, last), first) if drawn else p.increments[first:last].to(x)
+        if p.increments is None:
+            given = grid.increments(p.normals(first, last), first)
+        else:
+            given = p.increments[first:last].to(x)
         wiener = given[..., -1]
         noise = wiener.unsqueeze(-1) * gains if p.scheme == "plain_euler" else given[..., :-1] * gains
     states, diffusions, xs = [], [], []
@@ -347,7 +349,7 @@ def _advance(p: _Problem, x: Tensor, db: Tensor, t: Tensor, h: Tensor) -> tuple[
 
 
 def _first_bad(p: _Problem, first: int, xs: list[Tensor], diffusions: list[Tensor]) -> Tensor:
-    """The smallest step * B * D + path * D + dimension that went wrong, or one beyond the end; no host is asked."""
+    """The smallest step * B * D + path * D + dimension that went wrong, or one past the end; asks no host."""
     with torch.no_grad():
         x = torch.stack([state.detach() for state in xs])
         bad = ~torch.isfinite(x)
@@ -366,8 +368,8 @@ def _raise_if_bad(place: int, num_steps: int, batch: int, dim: int, times: Tenso
     path, axis = divmod(rest, dim)
     span = f"from time {float(times[step]):g} to {float(times[step + 1]):g} on path {path}, dimension {axis}"
     raise PathError(
-        f"the state or the diffusion went wrong (not finite, or diffusion not positive) in the step {span}: take smaller "
-        "steps, bound the drift, or keep the diffusion positive"
+        f"the state or the diffusion went wrong (not finite, or diffusion not positive) in the step {span}: take "
+        "smaller steps, bound the drift, or keep the diffusion positive"
     )
 
 

@@ -126,7 +126,7 @@ def solve_torchsde(
         raise ValueError(f"method must be one of {', '.join(_METHODS)}, got {method!r}")
     if method == "euler" and callable(diffusion):
         raise ValueError("method='euler' is Ito's: a state-dependent diffusion needs a Stratonovich method")
-    if type(noise).loadings_on is not MarkovNoise.loadings_on:
+    if not noise.constant_loadings:
         raise ValueError("a noise whose loadings change with time needs solve()")
     if x0.ndim != 2:
         raise ValueError(f"x0 must be (B, D), got {tuple(x0.shape)}")
