@@ -15,7 +15,7 @@ P. E. Kloeden, E. Platen, *Numerical Solution of Stochastic Differential Equatio
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -176,6 +176,12 @@ def solve(
     if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] > num_steps:
         raise ValueError(f"keep must be increasing positions between 0 and {num_steps}")
 
+    for name, given, last in (("normals", normals, grid.rank), ("increments", increments, noise.num_processes + 1)):
+        if given is not None and tuple(given.shape) != (num_steps, batch, dim, last):
+            raise ValueError(f"{name} must be {(num_steps, batch, dim, last)}, got {tuple(given.shape)}")
+    if y0 is not None and tuple(y0.shape) != (batch, dim, noise.num_processes):
+        raise ValueError(f"y0 must be {(batch, dim, noise.num_processes)}, got {tuple(y0.shape)}")
+
     # Noise is drawn in blocks with a stream each, so that a segment can be recomputed without storing it.
     segments = _segments(checkpoint_segments, num_steps)
     needs_seed = (normals is None and increments is None) or (y0 is None and not noise.starts_at_zero)
@@ -195,9 +201,6 @@ def solve(
         start = first - first // block * block
         return torch.cat(blocks)[start : start + last - first]
 
-    for name, given, last in (("normals", normals, grid.rank), ("increments", increments, noise.num_processes + 1)):
-        if given is not None and tuple(given.shape) != (num_steps, batch, dim, last):
-            raise ValueError(f"{name} must be {(num_steps, batch, dim, last)}, got {tuple(given.shape)}")
     y = _initial(noise, x0, y0, root)
     loadings = noise.loadings_on(grid.times.to(noise.loadings.device)).to(device, dtype)
     loadings = loadings.reshape(len(loadings), 1, -1, noise.num_processes)
@@ -209,10 +212,10 @@ def solve(
     x, zero = x0, torch.zeros(batch, dim, device=device, dtype=dtype)
     kl, log_ratio, states = zero, zero, [x0] if kept[0] == 0 else []
     worst = torch.full((), num_steps * batch * dim, device=device)
-    bounds = torch.linspace(0, num_steps, segments + 1).round().int().tolist()
+    bounds = [round(i * num_steps / segments) for i in range(segments + 1)]
     for first, last in pairwise(bounds):
         if segments > 1 and torch.is_grad_enabled():
-            out = checkpoint(_run, problem, first, last, x, y, use_reentrant=False, preserve_rng_state=False)
+            out = checkpoint(_run_tied, problem, first, last, x, y, use_reentrant=False, preserve_rng_state=False)
         else:
             out = _run(problem, first, last, x, y)
         x, y, kl_part, ratio_part, inner, bad = out
@@ -238,8 +241,6 @@ def _initial(noise: MarkovNoise, x0: Tensor, y0: Tensor | None, root: int) -> Te
     batch, dim = x0.shape
     shape = (batch, dim, noise.num_processes)
     if y0 is not None:
-        if tuple(y0.shape) != shape:
-            raise ValueError(f"y0 must be {shape}, got {tuple(y0.shape)}")
         return y0.to(x0)
     if noise.starts_at_zero:
         return torch.zeros(shape, device=x0.device, dtype=x0.dtype)
@@ -322,6 +323,27 @@ def _run(problem: _Problem, first: int, last: int, x: Tensor, y: Tensor) -> _Out
             log_ratio = -(u * wiener).sum(0) - kl
     states = [state for i, state in enumerate(xs) if first + i + 1 in p.keep]
     bad = _first_bad(p, first, xs, diffusions) if p.check else torch.zeros((), device=x.device)
+    return x, y, kl, log_ratio, states, bad
+
+
+class _Tie(torch.autograd.Function):
+    """The identity on several tensors at once: whichever of them is differentiated, the backward pass visits all."""
+
+    @staticmethod
+    def forward(ctx: Any, *values: Tensor) -> tuple[Tensor, ...]:
+        return tuple(value.view_as(value) for value in values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads
+
+
+def _run_tied(problem: _Problem, first: int, last: int, x: Tensor, y: Tensor) -> _Out:
+    """As ``_run``, for a checkpoint: what a segment recomputes is freed when the backward pass uses it, so a branch
+    that a loss leaves out (the log-ratio, beside a loss with the KL) would keep its tensors until the end.
+    """
+    x, y, kl, log_ratio, states, bad = _run(problem, first, last, x, y)
+    x, y, kl, log_ratio, *states = _Tie.apply(x, y, kl, log_ratio, *states)  # type: ignore[no-untyped-call]
     return x, y, kl, log_ratio, states, bad
 
 

@@ -71,9 +71,11 @@ class Dense:
             ratio = (g * torch.exp(-g * u) - th * torch.exp(-th * u)) / (g - th)
             return s * (coefficients * ratio).sum(-1)
 
-        # Composite Gauss-Legendre between the observation times, whose spacing times the fastest speed is moderate.
-        nodes, weights = (torch.from_numpy(x) for x in __import__("numpy").polynomial.legendre.leggauss(40))
-        edges = torch.cat([f64(0.0).reshape(1), times[times > 0]])
+        # Composite Gauss-Legendre, panels halving towards each time: there the fastest process still remembers.
+        nodes, weights = (torch.from_numpy(x) for x in __import__("numpy").polynomial.legendre.leggauss(24))
+        stops = torch.cat([f64(0.0).reshape(1), times[times > 0]])
+        shares = torch.cat([1 - 0.5 ** torch.arange(12).double(), torch.ones(1).double()])
+        edges = torch.cat([(stops[:-1, None] + stops.diff()[:, None] * shares[:-1]).flatten(), stops[-1:]])
         r = (edges[:-1, None] + edges.diff()[:, None] * (nodes + 1) / 2).flatten()
         dr = (edges.diff()[:, None] * weights / 2).flatten()
         lag = times[:, None] - r
@@ -212,7 +214,7 @@ def test_exact_transitions_compose_and_stay_exact_for_stiff_steps() -> None:
         response = (two.matrix[1] @ two.response[0].unsqueeze(-1)).squeeze(-1) + two.response[1]
         torch.testing.assert_close(response, one.response[0], atol=1e-12, rtol=1e-9)
     stiff = LinearSDE(MarkovFractionalBrownianMotion(0.3, max_speed=1e4, kind="rl"), theta=1.0)
-    dense = Dense(stiff, torch.linspace(0, 1, 200).double()[1:])
+    dense = Dense(stiff, f64(0.5, 1.0))
     q = stiff.transitions(f64(0.0, 1.0)).factor[0]
     assert float((q @ q.mT)[0, 0]) == pytest.approx(float(dense.covariance[-1, -1]), rel=1e-6)
 
