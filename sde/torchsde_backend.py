@@ -142,6 +142,9 @@ def solve_torchsde(
         t0=clock[0], t1=clock[-1], size=(batch, dim), dtype=x0.dtype, device=x0.device, entropy=entropy, dt=dt
     )
     run = torchsde.sdeint_adjoint if adjoint else torchsde.sdeint
-    z = run(sde, start, clock, bm=brownian, method=method, dt=dt, adaptive=adaptive)
+    devices = [] if x0.device.type == "cpu" else [x0.device]
+    # torchsde compares g with g_prod on a vector from torch's global generator, which is put back.
+    with torch.random.fork_rng(devices=devices, device_type=x0.device.type if devices else "cuda"):
+        z = run(sde, start, clock, bm=brownian, method=method, dt=dt, adaptive=adaptive)
     x, y, kl = sde.split(z)
     return Path(t, x, y[-1], kl[-1], torch.full_like(kl[-1], float("nan")))

@@ -34,21 +34,31 @@ def f64(*values: float) -> Tensor:
 
 # kind, H, K, max_speed, T, weights, error, relative error: the method sheet's E1, from 40-digit arithmetic
 PUBLISHED: list[tuple[Any, ...]] = [
-    ("mvn", 0.3, 5, 20, 1, (0.804407691, -0.111518979, 0.48741451, 0.0845057554, 1.1873324), 0.0143508733, 0.0165980846),
-    ("mvn", 0.3, 5, 20, 2.4, (0.784095108, -0.0721239343, 0.446202109, 0.108294051, 1.17753061), 0.0448263754, 0.0127754228),
-    ("mvn", 0.7, 5, 20, 2, (2.27051367, -1.47738865, 0.0972764073, -0.407027236, -0.111625216), 0.320869974, 0.14662458),
+    ("mvn", 0.3, 5, 20, 1, (0.804407691, -0.111518979, 0.48741451, 0.0845057554, 1.1873324),
+     0.0143508733, 0.0165980846),
+    ("mvn", 0.3, 5, 20, 2.4, (0.784095108, -0.0721239343, 0.446202109, 0.108294051, 1.17753061),
+     0.0448263754, 0.0127754228),
+    ("mvn", 0.7, 5, 20, 2, (2.27051367, -1.47738865, 0.0972764073, -0.407027236, -0.111625216),
+     0.320869974, 0.14662458),
     ("mvn", 0.7, 5, 20, 6, (2.29797701, -1.69847957, 0.376825531, -0.694236074, 0.0768825528), 8.34956767, 0.27318112),
-    ("mvn", 0.5, 5, 20, 2.4, (1.40145445, -0.550365127, 0.202357693, -0.12513333, 0.0716863099), 0.0871510452, 0.0302607796),
+    ("mvn", 0.5, 5, 20, 2.4, (1.40145445, -0.550365127, 0.202357693, -0.12513333, 0.0716863099),
+     0.0871510452, 0.0302607796),
     ("mvn", 0.9, 5, 10, 2.4, (3.58402947, -3.87307247, 1.41070841, -1.27415415, 0.26656948), 5.32679661, 0.665911024),
     ("mvn", 0.1, 5, 20, 6, (0.408722915, 0.0366559357, 0.788141712, -0.205901186, 4.56433835), 5.45265885, 0.216228502),
     ("mvn", 0.25, 7, 100, 1,
-     (0.443638171, 0.0158170745, 0.310783493, 0.274795622, 0.640125784, 0.300206878, 2.52171913), 0.0178581573, 0.0167864108),
+     (0.443638171, 0.0158170745, 0.310783493, 0.274795622, 0.640125784, 0.300206878, 2.52171913),
+     0.0178581573, 0.0167864108),
     ("rl", 0.3, 5, 20, 1, (28.1741218, -38.3511066, 13.262473, -2.29150608, 1.77234643), 0.00596505502, 0.00776181068),
-    ("rl", 0.3, 5, 20, 2.4, (1.74660942, -1.51917272, 1.11389023, -0.158107693, 1.29915589), 0.0156569763, 0.00502017086),
-    ("rl", 0.7, 5, 20, 2, (2.17989632, -1.0660698, -0.351565304, -0.127758759, -0.263463314), 0.000109464849, 5.87471739e-5),
-    ("rl", 0.7, 5, 20, 6, (2.69254571, -1.86609635, 0.0477017278, -0.29950397, -0.183621453), 0.0015039644, 5.77908179e-5),
-    ("rl", 0.5, 5, 20, 2.4, (1.44809369, -0.496833378, 0.0537911798, -0.00630797537, 0.00156368684), 5.73458606e-8, 1.99117572e-8),
-    ("rl", 0.9, 5, 10, 2.4, (4.21983562, -3.73008066, 0.0867751136, -0.130843076, -0.287475555), 0.000143084054, 4.89255639e-5),
+    ("rl", 0.3, 5, 20, 2.4, (1.74660942, -1.51917272, 1.11389023, -0.158107693, 1.29915589),
+     0.0156569763, 0.00502017086),
+    ("rl", 0.7, 5, 20, 2, (2.17989632, -1.0660698, -0.351565304, -0.127758759, -0.263463314),
+     0.000109464849, 5.87471739e-5),
+    ("rl", 0.7, 5, 20, 6, (2.69254571, -1.86609635, 0.0477017278, -0.29950397, -0.183621453),
+     0.0015039644, 5.77908179e-5),
+    ("rl", 0.5, 5, 20, 2.4, (1.44809369, -0.496833378, 0.0537911798, -0.00630797537, 0.00156368684),
+     5.73458606e-8, 1.99117572e-8),
+    ("rl", 0.9, 5, 10, 2.4, (4.21983562, -3.73008066, 0.0867751136, -0.130843076, -0.287475555),
+     0.000143084054, 4.89255639e-5),
     ("rl", 0.1, 5, 20, 6, (0.657412818, -0.408903207, 1.13998315, -0.475631531, 4.73491447), 2.7052918, 0.167704761),
     ("rl", 0.25, 7, 100, 1, None, 0.00856148148, 0.00964223642),
 ]  # fmt: skip
@@ -81,7 +91,9 @@ def test_ablation_over_the_number_of_processes(kind: str, hurst: float, errors: 
 
 
 def test_weights_against_forty_digits_where_the_system_is_ill_conditioned() -> None:
-    """Seven speeds up to 100 have a condition number of 1.5e12: float32 loses the weights, a float64 solve five digits."""
+    """Seven speeds up to 100 have a condition number of 1.5e12: float32 loses the weights, a float64 solve five
+    digits.
+    """
     noise = papers(0.25, 7, 100.0)
     with mp.workdps(40):
         g, a = [mp.mpf(float(s)) for s in noise.speeds], mp.mpf("0.75")
@@ -156,7 +168,9 @@ def test_scaling_law(kind: str) -> None:
 
 
 def test_error_against_the_covariances() -> None:
-    """int E (B - Bhat)^2 has a second form, through Var B, Var Bhat and an optimality condition: E Bhat (B - Bhat) = 0."""
+    """int E (B - Bhat)^2 has a second form, through Var B, Var Bhat and an optimality condition: E Bhat (B - Bhat) =
+    0.
+    """
     u, weight = (torch.from_numpy(x) for x in __import__("numpy").polynomial.legendre.leggauss(120))
     for kind, start in (("rl", "auto"), ("mvn", "stationary"), ("mvn", "hybrid")):
         noise = MarkovFractionalBrownianMotion(0.4, 4, 30.0, 1.5, kind, "gamma", "geometric", start)
@@ -172,7 +186,9 @@ def test_error_against_the_covariances() -> None:
     ("hurst", "stationary", "hybrid"), [(0.3, 0.0103, 0.0059), (0.7, 0.155, 0.0006), (0.9, 0.596, 0.0002)]
 )
 def test_the_hybrid_start_has_the_smaller_error(hurst: float, stationary: float, hybrid: float) -> None:
-    """Relative Frobenius error of the covariance, K = 5, fastest speed 20, T = 2, as in the sheet's section 10, item 1."""
+    """Relative Frobenius error of the covariance, K = 5, fastest speed 20, T = 2, as in the sheet's section 10, item
+    1.
+    """
     times = torch.linspace(0.1, 2.0, 20, dtype=torch.float64)
     exact = motion_covariance(times, f64(hurst))
     for start, bound in (("stationary", stationary), ("hybrid", hybrid)):
@@ -226,7 +242,9 @@ def test_published_moments_of_the_noise() -> None:
 
 @pytest.mark.parametrize(("kind", "start"), [("rl", "auto"), ("mvn", "stationary"), ("mvn", "hybrid")])
 def test_samples_have_the_covariance(kind: str, start: str) -> None:
-    """20 000 paths at ten uneven times; every entry within 4.5 standard errors, and the sum of squared z-scores in reach."""
+    """20 000 paths at ten uneven times; every entry within 4.5 standard errors, and the sum of squared z-scores in
+    reach.
+    """
     times = torch.linspace(0.1, 1.4, 10, dtype=torch.float64) ** 2
     noise = MarkovFractionalBrownianMotion(0.3, 5, 20.0, 2.0, kind, "gamma", "geometric", start)
     paths = noise.sample(times, 20_000, seed=1)

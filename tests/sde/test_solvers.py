@@ -90,12 +90,15 @@ def test_an_ito_solver_would_be_silently_wrong() -> None:
     with pytest.raises(ValueError, match="Ito"):
         solve(still, identity, noise, [0.0, 1.0], ONES, seed=0, scheme="euler")
     # What the refused scheme would do, to show that the difference is no rounding:
-    ito = solve(still, identity, noise, uniform_grid(1.0, 2000), ONES, seed=0, scheme="euler", additive=True, keep=[2000])
+    ito = solve(
+        still, identity, noise, uniform_grid(1.0, 2000), ONES, seed=0, scheme="euler", additive=True, keep=[2000]
+    )
     assert float(ito.x.abs().log().mean()) == pytest.approx(correction, abs=0.5)
 
 
 @pytest.mark.parametrize(
-    ("scheme", "diffusion"), [("euler", 0.7), ("heun", 0.7), ("heun", "state"), ("milstein", "state"), ("milstein", 0.7)]
+    ("scheme", "diffusion"), [("euler", 0.7), ("heun", 0.7), ("heun", "state"), ("milstein", "state"), ("milstein",
+    0.7)]
 )  # fmt: skip
 def test_strong_orders(scheme: str, diffusion: Any) -> None:
     """Nonlinear drift: the distance to the finest solution falls with order 1 or more."""
@@ -174,14 +177,12 @@ def test_the_scan_and_the_loop_agree(scheme: str) -> None:
 class Net(nn.Module):
     def __init__(self, size: int, out: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(size, 8), nn.Tanh(), nn.Linear(8, out)).double()
         source = torch.Generator().manual_seed(size)
-        for parameter in self.parameters():
-            parameter.data = torch.randn(parameter.shape, generator=source, dtype=torch.float64) / 3
+        self.first = nn.Parameter(torch.randn(size, 8, generator=source, dtype=torch.float64) / 3)
+        self.last = nn.Parameter(torch.randn(8, out, generator=source, dtype=torch.float64) / 3)
 
     def forward(self, step: Step, x: Tensor, y: Tensor) -> Tensor:
-        out: Tensor = self.net(torch.cat([x, y.flatten(1)], -1))
-        return out
+        return torch.tanh(torch.cat([x, y.flatten(1)], -1) @ self.first) @ self.last
 
 
 @pytest.mark.parametrize("segments", [4, "sqrt", 100])
@@ -329,7 +330,9 @@ def test_faults_name_time_and_path() -> None:
 
     for segments in (None, 5):
         with pytest.raises(PathError, match=r"on path 2, dimension 0"):
-            solve(exploding, 1.0, noise, uniform_grid(1.0, 10), x0.requires_grad_(), seed=0, checkpoint_segments=segments)
+            solve(
+                exploding, 1.0, noise, uniform_grid(1.0, 10), x0.requires_grad_(), seed=0, checkpoint_segments=segments
+            )
 
 
 @pytest.mark.parametrize("method", ["euler", "midpoint", "heun"])
