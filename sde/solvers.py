@@ -343,7 +343,7 @@ def _run_tied(problem: _Problem, first: int, last: int, x: Tensor, y: Tensor) ->
     that a loss leaves out (the log-ratio, beside a loss with the KL) would keep its tensors until the end.
     """
     x, y, kl, log_ratio, states, bad = _run(problem, first, last, x, y)
-    x, y, kl, log_ratio, *states = _Tie.apply(x, y, kl, log_ratio, *states)  # type: ignore[no-untyped-call]
+    x, y, kl, log_ratio, *states = _Tie.apply(x, y, kl, log_ratio, *states)
     return x, y, kl, log_ratio, states, bad
 
 

@@ -60,9 +60,7 @@ def test_published_fractional_ornstein_uhlenbeck(hurst: float, theta: float, var
     ("hurst", "theta", "s", "t"), [(0.1, 1.5, 0.5, 2.0), (0.9, 1.5, 0.5, 2.0), (0.3, 12.0, 0.3, 1.4)]
 )
 def test_fractional_ornstein_uhlenbeck_against_quadrature(hurst: float, theta: float, s: float, t: float) -> None:
-    """The method sheet's route: X_t = B_t - theta int e^(-theta (t-u)) B_u du, with the double integral split at its
-    kink.
-    """
+    """X_t = B_t - theta int e^(-theta (t-u)) B_u du, as in the method sheet, the double integral split at its kink."""
     h, th, ss, tt = (mp.mpf(x) for x in (hurst, theta, s, t))
 
     def k(x: Any, y: Any) -> Any:

@@ -142,9 +142,9 @@ def test_masks_shared_by_the_batch_cost_one_covariance() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "stds"), [("mvn", {0.3: 0.91457, 0.7: 0.54541, 0.9: 0.41709}), ("rl", {0.3: 0.90925, 0.7: 0.57932, 0.9:
-    0.48159})]
-)  # fmt: skip
+    ("kind", "stds"),
+    [("mvn", {0.3: 0.91457, 0.7: 0.54541, 0.9: 0.41709}), ("rl", {0.3: 0.90925, 0.7: 0.57932, 0.9: 0.48159})],
+)
 def test_published_bridge_of_the_approximation(kind: str, stds: dict[float, float]) -> None:
     """Posterior std at t = 1 given X(2) = o, sig = .1, weights for T = 6; through the smoother, with a masked time."""
     mask = torch.tensor([False, True])[:, None, None]
@@ -155,9 +155,11 @@ def test_published_bridge_of_the_approximation(kind: str, stds: dict[float, floa
 
 @pytest.mark.parametrize(
     ("theta", "stds"),
-    [(0.0, (0.845756, 0.789655, 0.708864, 0.585437, 0.363239)), (1.0, (0.718304, 0.670274, 0.617921, 0.528183,
-    0.340680))],
-)  # fmt: skip
+    [
+        (0.0, (0.845756, 0.789655, 0.708864, 0.585437, 0.363239)),
+        (1.0, (0.718304, 0.670274, 0.617921, 0.528183, 0.340680)),
+    ],
+)
 def test_published_exact_bridge_and_how_near_the_default_comes(theta: float, stds: tuple[float, ...]) -> None:
     mask = torch.tensor([False, True])[:, None, None]
     for hurst, std in zip((0.1, 0.3, 0.5, 0.7, 0.9), stds, strict=True):

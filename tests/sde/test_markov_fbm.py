@@ -91,9 +91,7 @@ def test_ablation_over_the_number_of_processes(kind: str, hurst: float, errors: 
 
 
 def test_weights_against_forty_digits_where_the_system_is_ill_conditioned() -> None:
-    """Seven speeds up to 100 have a condition number of 1.5e12: float32 loses the weights, a float64 solve five
-    digits.
-    """
+    """Seven speeds up to 100: the condition number is 1.5e12, and float32 loses the weights altogether."""
     noise = papers(0.25, 7, 100.0)
     with mp.workdps(40):
         g, a = [mp.mpf(float(s)) for s in noise.speeds], mp.mpf("0.75")
@@ -168,9 +166,7 @@ def test_scaling_law(kind: str) -> None:
 
 
 def test_error_against_the_covariances() -> None:
-    """int E (B - Bhat)^2 has a second form, through Var B, Var Bhat and an optimality condition: E Bhat (B - Bhat) =
-    0.
-    """
+    """At the optimum E Bhat (B - Bhat) integrates to 0, so that the error is int Var B - int Var Bhat."""
     u, weight = (torch.from_numpy(x) for x in __import__("numpy").polynomial.legendre.leggauss(120))
     for kind, start in (("rl", "auto"), ("mvn", "stationary"), ("mvn", "hybrid")):
         noise = MarkovFractionalBrownianMotion(0.4, 4, 30.0, 1.5, kind, "gamma", "geometric", start)
@@ -186,9 +182,7 @@ def test_error_against_the_covariances() -> None:
     ("hurst", "stationary", "hybrid"), [(0.3, 0.0103, 0.0059), (0.7, 0.155, 0.0006), (0.9, 0.596, 0.0002)]
 )
 def test_the_hybrid_start_has_the_smaller_error(hurst: float, stationary: float, hybrid: float) -> None:
-    """Relative Frobenius error of the covariance, K = 5, fastest speed 20, T = 2, as in the sheet's section 10, item
-    1.
-    """
+    """Relative Frobenius error of the covariance, K = 5, fastest speed 20, T = 2 (the sheet's section 10, item 1)."""
     times = torch.linspace(0.1, 2.0, 20, dtype=torch.float64)
     exact = motion_covariance(times, f64(hurst))
     for start, bound in (("stationary", stationary), ("hybrid", hybrid)):
@@ -242,9 +236,7 @@ def test_published_moments_of_the_noise() -> None:
 
 @pytest.mark.parametrize(("kind", "start"), [("rl", "auto"), ("mvn", "stationary"), ("mvn", "hybrid")])
 def test_samples_have_the_covariance(kind: str, start: str) -> None:
-    """20 000 paths at ten uneven times; every entry within 4.5 standard errors, and the sum of squared z-scores in
-    reach.
-    """
+    """20 000 paths at ten uneven times: each entry within 4.5 standard errors, and all of them by a chi-square."""
     times = torch.linspace(0.1, 1.4, 10, dtype=torch.float64) ** 2
     noise = MarkovFractionalBrownianMotion(0.3, 5, 20.0, 2.0, kind, "gamma", "geometric", start)
     paths = noise.sample(times, 20_000, seed=1)

@@ -97,9 +97,9 @@ def test_an_ito_solver_would_be_silently_wrong() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "diffusion"), [("euler", 0.7), ("heun", 0.7), ("heun", "state"), ("milstein", "state"), ("milstein",
-    0.7)]
-)  # fmt: skip
+    ("scheme", "diffusion"),
+    [("euler", 0.7), ("heun", 0.7), ("heun", "state"), ("milstein", "state"), ("milstein", 0.7)],
+)
 def test_strong_orders(scheme: str, diffusion: Any) -> None:
     """Nonlinear drift: the distance to the finest solution falls with order 1 or more."""
     noise = papers(0.7, "mvn")
