@@ -37,6 +37,16 @@ def test_nile_by_the_markov_approximation(nile: Tensor) -> None:
     assert float(hurst_estimate(nile, method="whittle")) == pytest.approx(0.8054, abs=0.05)
 
 
+def test_volatility_index() -> None:
+    """Increments of the last 501 daily log closes of the VIX, mean known to be 0: H = .4197, log-likelihood 520.23."""
+    vix = pytest.importorskip("arch.data.vix", reason="the VIX series is in the package arch").load()["vix"].dropna()
+    path = torch.tensor(vix.to_numpy(dtype="float64")[-501:]).log()
+    exact = hurst_estimate(path, of="path", known_mean=True)
+    assert float(exact) == pytest.approx(0.4197, abs=6e-5)
+    assert float(exact.log_likelihood) == pytest.approx(520.23, abs=6e-3)
+    assert float(hurst_estimate(path, of="path", known_mean=True, method="markov")) == pytest.approx(0.4197, abs=0.01)
+
+
 @pytest.mark.parametrize("hurst", [0.2, 0.7])
 def test_recovery_and_agreement(hurst: float) -> None:
     """40 exact series of 300: the mean within 4 of its standard errors, the Markov mean within .015 of the exact
