@@ -1,0 +1,291 @@
+"""Exact inference in linear fractional SDEs: square-root Kalman filter, backward information filter, smoother.
+
+Observations y = X(t) + noise of a ``LinearSDE``.  The filter carries a factor L of the covariance P = L L' (Potter's
+update at an observation, QR at a transition), the backward filter a factor R of the information R R', so that neither
+loses positivity however rank-deficient the step noise is; the smoother combines them without inverting either.
+
+G. J. Bierman, *Factorization Methods for Discrete Sequential Estimation*, 1977; D. Q. Mayne, *A solution of the
+smoothing problem for linear dynamic systems*, Automatica 1966 (two-filter form).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sde._checks import Times, as_times
+from sde.linear import LinearSDE, Transitions, lower_factor
+
+__all__ = ["Filtered", "Information", "Smoothed", "backward_information", "kalman_filter", "kalman_smoother"]
+
+
+class Filtered(NamedTuple):
+    """Laws of the state z = (X, V) given the observations so far.
+
+    Attributes:
+        log_likelihood: of each series and dimension, ``(B, D)``; sum over D for the joint one.
+        mean: ``(T, B, D, S)``.
+        factor: L, ``(T, B or 1, D, S, S)``.
+        innovation: observation minus its forecast, ``(T, B, D)``; meaningless where masked.
+        innovation_variance: of the forecast with the observation's error, ``(T, B or 1, D)``.
+    """
+
+    log_likelihood: Tensor
+    mean: Tensor
+    factor: Tensor
+    innovation: Tensor
+    innovation_variance: Tensor
+
+
+class Information(NamedTuple):
+    """log p(later observations | z at t_n) = -1/2 z' R R' z + nu' z + const, an observation at t_n itself excluded.
+
+    Attributes:
+        factor: R, ``(T, B or 1, D, S, S)``.
+        vector: nu, ``(T, B, D, S)``.
+    """
+
+    factor: Tensor
+    vector: Tensor
+
+
+class Smoothed(NamedTuple):
+    """Laws of X given all observations.
+
+    Attributes:
+        mean: of X, ``(T, B, D)``.
+        variance: of X, ``(T, B, D)``.
+        state_mean: of z = (X, V), ``(T, B, D, S)``.
+        state_factor: L with L L' the covariance of z, ``(T, B or 1, D, S, S)``.
+        log_likelihood: ``(B, D)``.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    state_mean: Tensor
+    state_factor: Tensor
+    log_likelihood: Tensor
+
+
+class _Data(NamedTuple):
+    """Checked input: observations with 0 where masked, the mask as numbers, variances, all ``(T, B or 1, D)``."""
+
+    times: Tensor
+    values: Tensor
+    mask: Tensor
+    std: Tensor
+
+
+def _data(
+    model: LinearSDE, times: Times, observations: Tensor, noise_std: float | Tensor, mask: Tensor | None
+) -> _Data:
+    t = as_times(times, horizon=model.noise.horizon)
+    if observations.ndim != 3 or len(observations) != len(t) or 0 in observations.shape:
+        raise ValueError(
+            f"observations must be (T, B, D) with T={len(t)} times and nothing empty, got {tuple(observations.shape)}"
+        )
+    dims = model.dims
+    if dims and dims[0] not in (1, observations.shape[2]):
+        raise ValueError(f"observations have {observations.shape[2]} dimensions, the model has {dims[0]}")
+    device = model.noise.loadings.device
+    values = observations.to(device, torch.float64)
+    if mask is None:
+        here = torch.ones(len(t), 1, 1, dtype=torch.bool, device=device)
+    else:
+        here = mask.to(device, torch.bool)
+        if here.ndim != 3 or any(m not in (1, n) for m, n in zip(here.shape, values.shape, strict=True)):
+            raise ValueError(
+                f"mask must broadcast to {tuple(values.shape)} in three dimensions, got {tuple(here.shape)}"
+            )
+    values = torch.where(here, values, 0.0)
+    std = torch.as_tensor(noise_std, dtype=torch.float64, device=device).broadcast_to(len(t), 1, values.shape[2])
+    return _Data(t, values, here.to(torch.float64), std)
+
+
+def check_observations(observations: Tensor, mask: Tensor | None = None) -> None:
+    """Raise where an observation that counts is NaN or infinite, or none counts.
+
+    Apart from the filter, which runs inside loops and graphs and never looks at a value.
+    """
+    here = torch.ones_like(observations, dtype=torch.bool) if mask is None else mask.expand_as(observations).bool()
+    if not bool(here.any()):
+        raise ValueError("mask leaves no observation at all")
+    if not bool(torch.isfinite(observations[here]).all()):
+        raise ValueError("observations must be finite where the mask is True")
+
+
+def kalman_filter(
+    model: LinearSDE,
+    times: Times,
+    observations: Tensor,
+    noise_std: float | Tensor,
+    mask: Tensor | None = None,
+    *,
+    increments: bool = False,
+) -> Filtered:
+    """Log-likelihood and filtered laws; float64, differentiable (once) in every parameter of the model and the noise.
+
+    Args:
+        model: the linear SDE, started at time 0.
+        times: strictly increasing, ``(T,)``; a first time 0 is an observation of the start.
+        observations: ``(T, B, D)``; values where the mask is False don't matter and may be NaN.
+        noise_std: of the observations' errors, 0 or more: a number, ``(D,)``, or ``(T, 1, 1 or D)``.
+        mask: True where an observation counts, ``(T, B or 1, D or 1)``; covariances are shared by the batch where it
+            is.
+        increments: observe X(t_n) - X(t_{n-1}) instead of X(t_n) (for theta = 0): fractional Gaussian noise.
+
+    Raises:
+        ValueError: for shapes that don't match, times that are unsorted or beyond the noise's horizon.
+    """
+    data = _data(model, times, observations, noise_std, mask)
+    steps, mean, factor = _start(model, data)
+    batch, dim = data.values.shape[1:]
+    mean = mean.expand(batch, dim, -1)
+    lead = torch.broadcast_shapes(factor.shape[:-2], data.mask.shape[1:], data.std.shape[1:])
+    factor = factor.expand(*lead, -1, -1)
+    total = torch.zeros_like(data.values[0])
+    means, factors, errors, alphas = [], [], [], []
+    variance = data.std**2
+    for n in range(len(data.times)):
+        if n > 0 or steps.ahead:
+            mean, factor = _forward(steps.of, n - 1 + steps.ahead, mean, factor, increments)
+        # Potter's update with H = (1, 0, ..): v = L' H', P = L (I - gamma v v')^2 L'
+        v = factor[..., 0, :]
+        alpha = v.square().sum(-1) + variance[n]
+        column = (factor @ v.unsqueeze(-1)).squeeze(-1)
+        error = data.values[n] - mean[..., 0]
+        here = data.mask[n]
+        safe = torch.where(here > 0, alpha, 1.0)
+        total = total - 0.5 * here * (torch.log(2 * math.pi * safe) + error**2 / safe)
+        mean = mean + (here / safe * error).unsqueeze(-1) * column
+        gamma = here / (safe + data.std[n] * safe.sqrt())
+        factor = factor - (gamma.unsqueeze(-1) * column).unsqueeze(-1) * v.unsqueeze(-2)
+        means.append(mean)
+        factors.append(factor)
+        errors.append(error)
+        alphas.append(alpha)
+    return Filtered(total, *(torch.stack(part) for part in (means, factors, errors, alphas)))
+
+
+class _Steps(NamedTuple):
+    of: Transitions | None
+    ahead: int  # 1 where a transition from time 0 leads to the first observation
+
+
+def _start(model: LinearSDE, data: _Data) -> tuple[_Steps, Tensor, Tensor]:
+    ahead = int(float(data.times[0]) > 0)
+    grid = torch.cat([data.times.new_zeros(ahead), data.times])
+    mean, factor = model.start()
+    transitions = model.transitions(grid) if len(grid) > 1 else None
+    if not model.dims:
+        mean, factor = mean.unsqueeze(0), factor.unsqueeze(0)
+        if transitions is not None:
+            transitions = Transitions(transitions.steps, *(part.unsqueeze(1) for part in transitions[1:]))
+    return _Steps(transitions, ahead), mean.unsqueeze(0), factor.unsqueeze(0)
+
+
+def _forward(
+    steps: Transitions | None, n: int, mean: Tensor, factor: Tensor, increments: bool
+) -> tuple[Tensor, Tensor]:
+    assert steps is not None
+    matrix = steps.matrix[n]
+    if increments:  # X starts anew at 0
+        matrix = torch.cat([torch.zeros_like(matrix[..., :1]), matrix[..., 1:]], -1)
+    mean = (matrix @ mean.unsqueeze(-1)).squeeze(-1) + steps.offset[n]
+    moved = matrix @ factor
+    noise = steps.factor[n].expand(*moved.shape[:-1], -1)
+    return mean, lower_factor(torch.cat([moved, noise], -1))
+
+
+def backward_information(
+    transitions: Transitions,
+    index: Tensor,
+    observations: Tensor,
+    noise_std: float | Tensor,
+    mask: Tensor | None = None,
+) -> Information:
+    """What the later observations say about the state, at every time of a solver grid.
+
+    log beta(z) = -1/2 z' Lambda z + nu' z.  At an observation Lambda += c c' / sig^2, nu += c o / sig^2; one step back,
+    with Lambda = R R', T = G' R: Lambda <- F' R (I + T'T)^-1 R' F and nu <- F' (nu - R (I + T'T)^-1 T' G' nu).  G may
+    have any rank.
+
+    Args:
+        transitions: N steps; their dims ``*D`` must be ``(D,)`` or empty.
+        index: positions of the observations in the grid, increasing, ``(M,)``, from 0 to N.
+        observations: ``(M, B, D)``; 0 where masked.
+        noise_std: positive, a number or ``(D,)``.
+        mask: True where an observation counts, ``(M, B or 1, D or 1)``.
+
+    Returns:
+        Information at grid times 0..N, each without an observation at that very time.
+    """
+    matrix, offset, _, factor = (part.unsqueeze(1) if part.ndim < 2 + k else part
+                                 for part, k in zip(transitions[1:], (2, 1, 1, 2), strict=True))  # fmt: skip
+    size = matrix.shape[-1]
+    std = torch.as_tensor(noise_std, dtype=matrix.dtype, device=matrix.device)
+    here = torch.ones_like(observations[:, :1, :1]) if mask is None else mask.to(matrix.dtype)
+    lead = torch.broadcast_shapes(here.shape[1:], std.shape, matrix.shape[1:2])
+    lead = (lead[-2] if len(lead) > 1 else 1, lead[-1])
+    root = matrix.new_zeros(*lead, size, size)
+    vector = matrix.new_zeros(*observations.shape[1:], size)
+    first = torch.zeros(size, dtype=matrix.dtype, device=matrix.device)
+    first[0] = 1
+    observed = {int(n): i for i, n in enumerate(index.tolist())}
+    roots, vectors = [root], [vector]
+    eye = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+    for n in range(len(matrix) - 1, -1, -1):
+        i = observed.get(n + 1)
+        if i is not None:
+            row = (here[i] / std).expand(lead)
+            root = lower_factor(torch.cat([root, (row.unsqueeze(-1) * first).unsqueeze(-1)], -1))
+            vector = vector + (here[i] * observations[i].to(matrix.dtype) / std**2).unsqueeze(-1) * first
+        g, f = factor[n], matrix[n]
+        # nu of z before the offset: -1/2 (z + o)' Lambda (z + o) + nu' (z + o)
+        vector = vector - (root @ (root.mT @ offset[n].unsqueeze(-1))).squeeze(-1)
+        t = g.mT @ root
+        inner = torch.linalg.cholesky(eye + t.mT @ t)
+        correction = root @ torch.cholesky_solve(t.mT @ (g.mT @ vector.unsqueeze(-1)), inner)
+        vector = (f.mT @ (vector.unsqueeze(-1) - correction)).squeeze(-1)
+        root = f.mT @ torch.linalg.solve_triangular(inner, root.mT, upper=False).mT
+        roots.append(root)
+        vectors.append(vector)
+    return Information(torch.stack(roots[::-1]), torch.stack(vectors[::-1]))
+
+
+def kalman_smoother(
+    model: LinearSDE,
+    times: Times,
+    observations: Tensor,
+    noise_std: float | Tensor,
+    mask: Tensor | None = None,
+) -> Smoothed:
+    """Laws of the state given all observations; arguments as for ``kalman_filter``, with positive ``noise_std``.
+
+    For interpolation and forecasts add the wanted times with a mask of False.
+    """
+    data = _data(model, times, observations, noise_std, mask)
+    if not isinstance(noise_std, Tensor) and not noise_std > 0:
+        raise ValueError(f"noise_std must be positive for smoothing, got {noise_std}")
+    filtered = kalman_filter(model, times, observations, noise_std, mask)
+    if len(data.times) == 1:
+        root = filtered.factor
+        return Smoothed(
+            filtered.mean[..., 0], (root @ root.mT)[..., 0, 0].expand_as(data.values), filtered.mean, root,
+            filtered.log_likelihood,
+        )  # fmt: skip
+    std = data.std[0, 0]
+    transitions = _start(model, data)[0]
+    assert transitions.of is not None
+    steps = Transitions(*(part[transitions.ahead :] for part in transitions.of))
+    info = backward_information(steps, torch.arange(len(data.times)), data.values, std, data.mask)
+    # (P^-1 + Lambda)^-1 = L (I + L' Lambda L)^-1 L'
+    factor, root = torch.broadcast_tensors(filtered.factor, info.factor)
+    t = root.mT @ factor
+    inner = torch.linalg.cholesky(torch.eye(t.shape[-1], dtype=t.dtype, device=t.device) + t.mT @ t)
+    smoothed = torch.linalg.solve_triangular(inner, factor.mT, upper=False).mT
+    score = info.vector - (root @ (root.mT @ filtered.mean.unsqueeze(-1))).squeeze(-1)
+    mean = filtered.mean + (smoothed @ (smoothed.mT @ score.unsqueeze(-1))).squeeze(-1)
+    variance = smoothed[..., 0, :].square().sum(-1).expand_as(mean[..., 0])
+    return Smoothed(mean[..., 0], variance, mean, smoothed, filtered.log_likelihood)
