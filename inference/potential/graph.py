@@ -55,12 +55,18 @@ class CaptureError(RuntimeError):
     """The function cannot be recorded as a graph; the message says which operation stands in the way."""
 
 
-def trace(function: Callable[..., Any], *example: Tensor) -> fx.GraphModule:
+def trace(function: Callable[..., Any], *example: Tensor, live: bool = False) -> fx.GraphModule:
     """Record ``function`` at ``example`` as a graph of tensor operations.
+
+    Args:
+        function: tensors in, a tensor or a flat list of tensors out.
+        example: where it is recorded; shapes, dtypes and devices are frozen.
+        live: random operators draw anew on each call, and tensors that the function closes over and that require
+            gradients are read on each call. Otherwise the former are refused and the latter are constants.
 
     Raises:
         CaptureError: the function reads a value back to Python (a branch on a tensor, ``float()``, ``.item()``), or
-            draws random numbers.
+            draws random numbers; with ``live``, it changes a tensor that it closes over.
     """
     try:
         graph = make_fx(lambda *inputs: function(*inputs))(*example)
@@ -68,30 +74,33 @@ def trace(function: Callable[..., Any], *example: Tensor) -> fx.GraphModule:
         raise CaptureError(
             str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         ) from error
-    random = [
-        n
-        for n in graph.graph.nodes
-        if isinstance(n.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in n.target.tags
-    ]
-    if random:
+    random = [n for n in graph.graph.nodes if _is_random(n)]
+    if random and not live:
         raise CaptureError(
             f"the function draws random numbers ({random[0].target}): its value would change from call to call"
         )
+    if live and any(_mutates(n) and n.args[0].op == "get_attr" for n in graph.graph.nodes):
+        raise CaptureError("the function changes a tensor that it closes over (batch statistics of a normalisation?)")
     if any(_mutates(n) for n in graph.graph.nodes):
         # In-place operations cannot be mapped over chains where only their right-hand side has a chain dimension.
         graph = make_fx(torch.func.functionalize(graph, remove="mutations"))(*example)
-    return _clean(graph)
+    return _clean(graph, live)
+
+
+def _is_random(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 def _mutates(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def _clean(module: fx.GraphModule) -> fx.GraphModule:
+def _clean(module: fx.GraphModule, live: bool = False) -> fx.GraphModule:
     _nan_where_factorisation_failed(module)
-    _fold_constants(module)
+    _fold_constants(module, live)
     _merge_repeated(module)
-    module.graph.eliminate_dead_code()
+    # Draws that nothing uses are dropped as well: by default fx keeps them.
+    module.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure(impure_random=False))
     module.recompile()
     return module
 
@@ -132,16 +141,18 @@ def _is_vector_solve(node: fx.Node) -> bool:
     return value[0].dim() == value[3].dim() + 1
 
 
-def _fold_constants(module: fx.GraphModule) -> None:
-    """Evaluate every node that no input reaches, once and now."""
+def _fold_constants(module: fx.GraphModule, live: bool) -> None:
+    """Evaluate every node that no input reaches, once and now; with ``live``, nothing that a parameter reaches."""
     graph = module.graph
     known: dict[fx.Node, Any] = {}
     mutated = {n.args[0] for n in graph.nodes if _mutates(n) and n.args}
     for node in list(graph.nodes):
         if node.op == "get_attr":
-            known[node] = _attribute(module, str(node.target))
+            held = _attribute(module, str(node.target))
+            if not (live and isinstance(held, Tensor) and held.requires_grad):
+                known[node] = held
             continue
-        if node.op != "call_function":
+        if node.op != "call_function" or _is_random(node):
             continue
         value = node.meta.get("val")
         if node.target in _SHAPE_ONLY and isinstance(value, Tensor) and node not in mutated:
@@ -175,7 +186,7 @@ def _merge_repeated(module: fx.GraphModule) -> None:
         return
     seen: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
-        if node.op not in ("call_function", "get_attr"):
+        if node.op not in ("call_function", "get_attr") or _is_random(node):
             continue
         target = node.target
         plain_zero = (

@@ -87,8 +87,15 @@ class _Outside(torch.autograd.Function):
     """``sampler(*parameters)`` on the tensors that ``vmap`` has batched, the batch in front.
 
     ``marker`` is a number drawn under ``vmap`` and so batched by it: it brings ``vmap``'s rule into play for constant
-    parameters as well, which would otherwise share one draw.
+    parameters as well, which would otherwise share one draw.  Below the last ``vmap`` the sampler runs as it is, so
+    that its own (reparametrised) gradient reaches the parameters.
     """
+
+    @classmethod
+    def call(cls, marker: Tensor, sampler: Callable[..., Tensor], out_dim: int, *parameters: Tensor) -> Tensor:
+        if torch._C._functorch.is_batchedtensor(marker):
+            return cls.apply(marker, sampler, out_dim, *parameters)
+        return sampler(*parameters)
 
     @staticmethod
     def forward(marker: Tensor, sampler: Callable[..., Tensor], out_dim: int, *parameters: Tensor) -> Tensor:
@@ -106,16 +113,19 @@ class _Outside(torch.autograd.Function):
             value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
             for value, dim in zip(parameters, in_dims[3:], strict=True)
         ]
-        return _Outside.apply(marker, sampler, out_dim, *batched), out_dim
+        return _Outside.call(marker, sampler, out_dim, *batched), out_dim
 
 
 def _outside(family: Callable[..., td.Distribution], parameters: tuple[Tensor, ...], shape: _Shape) -> Tensor:
     """A draw of ``family(*parameters)``, whose parameters all have the batch shape in front, so that it can grow."""
     marker = torch.rand((), device=parameters[0].device)
-    drawn: Tensor = _Outside.apply(
-        marker, lambda *p: family(*p, validate_args=False).sample(shape), len(shape), *parameters
-    )
-    return drawn
+
+
+    def sampler(*p: Tensor) -> Tensor:
+        d = family(*p, validate_args=False)
+        return d.rsample(shape) if d.has_rsample else d.sample(shape)
+
+    return _Outside.call(marker, sampler, len(shape), *parameters)
 
 
 def _own(family: Callable[..., td.Distribution], *names: str) -> None:
