@@ -18,9 +18,14 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import TraceEnum_ELBO, config_enumerate
+from pyro.infer.traceenum_elbo import _compute_model_factors
 from pyro.nn import PyroModule
+from pyro.ops import packed
+from pyro.ops.contract import contract_tensor_tree
+from pyro.ops.rings import SampleRing
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
+from opt_einsum import shared_intermediates
 from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
@@ -41,10 +46,11 @@ class Particle(NamedTuple):
 @contextmanager
 def own_scope(validate: bool) -> Iterator[None]:
     """An empty parameter store, module-local parameters, and validation as asked; all are put back."""
-    flags = dict.fromkeys(("validate_distributions_pyro", "validate_distributions_torch", "validate_poutine"), validate)
+    flags = dict.fromkeys(("validate_distributions_pyro", "validate_distributions_torch", "validate_infer"), validate)
     with ExitStack() as stack:
         stack.enter_context(pyro.get_param_store().scope())
-        stack.enter_context(pyro.settings.context(module_local_params=True, validate_infer=validate, **flags))
+        # Pyro's check of local parameters would refuse the pyro.param of a function, which OwnParameters keeps.
+        stack.enter_context(pyro.settings.context(module_local_params=True, validate_poutine=False, **flags))
         yield
 
 
@@ -145,6 +151,7 @@ class Pair:
 
     Attributes:
         enumerated: whether discrete sites are summed out, after ``inspect``.
+        guide_enumerated: whether the guide has such sites; their estimator is Pyro's, and has no vectorised form.
         scored: names of the guide's sites whose draws carry no gradient, after ``inspect``.
     """
 
@@ -153,7 +160,7 @@ class Pair:
     ) -> None:
         self.model, self.guide = model, guide
         self._fixed = _FixedGuide(guide, own) if sticking else None
-        self.enumerated = False
+        self.enumerated = self.guide_enumerated = False
         self.scored: frozenset[str] = frozenset()
         self._enum: TraceEnum_ELBO | None = None
 
@@ -180,8 +187,8 @@ class Pair:
                     f"the guide does not draw the model's latent site {name!r} ({type(wanted[name]['fn']).__name__}), "
                     "which cannot be summed out either"
                 )
-        in_guide = any(s["infer"].get("enumerate") for s in latent.values())
-        self.enumerated = bool(missing) or in_guide
+        self.guide_enumerated = any(s["infer"].get("enumerate") for s in latent.values())
+        self.enumerated = bool(missing) or self.guide_enumerated
         self.scored = frozenset(n for n, s in latent.items() if not getattr(s["fn"], "has_rsample", False))
         if self.enumerated:
             frames = [f for s in (*wanted.values(), *_observed(model_trace), *latent.values()) for f in _frames(s)]
@@ -203,12 +210,31 @@ class Pair:
         return Particle(log_p - log_q, score)
 
     def _draw_enumerated(self, enum: TraceEnum_ELBO, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Particle:
-        # Pyro's own estimator for one particle: its value is log w, and its gradient has the score terms in it.
         model = config_enumerate(self.model, default="parallel")
-        with torch.enable_grad(), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found vars in model but not guide")
-            log_weight = -enum.differentiable_loss(model, self.guide, *args, **kwargs)
-        return Particle(log_weight, log_weight.new_zeros(()))
+            if self.guide_enumerated:
+                # Pyro's own estimator: its gradient has the score terms in it.
+                with torch.enable_grad():
+                    log_weight = -enum.differentiable_loss(model, self.guide, *args, **kwargs)
+                return Particle(log_weight, log_weight.new_zeros(()))
+            [(model_trace, guide_trace)] = enum._get_traces(model, self.guide, args, kwargs)
+        log_p = _log_marginal(model_trace, guide_trace)
+        log_q = {n: s["packed"]["log_prob"].sum() for n, s in guide_trace.nodes.items() if s["type"] == "sample"}
+        score = sum((log_q[n] for n in sorted(self.scored)), log_p.new_zeros(()))
+        return Particle(log_p - sum(log_q.values()), score)
+
+
+def _log_marginal(model_trace: Any, guide_trace: Any) -> Tensor:
+    """log p(x, z) with the enumerated sites summed out, plate by plate; scales apply outside of the sums."""
+    terms, factors, _, dims, scale = _compute_model_factors(model_trace, guide_trace)
+    found = [term for group in terms.values() for term in group]
+    if factors:
+        sizes = {d: n for group in factors.values() for f in group for d, n in zip(f._pyro_dims, f.shape, strict=True)}
+        with shared_intermediates() as cache:
+            summed = contract_tensor_tree(factors, dims, ring=SampleRing(cache=cache, dim_to_size=sizes))
+        found += [packed.scale_and_mask(term, scale=scale) for group in summed.values() for term in group]
+    return torch.stack([term.sum() for term in found]).sum()
 
 
 class _FixedGuide(nn.Module):

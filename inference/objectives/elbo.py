@@ -40,6 +40,7 @@ __all__ = ["ELBO", "BoundEstimate"]
 _BOUNDS = ("elbo", "iwae")
 _GRADIENTS = ("total", "path")
 _MOST_RECORDINGS = 16  # of one objective; a shape or a setting that keeps changing is not worth recording each time
+_CHUNK = 256  # draws at once in ``evaluate``; fixed, as the random stream depends on it
 _Graph = Callable[..., list[Tensor]]
 
 
@@ -205,7 +206,7 @@ class ELBO(nn.Module):
             bound = log_weight.mean()
         else:
             bound = log_weight.logsumexp(0) - math.log(count)
-        if self._pair.scored and not self._pair.enumerated:
+        if self._pair.scored and not self._pair.guide_enumerated:
             reward = self._rewards(log_weight.detach())
             bound = bound + (reward * (score - score.detach())).sum()
         return -bound
@@ -249,8 +250,10 @@ class ELBO(nn.Module):
         leaves, structure = tree_flatten((args, kwargs))
         inputs = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
         constants = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        shapes = tuple((x.shape, x.dtype, x.device) for x in inputs)
-        key = (shapes, constants, str(structure), tuple(map(id, parameters)), self._settings())
+        held = [*self.parameters(), *self.buffers()]
+        shapes = tuple((x.shape, x.dtype, x.device) for x in (*inputs, *held))
+        names = tuple(map(id, held)), tuple(map(id, parameters))
+        key = (shapes, names, constants, str(structure), self._settings())
         try:
             known = key in self._recordings
         except TypeError as error:
@@ -266,10 +269,12 @@ class ELBO(nn.Module):
                 return tree_unflatten(filled, structure)  # type: ignore[no-any-return]
 
             with scoped_seed(0, self._device(args, kwargs)), self._scope():
-                self._recordings[key] = self._record(arguments, inputs, parameters)
-        return self._recordings[key], inputs
+                self._recordings[key] = self._record(arguments, inputs, parameters, held)
+        return self._recordings[key], [*inputs, *(x.detach() for x in held)]
 
-    def _record(self, arguments: Callable[..., Any], inputs: list[Tensor], parameters: list[Any]) -> _Graph | None:
+    def _record(
+        self, arguments: Callable[..., Any], inputs: list[Tensor], parameters: list[Any], held: list[Tensor]
+    ) -> _Graph | None:
         def whole(*tensors: Tensor) -> list[Tensor]:
             loss = self._vectorised(*arguments(tensors))
             return [loss.detach(), *_gradients(loss, parameters)]
@@ -281,17 +286,21 @@ class ELBO(nn.Module):
                 slopes += _gradients(score, parameters)
             return [log_weight.detach(), score.detach(), *slopes]
 
+        if self._pair.guide_enumerated:
+            self._warn("the guide enumerates sites")
+            return None
         with torch.enable_grad() if parameters else torch.no_grad():
             if not self._pair.enumerated:
                 try:
-                    return trace(whole, *inputs, live=True)
+                    return trace(whole, *inputs, closed_over=held, random=True)
                 except CaptureError as error:
                     reason = error
             try:
                 # The gradient of one particle by plain autograd, which knows functions that vmap does not.
-                graph = self._over_particles(trace(single, *inputs, live=True), len(parameters))
+                one = trace(single, *inputs, closed_over=held, random=True)
+                graph = self._over_particles(one, len(parameters))
                 with torch.no_grad():
-                    graph(*inputs)
+                    graph(*inputs, *(x.detach() for x in held))
             except (CaptureError, RuntimeError) as error:
                 self._warn(error if self._pair.enumerated else reason)
                 return None
@@ -323,8 +332,9 @@ class ELBO(nn.Module):
 
         with self._scope():
             try:
-                graph = trace(single, *inputs, live=True)
-                batched = vmap(lambda _: graph(*inputs)[0], randomness="different", chunk_size=max(64, self.num_particles))
+                held = [*self.parameters(), *self.buffers()]
+                graph = trace(single, *inputs, closed_over=held, random=True)
+                batched = vmap(lambda _: graph(*inputs, *held)[0], randomness="different", chunk_size=_CHUNK)
                 return batched(torch.empty(count, device="cpu"))
             except (CaptureError, RuntimeError) as error:
                 self._warn(error)
@@ -344,11 +354,10 @@ class ELBO(nn.Module):
         fake = torch._guards.detect_fake_mode([*args, *kwargs.values()]) is not None
         with own_scope(validate=not fake), torch.no_grad(), self.own.handler(self._others):
             self._pair.inspect(args, kwargs)
-        if self._pair.enumerated and (self.bound == "iwae" and self._pair.scored or self.gradient == "path"):
-            raise ValueError(
-                "summed-out sites go with bound='elbo' and gradient='total', or with bound='iwae' where all draws of "
-                "the guide are reparametrised"
-            )
+        if self._pair.enumerated and self.gradient == "path":
+            raise ValueError("gradient='path' does not go with sites that are summed out: give gradient='total'")
+        if self._pair.guide_enumerated and self.bound == "iwae":
+            raise ValueError("bound='iwae' does not go with sites that the guide enumerates: give bound='elbo'")
         self._inspected = True
 
     def _settings(self) -> tuple[Any, ...]:

@@ -48,6 +48,17 @@ def draw(distribution: td.Distribution, sample_shape: _Shape = ()) -> Tensor:
 class VmapSafeDraws(Messenger):
     """The outermost handler of a model under ``vmap``: it draws whatever no inner handler has set a value for."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._drawn: list[Any] = []
+
+    def __exit__(self, *args: Any) -> None:
+        # Not before: a density of the draw may need what a transform keeps of it.
+        for fn in self._drawn:
+            _forget_draws(fn)
+        self._drawn.clear()
+        super().__exit__(*args)
+
     def _pyro_sample(self, msg: Any) -> None:
         if msg["done"] or msg["is_observed"] or msg["value"] is not None or msg["args"] or msg["kwargs"]:
             return
@@ -57,6 +68,7 @@ class VmapSafeDraws(Messenger):
         elif isinstance(fn, td.Distribution):
             try:
                 msg["value"] = draw(fn)
+                self._drawn.append(fn)
             except Exception as error:
                 raise RuntimeError(
                     f"site {msg['name']!r} ({type(fn).__name__}) cannot be drawn under vmap: {error}"
@@ -234,8 +246,14 @@ def _draw_transformed(d: td.TransformedDistribution, shape: _Shape) -> Tensor:
     x = draw(d.base_dist, shape)
     for transform in d.transforms:
         x = transform(x)
-        _forget(transform)
     return x
+
+
+def _forget_draws(fn: Any) -> None:
+    for transform in getattr(fn, "transforms", ()):
+        _forget(transform)
+    if (base := getattr(fn, "base_dist", None)) is not None:
+        _forget_draws(base)
 
 
 def _forget(transform: Any) -> None:
