@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
+from opt_einsum import shared_intermediates
 from pyro import poutine
 from pyro.infer import TraceEnum_ELBO, config_enumerate
 from pyro.infer.traceenum_elbo import _compute_model_factors
@@ -25,7 +26,6 @@ from pyro.ops.contract import contract_tensor_tree
 from pyro.ops.rings import SampleRing
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
-from opt_einsum import shared_intermediates
 from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
@@ -58,7 +58,9 @@ def modules_of(function: Any) -> list[nn.Module]:
     """The modules that a model or guide is, is a method of, or wraps (``partial`` and Pyro's handlers)."""
     if isinstance(function, nn.Module):
         return [function]
-    inner = [part for name in ("__self__", "func", "__wrapped__") if (part := getattr(function, name, None)) is not None]
+    inner = [
+        part for name in ("__self__", "func", "__wrapped__") if (part := getattr(function, name, None)) is not None
+    ]
     if isinstance(function, functools.partial):
         inner += [part for part in function.args if callable(part)]
     return list(dict.fromkeys(module for part in inner for module in modules_of(part)))

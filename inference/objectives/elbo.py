@@ -202,10 +202,7 @@ class ELBO(nn.Module):
         """Negative bound from ``(particle,)`` log-weights and scores; its gradient is the estimator's."""
         log_weight, score = particles
         count = len(log_weight)
-        if self.bound == "elbo":
-            bound = log_weight.mean()
-        else:
-            bound = log_weight.logsumexp(0) - math.log(count)
+        bound = log_weight.mean() if self.bound == "elbo" else log_weight.logsumexp(0) - math.log(count)
         if self._pair.scored and not self._pair.guide_enumerated:
             reward = self._rewards(log_weight.detach())
             bound = bound + (reward * (score - score.detach())).sum()
@@ -393,9 +390,7 @@ def _gradients(value: Tensor, parameters: list[Any]) -> list[Tensor]:
         return []
     if not value.requires_grad:
         return [torch.zeros_like(p) for p in parameters]
-    return list(
-        torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
-    )
+    return list(torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True, materialize_grads=True))
 
 
 class _Replay(torch.autograd.Function):

@@ -132,7 +132,6 @@ def _outside(family: Callable[..., td.Distribution], parameters: tuple[Tensor, .
     """A draw of ``family(*parameters)``, whose parameters all have the batch shape in front, so that it can grow."""
     marker = torch.rand((), device=parameters[0].device)
 
-
     def sampler(*p: Tensor) -> Tensor:
         d = family(*p, validate_args=False)
         return d.rsample(shape) if d.has_rsample else d.sample(shape)
