@@ -13,8 +13,8 @@ the mode: for a network the sites of its last layer (Daxberger et al., "Laplace 
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch.distributions import Transform
 
 from inference._errors import CurvatureError, NonFiniteError, SamplerWarning
 from inference.lbfgs import Minimum, minimize
-from inference.potential.curvature import CURVATURES, curvature
+from inference.potential.curvature import CURVATURES, Curvature
 from inference.potential.log_density import LogDensity, Site
 from inference.potential.potential import Potential
 from inference.results.export import to_arviz
@@ -37,7 +37,8 @@ _POLISH = 10  # Newton steps at most, after the search for the mode
 _REACHED = 1e-3  # standard deviations from the mode, by the Newton step, that count as there
 
 
-class ImportanceEstimate(NamedTuple):
+@dataclass(frozen=True)
+class ImportanceEstimate:
     """What draws of the approximation, weighted to the posterior, say.
 
     Attributes:
@@ -50,7 +51,7 @@ class ImportanceEstimate(NamedTuple):
     log_evidence: float
     standard_error: float
     pareto_k: float
-    log_weights: Tensor
+    log_weights: Tensor = field(repr=False)
 
 
 class Laplace:
@@ -155,8 +156,9 @@ class Laplace:
                 f"the log-density or its gradient is not finite at all {len(minimum.value)} starts: give "
                 "initial_params or an init_strategy that starts inside the support"
             )
+        curvature = Curvature(potential, self.curvature, z)
         for step in range(_POLISH + 1):
-            matrix = curvature(potential, self.curvature, z, index, diagonal=self.structure == "diagonal")
+            matrix = curvature(z, index, diagonal=self.structure == "diagonal")
             root = _factor(matrix, chosen, self.curvature)
             change = -_solve(root, gradient[index])
             distance = (-(change * gradient[index]).sum()).clamp(min=0).sqrt()
@@ -166,7 +168,7 @@ class Laplace:
             value, slope = (x[0] for x in potential.value_and_grad(trial.unsqueeze(0)))
             # Rounding of the energy hides the last steps; the gradient shows them.
             rounding = 8 * torch.finfo(z.dtype).eps * energy.abs()
-            if not (value <= energy + rounding and slope[index].norm() < gradient[index].norm()):
+            if not (value <= energy + rounding and slope[index].norm() < 0.5 * gradient[index].norm()):
                 break
             z, energy, gradient = trial, value, slope
         converged = bool((distance <= _REACHED) & (minimum.converged[best] | (len(index) == density.dim)))
@@ -327,10 +329,9 @@ def _factor(matrix: Tensor, sites: list[Site], kind: str) -> Tensor:
     largest = diagonal.abs().max()
     bad = diagonal <= 0
     if bool(bad.any()):
-        flat = diagonal[bad].abs().max() <= 100 * eps * largest
+        shape = "flat" if diagonal[bad].abs().max() <= 100 * eps * largest else "negative"
         raise CurvatureError(
-            f"the {kind} at the mode is not positive definite: the density is {'flat' if flat else 'at a minimum'} along "
-            f"{_names(sites, bad)}. {_ADVICE}"
+            f"the {kind} at the mode is not positive definite: {shape} along {_names(sites, bad)}. {_ADVICE}"
         )
     if matrix.dim() == 1:
         return diagonal.sqrt()

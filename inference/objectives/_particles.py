@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
-from opt_einsum import shared_intermediates
 from pyro import poutine
 from pyro.infer import TraceEnum_ELBO, config_enumerate
 from pyro.infer.traceenum_elbo import _compute_model_factors
 from pyro.nn import PyroModule
 from pyro.ops import packed
-from pyro.ops.contract import contract_tensor_tree
+from pyro.ops.contract import contract_tensor_tree, shared_intermediates
 from pyro.ops.rings import SampleRing
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
@@ -95,10 +94,10 @@ class OwnParameters(nn.Module):
                     start = transform_to(constraint).inv(start.detach()).clone()
                 self.register_parameter(key, nn.Parameter(start))
             self.constraints[name] = constraint
-        unconstrained: Tensor = self._parameters[key]  # type: ignore[assignment]
+        unconstrained = self._parameters[key]
         kept = self.constraints[name]
-        value = unconstrained if kept is constraints.real else transform_to(kept)(unconstrained)
-        value.unconstrained = weakref.ref(unconstrained)  # type: ignore[attr-defined]
+        value: Any = unconstrained if kept is constraints.real else transform_to(kept)(unconstrained)
+        value.unconstrained = weakref.ref(unconstrained)
         return value
 
     def adopt(self, name: str, value: nn.Parameter) -> None:
@@ -170,8 +169,8 @@ class Pair:
         """Run guide and model once, eagerly, and refuse pairs whose bound would be wrong."""
         guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
         model_trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(*args, **kwargs)
-        latent = {n: s for n, s in guide_trace.nodes.items() if _is_latent(s)}
-        wanted = {n: s for n, s in model_trace.nodes.items() if _is_latent(s)}
+        latent: dict[str, Any] = {n: s for n, s in guide_trace.nodes.items() if _is_latent(s)}
+        wanted: dict[str, Any] = {n: s for n, s in model_trace.nodes.items() if _is_latent(s)}
         extra = sorted(n for n in set(latent) - set(wanted) if not latent[n]["infer"].get("is_auxiliary"))
         if extra:
             raise ValueError(
@@ -193,7 +192,9 @@ class Pair:
         self.enumerated = bool(missing) or self.guide_enumerated
         self.scored = frozenset(n for n, s in latent.items() if not getattr(s["fn"], "has_rsample", False))
         if self.enumerated:
-            frames = [f for s in (*wanted.values(), *_observed(model_trace), *latent.values()) for f in _frames(s)]
+            frames = [
+                f for s in (*wanted.values(), *_observed(model_trace), *latent.values()) for f in s["cond_indep_stack"]
+            ]
             nesting = max((-f.dim for f in frames if f.vectorized), default=0)
             self._enum = TraceEnum_ELBO(max_plate_nesting=nesting, strict_enumeration_warning=False)
 
@@ -278,10 +279,6 @@ def _is_latent(site: Any) -> bool:
 
 def _observed(trace: Any) -> list[Any]:
     return [s for s in trace.nodes.values() if s["type"] == "sample" and s["is_observed"]]
-
-
-def _frames(site: Any) -> Any:
-    return site["cond_indep_stack"]
 
 
 def _log_prob_sum(trace: Any, names: frozenset[str] | None = None) -> Tensor:

@@ -20,7 +20,7 @@ operations, in which there is neither Pyro nor autograd; the random operators in
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ class BoundEstimate:
     log_evidence: float
     log_evidence_se: float
     pareto_k: float
-    log_weights: Tensor
+    log_weights: Tensor = field(repr=False)
 
 
 class ELBO(nn.Module):
@@ -162,7 +162,7 @@ class ELBO(nn.Module):
         if not parameters:
             with torch.no_grad():
                 return graph(*inputs)[0]
-        loss: Tensor = _Replay.apply(graph, inputs, *parameters)  # type: ignore[no-untyped-call]
+        loss: Tensor = _Replay.apply(graph, inputs, *parameters)
         return loss
 
     @torch.no_grad()
@@ -263,7 +263,7 @@ class ELBO(nn.Module):
             def arguments(tensors: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
                 rest = iter(tensors)
                 filled = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-                return tree_unflatten(filled, structure)  # type: ignore[no-any-return]
+                return tree_unflatten(filled, structure)
 
             with scoped_seed(0, self._device(args, kwargs)), self._scope():
                 self._recordings[key] = self._record(arguments, inputs, parameters, held)
@@ -402,6 +402,6 @@ class _Replay(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Any, ...]:
         return None, None, *(slope * g for g in ctx.gradients)

@@ -1,4 +1,4 @@
-"""Second derivatives of a model's energy ``U(z) = -log p(z, data)`` at one point, as matrix-vector products.
+"""Second derivatives of a model's energy ``U(z) = -log p(z, data)`` at one point, by matrix-vector products.
 
 - ``hessian``: the exact Hessian of U.
 - ``ggn``: the Hessian of the prior's part of U plus ``J^T Lambda J``, with J the Jacobian of the likelihood's
@@ -35,74 +35,76 @@ from inference.potential.log_density import LogDensity, _Unconstrained, scoped_m
 from inference.potential.potential import Potential
 from inference.runtime.generators import scoped_seed
 
-__all__ = ["CURVATURES", "curvature"]
+__all__ = ["CURVATURES", "Curvature"]
 
 CURVATURES = ("hessian", "ggn", "empirical_fisher")
 _ELEMENTS = 1 << 22  # of the result that are computed at once
 _FAMILIES = "Normal, Bernoulli, Categorical, Poisson and MultivariateNormal"
-_Product = Callable[[Tensor], Tensor]
+_Product = Callable[[Tensor, Tensor], Tensor]
 
 
-def curvature(potential: Potential, kind: str, z: Tensor, index: Tensor, *, diagonal: bool = False) -> Tensor:
-    """The rows and columns ``index`` of the matrix at ``z``.
+class Curvature:
+    """The matrix of one kind for one model, at any point.
 
     Args:
         potential: of a model; for ``ggn`` and ``empirical_fisher`` without summed-out sites.
         kind: one of ``CURVATURES``.
-        z: one point, ``(dim,)``.
-        index: entries of ``z``, ``(k,)``.
-        diagonal: return the diagonal alone.
-
-    Returns:
-        ``(k, k)``, symmetric; or ``(k,)``.
+        example: a point of positive density, where the parts of the model are recorded, ``(dim,)``.
 
     Raises:
         ValueError: the likelihood has no such matrix, or cannot be recorded.
     """
-    product = _hessian_product(potential, z) if kind == "hessian" else _squared_jacobian_product(potential, kind, z)
-    size = max(1, _ELEMENTS // len(z))
-    rows = []
-    for part in index.split(size):
-        basis = torch.zeros(len(part), len(z), dtype=z.dtype, device=z.device)
-        basis.scatter_(1, part.unsqueeze(1), 1.0)
-        columns = product(basis)
-        rows.append(columns.gather(1, part.unsqueeze(1)).squeeze(1) if diagonal else columns[:, index])
-    joined = torch.cat(rows)
-    return joined if diagonal else (joined + joined.T) / 2
+
+    def __init__(self, potential: Potential, kind: str, example: Tensor) -> None:
+        self._product = (
+            _hessian_product(potential) if kind == "hessian" else _squared_jacobian_product(potential, kind, example)
+        )
+
+    def __call__(self, z: Tensor, index: Tensor, *, diagonal: bool = False) -> Tensor:
+        """The rows and columns ``index`` ``(k,)`` of the matrix at ``z`` ``(dim,)``.
+
+        Returns:
+            ``(k, k)``, symmetric; with ``diagonal``, its diagonal ``(k,)`` alone.
+        """
+        rows = []
+        for part in index.split(max(1, _ELEMENTS // len(z))):
+            basis = torch.zeros(len(part), len(z), dtype=z.dtype, device=z.device)
+            basis.scatter_(1, part.unsqueeze(1), 1.0)
+            columns = self._product(z, basis)
+            rows.append(columns.gather(1, part.unsqueeze(1)).squeeze(1) if diagonal else columns[:, index])
+        joined = torch.cat(rows)
+        return joined if diagonal else (joined + joined.T) / 2
 
 
-def _hessian_product(potential: Potential, z: Tensor) -> _Product:
-    if not potential.captured:
+def _hessian_product(potential: Potential) -> _Product:
+    if potential.captured:
+        return _derivative(lambda x: potential.value_and_grad(x.unsqueeze(0))[1].squeeze(0))
+
+    def product(z: Tensor, basis: Tensor) -> Tensor:
         # A model that is no graph: Python runs it once, and its double backward serves all products.
         with torch.enable_grad():
             leaf = z.detach().requires_grad_(True)
-            values = {n: v for n, v in potential.density.unflatten(leaf).items()}
-            slope = torch.autograd.grad(-potential.density.run(values)[0], leaf, create_graph=True)[0]
-        rows = lambda basis: [torch.autograd.grad(slope, leaf, v, retain_graph=True)[0] for v in basis]  # noqa: E731
-        return lambda basis: torch.stack(rows(basis))
-    return _derivative(lambda x: potential.value_and_grad(x.unsqueeze(0))[1].squeeze(0), z)
-
-
-def _derivative(gradient: Callable[[Tensor], Tensor], z: Tensor) -> _Product:
-    """Products with the Jacobian of a gradient, forwards where every operator knows how, else backwards."""
-
-    def forwards(basis: Tensor) -> Tensor:
-        return vmap(lambda v: jvp(gradient, (z,), (v,))[1])(basis)
-
-    def backwards(basis: Tensor) -> Tensor:
-        pull = vjp(gradient, z)[1]
-        return vmap(lambda v: pull(v)[0])(basis)
-
-    def product(basis: Tensor) -> Tensor:
-        try:
-            return forwards(basis)
-        except (NotImplementedError, RuntimeError):
-            return backwards(basis)
+            energy = -potential.density.run(potential.density.unflatten(leaf))[0]
+            slope = torch.autograd.grad(energy, leaf, create_graph=True)[0]
+        return torch.stack([torch.autograd.grad(slope, leaf, v, retain_graph=True)[0] for v in basis])
 
     return product
 
 
-def _squared_jacobian_product(potential: Potential, kind: str, z: Tensor) -> _Product:
+def _derivative(gradient: Callable[[Tensor], Tensor]) -> _Product:
+    """Products with the Jacobian of a gradient, forwards where every operator knows how, else backwards."""
+
+    def product(z: Tensor, basis: Tensor) -> Tensor:
+        try:
+            return vmap(lambda v: jvp(gradient, (z,), (v,))[1])(basis)
+        except (NotImplementedError, RuntimeError):
+            pull = vjp(gradient, z)[1]
+            return vmap(lambda v: pull(v)[0])(basis)
+
+    return product
+
+
+def _squared_jacobian_product(potential: Potential, kind: str, example: Tensor) -> _Product:
     density = potential.density
     if not isinstance(density, LogDensity) or not density.observed:
         raise ValueError(f"curvature={kind!r} needs a model with observed sites: give curvature='hessian'")
@@ -115,51 +117,50 @@ def _squared_jacobian_product(potential: Potential, kind: str, z: Tensor) -> _Pr
     def prior_gradient(x: Tensor) -> Tensor:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_(True)
-            recorded, log_det = _trace(density, leaf)
-            terms = [_weighted(site) for name, site in _sites(recorded) if name not in density.observed]
-            energy = -(torch.stack([term.sum() for term in terms]).sum() + log_det)
-            return torch.autograd.grad(energy, leaf)[0]
+            sites, log_det = _sites(density, leaf)
+            terms = [_weighted(site).sum() for name, site in sites.items() if name not in density.observed]
+            return torch.autograd.grad(-(torch.stack(terms).sum() + log_det), leaf)[0]
 
-    # Not detached inside of ``rows``: a graph does not know that a part of it shall not be differentiated.
-    with torch.no_grad():
-        at_mode = dict(_sites(_trace(density, z)[0]))
-
-    def rows(x: Tensor) -> Tensor:
-        recorded, _ = _trace(density, x)
-        sites = [(name, site) for name, site in _sites(recorded) if name in density.observed]
+    def rows(x: Tensor, mode: Tensor) -> Tensor:
+        # The mode is an input of its own: a graph does not know that a part of it shall not be differentiated.
+        sites, _ = _sites(density, x)
+        fixed, _ = _sites(density, mode)
+        names = [name for name in sites if name in density.observed]
         if kind == "ggn":
-            parts = [part for name, site in sites for part in _whitened(name, site, at_mode[name])]
-            return torch.cat([part.reshape(-1) for part in parts]).to(x.dtype)
-        return torch.cat([_weighted(site, root=True).reshape(-1) for _, site in sites]).to(x.dtype)
+            parts = [part for name in names for part in _whitened(name, sites[name], fixed[name])]
+        else:
+            parts = [_weighted(sites[name], root=True) for name in names]
+        return torch.cat([part.reshape(-1) for part in parts]).to(x.dtype)
 
     try:
-        with scoped_seed(0, z.device):
-            prior, likelihood = trace(prior_gradient, z), trace(rows, z)
+        with scoped_seed(0, example.device):
+            prior, likelihood = trace(prior_gradient, example), trace(rows, example, example.clone())
     except CaptureError as error:
         raise ValueError(f"curvature={kind!r} needs a model that can be recorded as a graph: {error}") from error
-    of_prior = _derivative(prior, z)
+    of_prior = _derivative(prior)
 
-    def of_likelihood(basis: Tensor) -> Tensor:
-        pull = vjp(likelihood, z)[1]
-        return vmap(lambda v: pull(jvp(likelihood, (z,), (v,))[1])[0])(basis)
+    def product(z: Tensor, basis: Tensor) -> Tensor:
+        def at(x: Tensor) -> Tensor:
+            return likelihood(x, z)  # type: ignore[no-any-return]
 
-    return lambda basis: of_prior(basis) + of_likelihood(basis)
+        pull = vjp(at, z)[1]
+        return of_prior(z, basis) + vmap(lambda v: pull(jvp(at, (z,), (v,))[1])[0])(basis)
+
+    return product
 
 
 # ---------------------------------------------------------------- the model's parts
-def _trace(density: LogDensity, z: Tensor) -> tuple[Any, Tensor | float]:
+def _sites(density: LogDensity, z: Tensor) -> tuple[dict[str, Any], Tensor | float]:
+    """The sites with a density at ``z``, and the sum of the log-Jacobians."""
     messenger = _Unconstrained(density.unflatten(z), {}, density.transforms)
     with scoped_model(validate=False), poutine.trace() as recorder, messenger:
         density.model(*density.args, **density.kwargs)
-    return recorder.trace, messenger.log_det
-
-
-def _sites(recorded: Any) -> list[tuple[str, Any]]:
-    return [
-        (name, site)
-        for name, site in recorded.nodes.items()
+    sites = {
+        name: site
+        for name, site in recorder.trace.nodes.items()
         if site["type"] == "sample" and isinstance(site["fn"], td.Distribution) and not _without_density(site)
-    ]
+    }
+    return sites, messenger.log_det
 
 
 def _without_density(site: Any) -> bool:
@@ -184,7 +185,8 @@ def _unwrapped(site: Any) -> tuple[Any, Tensor]:
         fn = fn.base_dist
     weight = torch.ones(batch_shape, dtype=site["value"].dtype, device=site["value"].device)
     weight = scale_and_mask(weight, site["scale"] ** 0.5, mask)
-    return fn, weight.reshape(*weight.shape, *(1,) * (len(fn.batch_shape) - weight.dim())).expand(fn.batch_shape)
+    wide = weight.reshape((*weight.shape, *(1,) * (len(fn.batch_shape) - weight.dim())))
+    return fn, wide.expand(fn.batch_shape)
 
 
 def _whitened(name: str, site: Any, at_mode: Any) -> list[Tensor]:
