@@ -259,10 +259,10 @@ class LaplaceResult:
         return self._potential.constrain(self._draw(num_samples, seed)[0])
 
     def importance(self, num_samples: int = 1000, seed: int = 0) -> ImportanceEstimate:
-        """Check and correct the approximation by importance sampling with ``num_samples`` draws of it, at least 20."""
+        """Check and correct the approximation by importance sampling with ``num_samples`` draws of it, at least 25."""
         z, noise = self._draw(num_samples, seed)
-        if num_samples < 20:
-            raise ValueError(f"num_samples must be at least 20 for the tail of the weights, got {num_samples}")
+        if num_samples < 25:
+            raise ValueError(f"num_samples must be at least 25 for the tail of the weights, got {num_samples}")
         log_q = self._half_log_det - 0.5 * len(self.index) * math.log(2 * math.pi) - 0.5 * noise.square().sum(-1)
         log_weights = -self._potential(z) - log_q
         log_weights = torch.where(log_weights.isnan(), -math.inf, log_weights)

@@ -179,7 +179,7 @@ class Pair:
             )
         for name in sorted(set(latent) & set(wanted)):
             ours, theirs = latent[name]["value"].shape, wanted[name]["fn"].shape()
-            if torch.broadcast_shapes(ours, theirs) != ours:
+            if ours != theirs:
                 raise ValueError(f"site {name!r} is {tuple(ours)} in the guide and {tuple(theirs)} in the model")
         missing = sorted(set(wanted) - set(latent))
         for name in missing:

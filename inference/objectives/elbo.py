@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pyro.nn.module import _Context
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import vmap
@@ -34,6 +35,7 @@ from inference.objectives._particles import OwnParameters, Pair, Particle, local
 from inference.potential.graph import CaptureError, trace
 from inference.results.pareto import smooth_weights
 from inference.runtime.generators import scoped_seed
+from inference.runtime.isolation import make_local
 
 __all__ = ["ELBO", "BoundEstimate"]
 
@@ -171,7 +173,7 @@ class ELBO(nn.Module):
 
         Args:
             args, kwargs: as in the loss; all the data, not a minibatch.
-            num_samples: draws of the guide, at least 20.
+            num_samples: draws of the guide, at least 25.
             seed: of the draws.
 
         Raises:
@@ -179,8 +181,8 @@ class ELBO(nn.Module):
         """
         if isinstance(num_samples, bool) or not isinstance(num_samples, int):
             raise TypeError(f"num_samples must be an integer, got {num_samples!r}")
-        if num_samples < 20:
-            raise ValueError(f"num_samples must be at least 20 for the tail of the weights, got {num_samples}")
+        if num_samples < 25:
+            raise ValueError(f"num_samples must be at least 25 for the tail of the weights, got {num_samples}")
         if not self._inspected:
             self._inspect(args, kwargs)
         with scoped_seed(seed, self._device(args, kwargs)):
@@ -350,7 +352,15 @@ class ELBO(nn.Module):
         localise(self._owned.modules())
         fake = torch._guards.detect_fake_mode([*args, *kwargs.values()]) is not None
         with own_scope(validate=not fake), torch.no_grad(), self.own.handler(self._others):
-            self._pair.inspect(args, kwargs)
+            while True:
+                try:
+                    self._pair.inspect(args, kwargs)
+                    break
+                except AttributeError as error:
+                    # a PyroModule that a function closes over, made while parameters were global
+                    if not isinstance(error.obj, _Context) or error.name != "param_state":
+                        raise
+                    make_local(error.obj)
         if self._pair.enumerated and self.gradient == "path":
             raise ValueError("gradient='path' does not go with sites that are summed out: give gradient='total'")
         if self._pair.guide_enumerated and self.bound == "iwae":

@@ -127,7 +127,7 @@ def _squared_jacobian_product(potential: Potential, kind: str, example: Tensor) 
         fixed, _ = _sites(density, mode)
         names = [name for name in sites if name in density.observed]
         if kind == "ggn":
-            parts = [part for name in names for part in _whitened(name, sites[name], fixed[name])]
+            parts = [part for name in names for part in _whitened(name, sites[name], fixed[name], x.dtype)]
         else:
             parts = [_weighted(sites[name], root=True) for name in names]
         return torch.cat([part.reshape(-1) for part in parts]).to(x.dtype)
@@ -175,7 +175,7 @@ def _weighted(site: Any, root: bool = False) -> Tensor:
     return weighted
 
 
-def _unwrapped(site: Any) -> tuple[Any, Tensor]:
+def _unwrapped(site: Any, dtype: torch.dtype) -> tuple[Any, Tensor]:
     """The family of an observed site, and the root of each element's weight in the family's batch shape."""
     fn, mask = site["fn"], site["mask"]
     batch_shape = fn.batch_shape
@@ -183,16 +183,16 @@ def _unwrapped(site: Any) -> tuple[Any, Tensor]:
         if isinstance(fn, MaskedDistribution):
             mask = fn._mask if mask is None else mask & fn._mask
         fn = fn.base_dist
-    weight = torch.ones(batch_shape, dtype=site["value"].dtype, device=site["value"].device)
+    weight = torch.ones(batch_shape, dtype=dtype, device=site["value"].device)
     weight = scale_and_mask(weight, site["scale"] ** 0.5, mask)
     wide = weight.reshape((*weight.shape, *(1,) * (len(fn.batch_shape) - weight.dim())))
     return fn, wide.expand(fn.batch_shape)
 
 
-def _whitened(name: str, site: Any, at_mode: Any) -> list[Tensor]:
+def _whitened(name: str, site: Any, at_mode: Any, dtype: torch.dtype) -> list[Tensor]:
     """B^T theta of an observed site, B at the mode; see the module's docstring."""
-    fn, weight = _unwrapped(site)
-    fixed, _ = _unwrapped(at_mode)
+    fn, weight = _unwrapped(site, dtype)
+    fixed, _ = _unwrapped(at_mode, dtype)
     if isinstance(fn, td.Normal):
         return [weight * fn.loc / fixed.scale, weight * 2**0.5 * fn.scale / fixed.scale]
     if isinstance(fn, td.Bernoulli):

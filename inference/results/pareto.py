@@ -31,10 +31,10 @@ def smooth_weights(log_weights: Tensor) -> tuple[Tensor, float]:
         ``nan`` or ``inf`` or all are zero (the weights come back as they are), ``-inf`` for a tail of equal weights.
 
     Raises:
-        ValueError: not one dimension, or fewer than 20 draws.
+        ValueError: not one dimension, or fewer than 25 draws.
     """
-    if log_weights.dim() != 1 or len(log_weights) < 20:
-        raise ValueError(f"log_weights must be (draw,) with at least 20 draws, got shape {tuple(log_weights.shape)}")
+    if log_weights.dim() != 1 or len(log_weights) < 25:
+        raise ValueError(f"log_weights must be (draw,) with at least 25 draws, got shape {tuple(log_weights.shape)}")
     largest = log_weights.max()
     if not torch.isfinite(largest):
         return log_weights, math.inf
