@@ -304,6 +304,27 @@ def test_score_function_gradients_against_quadrature(bound, particles):
     assert (error < 0.3).all() and ((mean - expected).abs() < 4.5 * error).all()
 
 
+def test_draws_of_a_mixture_count_by_their_score_alone():
+    """The components could be differentiated, but ``has_rsample`` is False: both routes at once would count twice."""
+
+    def law(locs: Tensor) -> dist.MixtureSameFamily:
+        return dist.MixtureSameFamily(dist.Categorical(locs.new_tensor([0.4, 0.6])), dist.Normal(locs, 0.3))
+
+    def guide(y: Tensor) -> None:
+        pyro.sample("mean", law(pyro.param("locs", y.new_tensor([0.0, 0.6]))))
+
+    objective = ELBO(conjugate, guide, 16)
+    with torch.no_grad():
+        objective(Y)
+    locs = torch.tensor([0.0, 0.6], dtype=F64, requires_grad=True)
+    z = torch.linspace(-3, 4, 7001, dtype=F64)
+    log_p = dist.Normal(0 * z, 1.0).log_prob(z) + dist.Normal(z.unsqueeze(1), 0.5).log_prob(Y).sum(1)
+    log_q = law(locs).log_prob(z)
+    expected = torch.autograd.grad(-(log_q.exp() * (log_p - log_q)).sum() * (z[1] - z[0]), locs)[0]
+    mean, error = repeated(objective, 400, Y)
+    assert (error < 0.15).all() and ((mean - expected).abs() < 4.5 * error).all() and expected.abs().max() > 1
+
+
 def test_parameters_are_the_objectives_and_two_objectives_do_not_meet():
     with pyro.get_param_store().scope():
         pyro.param("q", torch.tensor(0.123))

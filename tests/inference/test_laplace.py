@@ -377,6 +377,12 @@ def test_the_search_solves_rosenbrocks_valley_and_rows_keep_to_themselves():
     assert minimize(rosenbrock, start, max_evaluations=200).converged.all()
 
 
+def test_the_search_never_climbs():
+    start = 1.5 * torch.randn(64, 2, generator=generator(4, "starts"), dtype=F64)
+    values = torch.stack([minimize(rosenbrock, start, max_evaluations=n).value for n in range(1, 40)])
+    assert (values.diff(dim=0) <= 1e-12 * values[:-1]).all()
+
+
 def test_the_search_backs_off_from_where_the_value_is_not_finite():
     def barrier(z: Tensor) -> tuple[Tensor, Tensor]:
         return (z - z.log()).sum(1), 1 - 1 / z.where(z > 0, math.nan)
