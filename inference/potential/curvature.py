@@ -141,7 +141,7 @@ def _squared_jacobian_product(potential: Potential, kind: str, example: Tensor) 
 
     def product(z: Tensor, basis: Tensor) -> Tensor:
         def at(x: Tensor) -> Tensor:
-            return likelihood(x, z)  # type: ignore[no-any-return]
+            return likelihood(x, z)
 
         pull = vjp(at, z)[1]
         return of_prior(z, basis) + vmap(lambda v: pull(jvp(at, (z,), (v,))[1])[0])(basis)
