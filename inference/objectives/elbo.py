@@ -10,8 +10,7 @@ enter by the score function with a baseline that leaves the particle itself out,
 
     grad = sum_k [ dL/dlog w_k  grad log w_k + (L - L_{-k}) grad log q(z_k) ],
 
-where ``L`` is the estimate and ``L_{-k}`` the same from the other particles (0 if there is none); for the ELBO,
-``L - L_{-k}`` is replaced by ``(log w_k - mean_{j != k} log w_j) / K``, which differs from it by a factor.
+where ``L`` is the estimate and ``L_{-k}`` the same from the other particles (0 if there is none).
 
 The first call runs Pyro eagerly and checks the pair.  Then loss and gradient are recorded as one graph of tensor
 operations, in which there is neither Pyro nor autograd; the random operators in it draw anew each time.
