@@ -1,6 +1,6 @@
 """The library's own warnings and errors, so that users can filter or catch them by name."""
 
-__all__ = ["CaptureWarning", "CheckpointError", "NonFiniteError", "SamplerWarning"]
+__all__ = ["CaptureWarning", "CheckpointError", "CurvatureError", "NonFiniteError", "SamplerWarning"]
 
 
 class CaptureWarning(UserWarning):
@@ -13,6 +13,10 @@ class SamplerWarning(UserWarning):
 
 class NonFiniteError(ArithmeticError):
     """A loss, a gradient or every chain became NaN or infinite; the message names the step and the parameter."""
+
+
+class CurvatureError(ArithmeticError):
+    """A density has no Gaussian approximation at a point: it is flat or a saddle there; the message names the sites."""
 
 
 class CheckpointError(RuntimeError):

@@ -10,7 +10,7 @@ pytrees as such a graph, and compiles it where that pays.
 
 import operator
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -55,12 +55,21 @@ class CaptureError(RuntimeError):
     """The function cannot be recorded as a graph; the message says which operation stands in the way."""
 
 
-def trace(function: Callable[..., Any], *example: Tensor) -> fx.GraphModule:
+def trace(
+    function: Callable[..., Any], *example: Tensor, closed_over: Sequence[Tensor] = (), random: bool = False
+) -> fx.GraphModule:
     """Record ``function`` at ``example`` as a graph of tensor operations.
 
+    Args:
+        function: tensors in, a tensor or a flat list of tensors out.
+        example: where it is recorded; shapes, dtypes and devices are frozen.
+        closed_over: tensors that the function reads without being given them. The graph takes them as further inputs;
+            all others that the function closes over are constants of it.
+        random: whether the function may draw random numbers; the graph then draws anew on each call.
+
     Raises:
-        CaptureError: the function reads a value back to Python (a branch on a tensor, ``float()``, ``.item()``), or
-            draws random numbers.
+        CaptureError: the function reads a value back to Python (a branch on a tensor, ``float()``, ``.item()``),
+            changes a tensor of ``closed_over``, or draws random numbers without ``random``.
     """
     try:
         graph = make_fx(lambda *inputs: function(*inputs))(*example)
@@ -68,19 +77,44 @@ def trace(function: Callable[..., Any], *example: Tensor) -> fx.GraphModule:
         raise CaptureError(
             str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         ) from error
-    random = [
-        n
-        for n in graph.graph.nodes
-        if isinstance(n.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in n.target.tags
-    ]
-    if random:
+    drawn = [n for n in graph.graph.nodes if _is_random(n)]
+    if drawn and not random:
         raise CaptureError(
-            f"the function draws random numbers ({random[0].target}): its value would change from call to call"
+            f"the function draws random numbers ({drawn[0].target}): its value would change from call to call"
         )
+    _lift(graph, closed_over)
     if any(_mutates(n) for n in graph.graph.nodes):
         # In-place operations cannot be mapped over chains where only their right-hand side has a chain dimension.
-        graph = make_fx(torch.func.functionalize(graph, remove="mutations"))(*example)
+        values = [tensor.detach() for tensor in closed_over]
+        graph = make_fx(torch.func.functionalize(graph, remove="mutations"))(*example, *values)
     return _clean(graph)
+
+
+def _lift(module: fx.GraphModule, closed_over: Sequence[Tensor]) -> None:
+    """Make inputs of the tensors that the graph holds."""
+    if not closed_over:
+        return
+    graph = module.graph
+    held: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            held.setdefault(id(_attribute(module, str(node.target))), []).append(node)
+    after = [n for n in graph.nodes if n.op == "placeholder"][-1:]
+    for index, tensor in enumerate(closed_over):
+        with graph.inserting_after(*after) if after else graph.inserting_before(next(iter(graph.nodes))):
+            lifted = graph.placeholder(f"closed_over_{index}")
+        after = [lifted]
+        for node in held.get(id(tensor), []):
+            if any(_mutates(user) and user.args[0] is node for user in node.users):
+                raise CaptureError("the function changes a tensor that it closes over (batch statistics of a module?)")
+            lifted.meta = dict(node.meta)
+            node.replace_all_uses_with(lifted)
+            graph.erase_node(node)
+    module.recompile()
+
+
+def _is_random(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 def _mutates(node: fx.Node) -> bool:
@@ -89,9 +123,11 @@ def _mutates(node: fx.Node) -> bool:
 
 def _clean(module: fx.GraphModule) -> fx.GraphModule:
     _nan_where_factorisation_failed(module)
+    _spell_out_log_sigmoid(module)
     _fold_constants(module)
     _merge_repeated(module)
-    module.graph.eliminate_dead_code()
+    # Draws that nothing uses are dropped as well: by default fx keeps them.
+    module.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure(impure_random=False))
     module.recompile()
     return module
 
@@ -125,6 +161,21 @@ def _nan_where_factorisation_failed(module: fx.GraphModule) -> None:
         result.replace_all_uses_with(safe, delete_user_cb=lambda user, keep=safe: user is not keep)
 
 
+def _spell_out_log_sigmoid(module: fx.GraphModule) -> None:
+    """Its derivative as a product: under ``vmap`` torch's own operator warns where the cotangent has no chains."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.aten.log_sigmoid_backward.default:
+            continue
+        with graph.inserting_before(node):
+            negative = graph.call_function(torch.ops.aten.neg.default, (node.args[1],))
+            slope = graph.call_function(torch.ops.aten.sigmoid.default, (negative,))
+            product = graph.call_function(torch.ops.aten.mul.Tensor, (node.args[0], slope))
+        product.meta = dict(node.meta)
+        node.replace_all_uses_with(product)
+        graph.erase_node(node)
+
+
 def _is_vector_solve(node: fx.Node) -> bool:
     value = node.meta.get("val")
     if node.target is not torch.ops.aten._linalg_solve_ex.default or value is None:
@@ -141,11 +192,14 @@ def _fold_constants(module: fx.GraphModule) -> None:
         if node.op == "get_attr":
             known[node] = _attribute(module, str(node.target))
             continue
-        if node.op != "call_function":
+        if node.op != "call_function" or _is_random(node):
             continue
         value = node.meta.get("val")
-        if node.target in _SHAPE_ONLY and isinstance(value, Tensor) and node not in mutated:
-            known[node] = torch.full(value.shape, _SHAPE_ONLY[node.target], dtype=value.dtype, device=value.device)
+        number = _SHAPE_ONLY.get(node.target)
+        if node.target is torch.ops.aten.fill.Scalar and not isinstance(node.args[1], fx.Node):
+            number = node.args[1]
+        if number is not None and isinstance(value, Tensor) and node not in mutated:
+            known[node] = torch.full(value.shape, number, dtype=value.dtype, device=value.device)
         else:
             if node in mutated or _mutates(node):
                 continue
@@ -175,7 +229,7 @@ def _merge_repeated(module: fx.GraphModule) -> None:
         return
     seen: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
-        if node.op not in ("call_function", "get_attr"):
+        if node.op not in ("call_function", "get_attr") or _is_random(node):
             continue
         target = node.target
         plain_zero = (

@@ -48,6 +48,17 @@ def draw(distribution: td.Distribution, sample_shape: _Shape = ()) -> Tensor:
 class VmapSafeDraws(Messenger):
     """The outermost handler of a model under ``vmap``: it draws whatever no inner handler has set a value for."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._drawn: list[Any] = []
+
+    def __exit__(self, *args: Any) -> None:
+        # Not before: a density of the draw may need what a transform keeps of it.
+        for fn in self._drawn:
+            _forget_draws(fn)
+        self._drawn.clear()
+        super().__exit__(*args)
+
     def _pyro_sample(self, msg: Any) -> None:
         if msg["done"] or msg["is_observed"] or msg["value"] is not None or msg["args"] or msg["kwargs"]:
             return
@@ -57,6 +68,7 @@ class VmapSafeDraws(Messenger):
         elif isinstance(fn, td.Distribution):
             try:
                 msg["value"] = draw(fn)
+                self._drawn.append(fn)
             except Exception as error:
                 raise RuntimeError(
                     f"site {msg['name']!r} ({type(fn).__name__}) cannot be drawn under vmap: {error}"
@@ -87,8 +99,15 @@ class _Outside(torch.autograd.Function):
     """``sampler(*parameters)`` on the tensors that ``vmap`` has batched, the batch in front.
 
     ``marker`` is a number drawn under ``vmap`` and so batched by it: it brings ``vmap``'s rule into play for constant
-    parameters as well, which would otherwise share one draw.
+    parameters as well, which would otherwise share one draw.  Below the last ``vmap`` the sampler runs as it is, so
+    that its own (reparametrised) gradient reaches the parameters.
     """
+
+    @classmethod
+    def call(cls, marker: Tensor, sampler: Callable[..., Tensor], out_dim: int, *parameters: Tensor) -> Tensor:
+        if torch._C._functorch.is_batchedtensor(marker):
+            return cls.apply(marker, sampler, out_dim, *parameters)
+        return sampler(*parameters)
 
     @staticmethod
     def forward(marker: Tensor, sampler: Callable[..., Tensor], out_dim: int, *parameters: Tensor) -> Tensor:
@@ -106,16 +125,18 @@ class _Outside(torch.autograd.Function):
             value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
             for value, dim in zip(parameters, in_dims[3:], strict=True)
         ]
-        return _Outside.apply(marker, sampler, out_dim, *batched), out_dim
+        return _Outside.call(marker, sampler, out_dim, *batched), out_dim
 
 
 def _outside(family: Callable[..., td.Distribution], parameters: tuple[Tensor, ...], shape: _Shape) -> Tensor:
     """A draw of ``family(*parameters)``, whose parameters all have the batch shape in front, so that it can grow."""
     marker = torch.rand((), device=parameters[0].device)
-    drawn: Tensor = _Outside.apply(
-        marker, lambda *p: family(*p, validate_args=False).sample(shape), len(shape), *parameters
-    )
-    return drawn
+
+    def sampler(*p: Tensor) -> Tensor:
+        d = family(*p, validate_args=False)
+        return d.rsample(shape) if d.has_rsample else d.sample(shape)
+
+    return _Outside.call(marker, sampler, len(shape), *parameters)
 
 
 def _own(family: Callable[..., td.Distribution], *names: str) -> None:
@@ -224,8 +245,14 @@ def _draw_transformed(d: td.TransformedDistribution, shape: _Shape) -> Tensor:
     x = draw(d.base_dist, shape)
     for transform in d.transforms:
         x = transform(x)
-        _forget(transform)
     return x
+
+
+def _forget_draws(fn: Any) -> None:
+    for transform in getattr(fn, "transforms", ()):
+        _forget(transform)
+    if (base := getattr(fn, "base_dist", None)) is not None:
+        _forget_draws(base)
 
 
 def _forget(transform: Any) -> None:

@@ -43,7 +43,7 @@ def first_call(objective: nn.Module, data: tuple[Tensor, ...], settings: Setting
     """Call the objective once so that its parameters exist, and check what it returns; buffers stay as they were."""
     for module in objective.modules():
         if isinstance(module, PyroModule):
-            _make_local(module._pyro_context)
+            make_local(module._pyro_context)
     batch = tuple(values[: settings.batch_size] for values in data)
     buffers = {name: b.detach().clone() for name, b in objective.named_buffers() if not is_lazy(b)}
     with scoped_seed(derive_seed(settings.seed, "first call"), settings.device):
@@ -55,7 +55,7 @@ def first_call(objective: nn.Module, data: tuple[Tensor, ...], settings: Setting
                 # a PyroModule that the objective calls without owning it, made while parameters were global
                 if not isinstance(error.obj, _Context) or error.name != "param_state":
                     raise
-                _make_local(error.obj)
+                make_local(error.obj)
             except NotImplementedError as error:
                 if "local param mode" not in str(error):
                     raise
@@ -79,7 +79,7 @@ def first_call(objective: nn.Module, data: tuple[Tensor, ...], settings: Setting
     return loss.dtype
 
 
-def _make_local(context: Any) -> None:
+def make_local(context: Any) -> None:
     """Give a PyroModule that was made while parameters were global the own store that module-local ones have."""
     if not hasattr(context, "param_state"):
         context.param_state = {"params": {}, "constraints": {}}
