@@ -1,7 +1,9 @@
 """Markov kernels: one file each, one contract (``base.Kernel``), all chains in one program."""
 
 from inference.kernels.adaptive_sghmc import AdaptiveSGHMC
+from inference.kernels.adjusted_mclmc import AdjustedMCLMC
 from inference.kernels.base import Kernel, Noise, StepInputs
+from inference.kernels.chees import ChEES
 from inference.kernels.gibbs import ScaleGibbs
 from inference.kernels.hmc import HMC
 from inference.kernels.nuts import NUTS
@@ -15,6 +17,8 @@ __all__ = [
     "SGHMC",
     "SGLD",
     "AdaptiveSGHMC",
+    "AdjustedMCLMC",
+    "ChEES",
     "CyclicalSchedule",
     "Kernel",
     "Noise",
