@@ -6,6 +6,8 @@ from inference.kernels.base import Kernel, Noise, StepInputs
 from inference.kernels.chees import ChEES
 from inference.kernels.gibbs import ScaleGibbs
 from inference.kernels.hmc import HMC
+from inference.kernels.mclmc import MCLMC
+from inference.kernels.meads import MEADS
 from inference.kernels.nuts import NUTS
 from inference.kernels.schedules import CyclicalSchedule, PolynomialSchedule
 from inference.kernels.sghmc import SGHMC
@@ -13,6 +15,8 @@ from inference.kernels.sgld import SGLD
 
 __all__ = [
     "HMC",
+    "MCLMC",
+    "MEADS",
     "NUTS",
     "SGHMC",
     "SGLD",

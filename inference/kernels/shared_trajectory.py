@@ -310,9 +310,11 @@ class SharedTrajectory(Kernel):
                 length = length * stretch
                 learner = LengthLearner.start(length)
             if self.adapt_step_size:
-                epsilon = self._reasonable_step(
-                    state.position, state.potential, state.gradient, epsilon * stretch, scale, potential
-                )
+                epsilon = average.log_average.exp() * stretch
+                if step == mass_ends(warmup_steps)[0]:  # later the scales change little
+                    epsilon = self._reasonable_step(
+                        state.position, state.potential, state.gradient, epsilon, scale, potential
+                    )
                 average = restarted(epsilon)
         if step == warmup_steps:
             epsilon, length = average.log_average.exp(), learner.log_average.exp()
@@ -416,4 +418,4 @@ class SharedTrajectory(Kernel):
             total, chains = pool((-error).clamp(max=0.0).exp().sum(), torch.full_like(epsilon, float(len(error))))
             return total / chains
 
-        return crossing(acceptance, start, _REASONABLE)
+        return 0.5 * crossing(acceptance, start, _REASONABLE)  # a trajectory needs a smaller one than a single step
