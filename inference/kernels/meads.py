@@ -84,9 +84,9 @@ class MEADS(Kernel):
 
     Where this differs from the paper: statistics are renewed at the end of short windows and not at each step; chains
     stay in their folds; after the warm-up all chains share the averages (of logarithms, and of variances) over its
-    second half, frozen, so that what is kept is drawn by one Markov kernel that leaves the target invariant; and
-    tr(C^2) leaves out each chain's product with itself, without which few chains in many dimensions would always see a
-    large eigenvalue.
+    second half, frozen, so that what is kept is drawn by one Markov kernel that leaves the target invariant; and for
+    the damping tr(C^2) leaves out each chain's product with itself, without which few chains in many dimensions would
+    always see a large eigenvalue (for the step size it stays in: a single chain in a steep place must count).
     """
 
     stochastic: ClassVar[bool] = False
@@ -242,10 +242,12 @@ class MEADS(Kernel):
         whitened = (shifted - mean[fold]) / scale[fold]
         step_size, damping = state.step_size.roll(-1), state.damping.roll(-1)
         if self.adapt_step_size:
-            stiffest = largest_eigenvalue(state.gradient * scale[fold], member)
+            stiffest = largest_eigenvalue(state.gradient * scale[fold], member, own=True)
             step_size = self.step_size_multiplier * stiffest.rsqrt().clamp(max=1.0)
         if self.adapt_damping:
-            damping = torch.maximum(largest_eigenvalue(whitened, member).rsqrt(), 1 / (step * step_size))
+            damping = torch.maximum(
+                largest_eigenvalue(whitened, member, own=False).rsqrt(), 1 / (step * step_size)
+            )
         return state._replace(
             step_size=step_size.roll(1),
             damping=damping.roll(1),
@@ -254,14 +256,15 @@ class MEADS(Kernel):
         )
 
 
-def largest_eigenvalue(x: Tensor, member: Tensor) -> Tensor:
+def largest_eigenvalue(x: Tensor, member: Tensor, *, own: bool) -> Tensor:
     """tr(C^2) / tr(C) for the second moments C of each fold's rows, pooled over processes; at least the mean eigenvalue.
 
-    tr(C^2) is estimated without bias by the mean of (x_i . x_j)^2 over pairs i != j.
+    tr(C^2) is the mean of (x_i . x_j)^2 over pairs of a fold's rows.
 
     Args:
         x: rows ``(chain, dim)``.
         member: 1 where a row belongs to a fold, ``(fold, chain)``.
+        own: whether i = j counts.  With it one outlying row shows; without it tr(C^2) is unbiased.
 
     Returns:
         Tensor: ``(fold,)``.
@@ -273,6 +276,6 @@ def largest_eigenvalue(x: Tensor, member: Tensor) -> Tensor:
         squares = ((member @ (x @ x.T).square()) * member).sum(1)
     else:
         squares = sum_over_ranks(torch.einsum("fc,ci,cj->fij", member, x, x)).square().sum((1, 2))
-    second = (squares - fourth) / (size * (size - 1))
+    second = squares / size.square() if own else (squares - fourth) / (size * (size - 1))
     trace = trace / size
     return torch.maximum(second, trace.square() / dim) / trace
