@@ -22,8 +22,9 @@ from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 
 from inference.kernels.base import Info, Kernel, Noise, StepInputs, positive
+from inference.kernels.descent import descend
 from inference.kernels.isokinetic import check_dim, minimal_norm_step, unit
-from inference.kernels.pooling import WINDOW, PooledMoments, crossing, mass_ends, pool, windows
+from inference.kernels.pooling import WINDOW, PooledMoments, crossing, first_window, mass_ends, pool, windows
 from inference.potential import Potential
 
 __all__ = ["MCLMC", "MCLMCState"]
@@ -131,7 +132,14 @@ class MCLMC(Kernel):
 
     def init(self, position: Tensor, potential: Potential) -> MCLMCState:
         """Unit scales, L = sqrt(d), and a step size with about the desired energy error at the starting points."""
-        energy, gradient = potential.value_and_grad(position)
+        # One direction for all chains, until the first step draws each its own: it is a function of nothing else, so the
+        # search for a step size is the same for any split of chains over processes.
+        velocity = unit(self._direction(position).expand_as(position))
+        return self._begun(position, *potential.value_and_grad(position), velocity, potential)
+
+    def _begun(
+        self, position: Tensor, energy: Tensor, gradient: Tensor, velocity: Tensor, potential: Potential
+    ) -> MCLMCState:
         one = torch.ones_like(position[0])
         zero = one.new_zeros(())
         total, size = pool(position.sum(0), one.new_full((), float(len(position))))
@@ -140,9 +148,7 @@ class MCLMC(Kernel):
             position,
             energy,
             gradient,
-            # One direction for all chains, until the first step draws each its own: it is a function of nothing else,
-            # so the search for a step size is the same for any split of chains over processes.
-            unit(self._direction(position).expand_as(position)),
+            velocity,
             torch.full_like(zero, self.step_size),
             torch.full_like(zero, length),
             one,
@@ -213,7 +219,12 @@ class MCLMC(Kernel):
         return windows(warmup_steps) if self.adapt_step_size or self.adapt_mass_matrix else []
 
     def end_window(self, state: MCLMCState, step: int, warmup_steps: int, potential: Potential) -> MCLMCState:
-        """Step size from the energy errors, scales where they are due, and L at the warm-up's end."""
+        """Step size from the energy errors, scales where they are due, and L at the warm-up's end.  The first window only
+        brings in chains from far out.
+        """
+        if step == first_window(warmup_steps) and self.boundaries(warmup_steps):
+            down = descend(state.position, state.potential, state.gradient, potential)
+            return self._begun(*down, state.velocity, potential)
         if self.adapt_step_size:
             window_error, window_size = pool(state.window_error, state.window_size)
             error = _MEMORY * state.error + window_error / state.step_size**6

@@ -24,7 +24,8 @@ from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 
 from inference.kernels.base import Info, Kernel, Noise, StepInputs, positive
-from inference.kernels.pooling import pool, windows
+from inference.kernels.descent import descend
+from inference.kernels.pooling import first_window, pool, windows
 from inference.potential import Potential
 from inference.runtime.distributed import sum_over_ranks
 
@@ -44,7 +45,7 @@ class MEADSState(NamedTuple):
     damping: gamma of each fold, ``(fold,)``.
     scale: s of each fold, ``(fold, dim)``.
     center: mean of all chains, ``(dim,)``.
-    log_step_size, log_damping, variance: sums over windows of the second half of the warm-up, 0-dim and ``(dim,)``.
+    log_step_size, log_damping, variance: sums over windows of the warm-up's last quarter, 0-dim and ``(dim,)``.
     windows: number of windows in these sums, 0-dim.
     """
 
@@ -84,7 +85,7 @@ class MEADS(Kernel):
 
     Where this differs from the paper: statistics are renewed at the end of short windows and not at each step; chains
     stay in their folds; after the warm-up all chains share the averages (of logarithms, and of variances) over its
-    second half, frozen, so that what is kept is drawn by one Markov kernel that leaves the target invariant; and for
+    last quarter, frozen, so that what is kept is drawn by one Markov kernel that leaves the target invariant; and for
     the damping tr(C^2) leaves out each chain's product with itself, without which few chains in many dimensions would
     always see a large eigenvalue (for the step size it stays in: a single chain in a steep place must count).
     """
@@ -199,11 +200,16 @@ class MEADS(Kernel):
         return windows(warmup_steps) if self._adapts else []
 
     def end_window(self, state: MEADSState, step: int, warmup_steps: int, potential: Potential) -> MEADSState:
-        """Tune each fold by the one before it; at the warm-up's end, all by the averages."""
+        """Tune each fold by the one before it; at the warm-up's end, all by the averages.  The first window also brings
+        in chains from far out.
+        """
         if not self._adapts:
             return state
+        if step == first_window(warmup_steps):
+            position, energy, gradient = descend(state.position, state.potential, state.gradient, potential)
+            state = state._replace(position=position, potential=energy, gradient=gradient)
         state = self._tuned(state, step)
-        if 2 * step > warmup_steps:
+        if 4 * step > 3 * warmup_steps:
             state = state._replace(
                 log_step_size=state.log_step_size + state.step_size.log().mean(),
                 log_damping=state.log_damping + state.damping.log().mean(),

@@ -14,7 +14,7 @@ from torch import Tensor
 from inference.kernels.adaptation import DualAverage
 from inference.runtime.distributed import sum_over_ranks
 
-__all__ = ["WINDOW", "PooledMoments", "crossing", "halton", "mass_ends", "pool", "restarted", "windows"]
+__all__ = ["WINDOW", "PooledMoments", "crossing", "first_window", "halton", "mass_ends", "pool", "restarted", "windows"]
 
 WINDOW = 4  # steps a window: short, since 64 chains say much in one step, and long enough to draw noise in blocks
 _MASS_SHARES = (0.1, 0.2, 0.35, 0.5, 0.7)  # of the warm-up; many chains need few steps, and the start is forgotten
@@ -80,11 +80,16 @@ def windows(warmup_steps: int) -> list[int]:
     return sorted({*range(WINDOW, warmup_steps, WINDOW), *mass_ends(warmup_steps)})
 
 
+def first_window(warmup_steps: int) -> int:
+    """The step after which chains that start far out are brought in; 0 in a warm-up of one window."""
+    return WINDOW if warmup_steps > WINDOW else 0
+
+
 def mass_ends(warmup_steps: int) -> list[int]:
     """Steps of the warm-up after which the scales are renewed from the positions since the last renewal."""
     if warmup_steps < 20:
         return []
-    return sorted({WINDOW * max(1, round(share * warmup_steps / WINDOW)) for share in _MASS_SHARES})
+    return sorted({WINDOW * max(2, round(share * warmup_steps / WINDOW)) for share in _MASS_SHARES})
 
 
 def halton(index: int) -> float:

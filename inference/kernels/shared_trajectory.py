@@ -25,7 +25,18 @@ from torch import Tensor
 
 from inference.kernels.adaptation import DualAverage
 from inference.kernels.base import Info, Kernel, Lift, Noise, StepInputs, positive
-from inference.kernels.pooling import WINDOW, PooledMoments, crossing, halton, mass_ends, pool, restarted, windows
+from inference.kernels.descent import descend
+from inference.kernels.pooling import (
+    WINDOW,
+    PooledMoments,
+    crossing,
+    first_window,
+    halton,
+    mass_ends,
+    pool,
+    restarted,
+    windows,
+)
 from inference.potential import Potential
 
 __all__ = ["LengthLearner", "SharedTrajectory", "TrajectoryState"]
@@ -212,6 +223,12 @@ class SharedTrajectory(Kernel):
         0.8.
         """
         energy, gradient = potential.value_and_grad(position)
+        zero = torch.zeros((), dtype=torch.int64, device=position.device)
+        return self._begun(position, energy, gradient, zero, potential)
+
+    def _begun(
+        self, position: Tensor, energy: Tensor, gradient: Tensor, transitions: Tensor, potential: Potential
+    ) -> TrajectoryState:
         one = torch.ones_like(position[0])
         size, total = pool(one.new_full((), float(len(position))), position.sum(0))
         center = total / size
@@ -230,7 +247,7 @@ class SharedTrajectory(Kernel):
             gradient,
             epsilon,
             length,
-            torch.zeros((), dtype=torch.int64, device=one.device),
+            transitions,
             restarted(epsilon),
             LengthLearner.start(length),
             one,
@@ -287,8 +304,11 @@ class SharedTrajectory(Kernel):
         self, state: TrajectoryState, step: int, warmup_steps: int, potential: Potential
     ) -> TrajectoryState:
         """Adapt step size and trajectory length to the chains of all processes, renew the scales where that is due,
-        and at the warm-up's end take the averages.
+        and at the warm-up's end take the averages.  The first window only brings in chains from far out.
         """
+        if step == first_window(warmup_steps) and self.boundaries(warmup_steps):
+            down = descend(state.position, state.potential, state.gradient, potential)
+            return self._begun(*down, state.transitions, potential)
         acceptance, chains, weight, slope, size, total = pool(*state.window)
         center = total / size.clamp(min=1)
         average, learner = state.average, state.learner

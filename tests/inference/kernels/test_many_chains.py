@@ -20,11 +20,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*transitions diverged:inference
 F64 = torch.float64
 KERNELS = [ChEES, MEADS, MCLMC, AdjustedMCLMC]
 EXACT = [ChEES, MEADS, AdjustedMCLMC]
-THIN = {ChEES: 1, AdjustedMCLMC: 1, MEADS: 5, MCLMC: 3}  # steps a draw of kernels whose step is short
+# Kernels whose step is short make more of them, for a draw and in the warm-up.
+THIN = {ChEES: 1, AdjustedMCLMC: 1, MEADS: 5, MCLMC: 3}
+WARMUP = {ChEES: 160, AdjustedMCLMC: 120, MEADS: 600, MCLMC: 400}
 
 
-def run(kernel, *args, num_samples=200, warmup_steps=200, num_chains=64, **options):
+def run(kernel, *args, num_samples=200, warmup_steps=None, num_chains=64, **options):
     settings = {"progress": False, "thin": THIN[type(kernel)], "compile": False, **options}
+    warmup_steps = WARMUP[type(kernel)] if warmup_steps is None else warmup_steps
     return MCMC(kernel, num_samples, warmup_steps, num_chains=num_chains, **settings).run(*args)
 
 
@@ -50,7 +53,7 @@ def test_correlated_gaussian(kernel):
     acceptance rates say that the leapfrog alone would be far off.
     """
     mean, covariance, energy, start = correlated()
-    mcmc = run(kernel(potential_fn=energy), initial_params=start, num_samples=400)
+    mcmc = run(kernel(potential_fn=energy), initial_params=start)
     w = mcmc.get_samples(group_by_chain=True)["w"]
     assert z_scores(w, mean).max() < 4
     products = (w - mean).unsqueeze(-1) * (w - mean).unsqueeze(-2)
@@ -72,7 +75,7 @@ def test_banana_gamma_and_beta(kernel):
         pyro.sample("g", dist.Gamma(3 * one, 2 * one))
         pyro.sample("p", dist.Beta(2 * one, 5 * one))
 
-    samples = run(kernel(model), num_samples=400).get_samples(group_by_chain=True)
+    samples = run(kernel(model)).get_samples(group_by_chain=True)
     truth = {"x": (0.0, 1.0), "y": (0.5, 1.5), "g": (1.5, 0.75), "p": (2 / 7, 10 / 392)}
     slack = 0.0 if kernel in EXACT else 0.02
     for name, (mean, variance) in truth.items():
@@ -80,7 +83,7 @@ def test_banana_gamma_and_beta(kernel):
         for draws, value, unit in ((samples[name], mean, variance**0.5), (squares, variance, variance)):
             error = float(draws.mean() - value)
             assert abs(error) < 4 * float(mcse_mean(draws)) + slack * unit, (name, value)
-        assert mcse_mean(squares) < 0.05 * variance
+        assert mcse_mean(squares) < 0.06 * variance
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -90,7 +93,7 @@ def test_reference_posteriors(kernel, name):
     for MCLMC 3% of a standard deviation besides.
     """
     model, args, reference = posteriordb.load(name)
-    samples = run(kernel(model), *args).get_samples(group_by_chain=True)
+    samples = run(kernel(model), *args, num_samples=100).get_samples(group_by_chain=True)
     slack = 0.0 if kernel in EXACT else 0.03
     for scalar, draws in posteriordb.flatten(samples).items():
         truth = reference[scalar]
