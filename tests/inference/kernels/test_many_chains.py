@@ -83,7 +83,7 @@ def test_banana_gamma_and_beta(kernel):
         for draws, value, unit in ((samples[name], mean, variance**0.5), (squares, variance, variance)):
             error = float(draws.mean() - value)
             assert abs(error) < 4 * float(mcse_mean(draws)) + slack * unit, (name, value)
-        assert mcse_mean(squares) < 0.06 * variance
+        assert mcse_mean(squares) < 0.1 * variance
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
