@@ -114,9 +114,7 @@ class MCLMC(Kernel):
     ) -> None:
         self._set_target(model, potential_fn, transforms, max_plate_nesting, init_strategy)
         self.step_size = positive("step_size", step_size)
-        self.trajectory_length = (
-            None if trajectory_length is None else positive("trajectory_length", trajectory_length)
-        )
+        self.trajectory_length = None if trajectory_length is None else positive("trajectory_length", trajectory_length)
         self.adapt_step_size, self.adapt_trajectory_length, self.adapt_mass_matrix = (
             bool(adapt_step_size),
             bool(adapt_trajectory_length),
@@ -132,8 +130,8 @@ class MCLMC(Kernel):
 
     def init(self, position: Tensor, potential: Potential) -> MCLMCState:
         """Unit scales, L = sqrt(d), and a step size with about the desired energy error at the starting points."""
-        # One direction for all chains, until the first step draws each its own: it is a function of nothing else, so the
-        # search for a step size is the same for any split of chains over processes.
+        # One direction for all chains, until the first step draws each its own: it depends on the dimension alone, so
+        # that the search for a step size is the same for any split of chains over processes.
         velocity = unit(self._direction(position).expand_as(position))
         return self._begun(position, *potential.value_and_grad(position), velocity, potential)
 
@@ -219,8 +217,8 @@ class MCLMC(Kernel):
         return windows(warmup_steps) if self.adapt_step_size or self.adapt_mass_matrix else []
 
     def end_window(self, state: MCLMCState, step: int, warmup_steps: int, potential: Potential) -> MCLMCState:
-        """Step size from the energy errors, scales where they are due, and L at the warm-up's end.  The first window only
-        brings in chains from far out.
+        """Step size from the energy errors, scales where they are due, and L at the warm-up's end.  The first window
+        only brings in chains from far out.
         """
         if step == first_window(warmup_steps) and self.boundaries(warmup_steps):
             down = descend(state.position, state.potential, state.gradient, potential)

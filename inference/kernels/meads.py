@@ -251,9 +251,7 @@ class MEADS(Kernel):
             stiffest = largest_eigenvalue(state.gradient * scale[fold], member, own=True)
             step_size = self.step_size_multiplier * stiffest.rsqrt().clamp(max=1.0)
         if self.adapt_damping:
-            damping = torch.maximum(
-                largest_eigenvalue(whitened, member, own=False).rsqrt(), 1 / (step * step_size)
-            )
+            damping = torch.maximum(largest_eigenvalue(whitened, member, own=False).rsqrt(), 1 / (step * step_size))
         return state._replace(
             step_size=step_size.roll(1),
             damping=damping.roll(1),
@@ -263,7 +261,7 @@ class MEADS(Kernel):
 
 
 def largest_eigenvalue(x: Tensor, member: Tensor, *, own: bool) -> Tensor:
-    """tr(C^2) / tr(C) for the second moments C of each fold's rows, pooled over processes; at least the mean eigenvalue.
+    """tr(C^2) / tr(C) for the second moments C of each fold's rows, over all processes; at least the mean eigenvalue.
 
     tr(C^2) is the mean of (x_i . x_j)^2 over pairs of a fold's rows.
 

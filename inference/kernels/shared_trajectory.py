@@ -159,7 +159,6 @@ class SharedTrajectory(Kernel):
 
     stochastic: ClassVar[bool] = False
     harmonic: ClassVar[bool]
-    gradients_per_step: ClassVar[int]
 
     def __init__(
         self,
@@ -180,9 +179,7 @@ class SharedTrajectory(Kernel):
     ) -> None:
         self._set_target(model, potential_fn, transforms, max_plate_nesting, init_strategy)
         self.step_size = positive("step_size", step_size)
-        self.trajectory_length = (
-            None if trajectory_length is None else positive("trajectory_length", trajectory_length)
-        )
+        self.trajectory_length = None if trajectory_length is None else positive("trajectory_length", trajectory_length)
         self.adapt_step_size, self.adapt_trajectory_length, self.adapt_mass_matrix = (
             bool(adapt_step_size),
             bool(adapt_trajectory_length),
@@ -300,9 +297,7 @@ class SharedTrajectory(Kernel):
         adapts = self.adapt_step_size or self.adapt_trajectory_length or self.adapt_mass_matrix
         return windows(warmup_steps) if adapts else []
 
-    def end_window(
-        self, state: TrajectoryState, step: int, warmup_steps: int, potential: Potential
-    ) -> TrajectoryState:
+    def end_window(self, state: TrajectoryState, step: int, warmup_steps: int, potential: Potential) -> TrajectoryState:
         """Adapt step size and trajectory length to the chains of all processes, renew the scales where that is due,
         and at the warm-up's end take the averages.  The first window only brings in chains from far out.
         """

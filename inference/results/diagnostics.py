@@ -34,7 +34,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Summary", "bfmi", "ess_bulk", "ess_mean", "ess_tail", "mcse_mean", "mcse_sd", "rhat", "rhat_nested", "summary"]
+__all__ = [
+    "Summary",
+    "bfmi",
+    "ess_bulk",
+    "ess_mean",
+    "ess_tail",
+    "mcse_mean",
+    "mcse_sd",
+    "rhat",
+    "rhat_nested",
+    "summary",
+]
 
 _MIN_DRAWS = 4  # a half chain needs two draws to have a variance
 _CONSTANT_RANGE = 1e-15  # ArviZ's bound: numpy.finfo(float).resolution

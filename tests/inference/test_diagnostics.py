@@ -9,7 +9,17 @@ import torch
 from scipy import stats
 
 from inference.results import diagnostics
-from inference.results.diagnostics import bfmi, ess_bulk, ess_mean, ess_tail, mcse_mean, mcse_sd, rhat, rhat_nested, summary
+from inference.results.diagnostics import (
+    bfmi,
+    ess_bulk,
+    ess_mean,
+    ess_tail,
+    mcse_mean,
+    mcse_sd,
+    rhat,
+    rhat_nested,
+    summary,
+)
 
 pytestmark = pytest.mark.skipif(
     int(az.__version__.split(".")[0]) >= 1, reason="the reference values are those of ArviZ 0.x"

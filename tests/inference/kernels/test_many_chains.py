@@ -344,5 +344,3 @@ def test_windows_end_before_the_warmup_does():
         ends = pooling.mass_ends(warmup)
         assert all(0 < e < warmup for e in ends) and set(ends) <= set(pooling.windows(warmup))
     assert pooling.mass_ends(200) == [20, 40, 72, 100, 140]
-
-

@@ -53,7 +53,11 @@ FIXED = {"adapt_step_size": False, "adapt_mass_matrix": False}
 @pytest.mark.parametrize(
     ("kernel", "low", "high"),
     [
-        (ChEES(potential_fn=len, step_size=1.2, trajectory_length=4.0, adapt_trajectory_length=False, **FIXED), 0.5, 0.9),
+        (
+            ChEES(potential_fn=len, step_size=1.2, trajectory_length=4.0, adapt_trajectory_length=False, **FIXED),
+            0.5,
+            0.9,
+        ),
         (MEADS(potential_fn=len, step_size=1.2, damping=0.4, adapt_damping=False, **FIXED), 0.4, 0.9),
         (
             AdjustedMCLMC(
@@ -251,3 +255,18 @@ def test_descent_moves_only_who_is_far_out():
     assert torch.equal(position[:5], inside)
     assert potential.value_and_grad(outside)[0].min() > 1e5 and energy[5:].max() < 500
     torch.testing.assert_close(gradient, k * position)
+
+
+def test_mclmc_forgets_its_velocity_over_the_length():
+    """Without forces the velocity keeps exp(-epsilon / L) of itself in a step, up to 1 / d."""
+    kernel = MCLMC(potential_fn=len, step_size=0.3, trajectory_length=2.0, **FIXED)
+    flat = Quadratic([0.0] * 200)
+    state = kernel.init(torch.zeros(512, 200, dtype=F64), flat)
+    generator, first = torch.Generator().manual_seed(0), None
+    for t in range(6):
+        control = {n: torch.tensor(v[0], dtype=F64) for n, v in kernel.controls(t, t + 1, 0).items()}
+        normal = torch.randn(512, 200, generator=generator, dtype=F64)
+        state, _ = kernel.step(state, StepInputs({"normal": normal}, control, {}), flat)
+        first = state.velocity if first is None else first
+    overlap = (first * state.velocity).sum(1).mean()
+    assert float(overlap) == pytest.approx(math.exp(-5 * 0.3 / 2.0), abs=0.015)
