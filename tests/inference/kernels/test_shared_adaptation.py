@@ -162,7 +162,7 @@ def test_chees_finds_the_length_of_the_slowest_direction(stiff):
     whole numbers of them round trajectories up.
     """
     kernel = ChEES(potential_fn=len, step_size=0.1, adapt_step_size=False, adapt_mass_matrix=False)
-    state, _, info = advance(kernel, Quadratic([1.0] * 4 + [stiff] * 4), chains=128, steps=1, warmup=240)
+    state, _, _ = advance(kernel, Quadratic([1.0] * 4 + [stiff] * 4), chains=128, steps=1, warmup=240)
     assert 1.7 < state.trajectory_length < 2.9
     assert float(state.step_size) == pytest.approx(0.1) and (state.scale == 1).all()
 
