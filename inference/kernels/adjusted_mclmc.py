@@ -49,6 +49,7 @@ class AdjustedMCLMC(SharedTrajectory):
     """
 
     harmonic: ClassVar[bool] = False
+    gradients_per_step: ClassVar[int] = 2
 
     def __init__(
         self,

@@ -42,6 +42,7 @@ class ChEES(SharedTrajectory):
     """
 
     harmonic: ClassVar[bool] = True
+    gradients_per_step: ClassVar[int] = 1
 
     def launch(self, normal: Tensor) -> Tensor:
         """Standard normal velocities."""

@@ -13,7 +13,6 @@ after each; m is the mean over all chains in the window before, not among the cu
 in whitened coordinates, where the paper has no mass matrix.
 """
 
-import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 
 from inference.kernels.adaptation import DualAverage
-from inference.kernels.base import Info, Kernel, Lift, Noise, StepInputs, positive
+from inference.kernels.base import Info, Kernel, Lift, Noise, StepInputs, Transition, positive
 from inference.kernels.descent import descend
 from inference.kernels.pooling import (
     WINDOW,
@@ -38,6 +37,7 @@ from inference.kernels.pooling import (
     windows,
 )
 from inference.potential import Potential
+from inference.runtime.streams import Streams
 
 __all__ = ["LengthLearner", "SharedTrajectory", "TrajectoryState"]
 
@@ -117,7 +117,6 @@ class TrajectoryState(NamedTuple):
     gradient: dU/dz, ``(chain, dim)``.
     step_size: epsilon in whitened coordinates, 0-dim, as all that follow.
     trajectory_length: T.
-    transitions: number of transitions made, the place in the Halton sequence.
     average: dual averaging of the step size.
     learner: Adam on T.
     scale: s, ``(dim,)``.
@@ -131,7 +130,6 @@ class TrajectoryState(NamedTuple):
     gradient: Tensor
     step_size: Tensor
     trajectory_length: Tensor
-    transitions: Tensor
     average: DualAverage
     learner: LengthLearner
     scale: Tensor
@@ -159,6 +157,7 @@ class SharedTrajectory(Kernel):
 
     stochastic: ClassVar[bool] = False
     harmonic: ClassVar[bool]
+    gradients_per_step: ClassVar[int]
 
     def __init__(
         self,
@@ -220,12 +219,9 @@ class SharedTrajectory(Kernel):
         0.8.
         """
         energy, gradient = potential.value_and_grad(position)
-        zero = torch.zeros((), dtype=torch.int64, device=position.device)
-        return self._begun(position, energy, gradient, zero, potential)
+        return self._begun(position, energy, gradient, potential)
 
-    def _begun(
-        self, position: Tensor, energy: Tensor, gradient: Tensor, transitions: Tensor, potential: Potential
-    ) -> TrajectoryState:
+    def _begun(self, position: Tensor, energy: Tensor, gradient: Tensor, potential: Potential) -> TrajectoryState:
         one = torch.ones_like(position[0])
         size, total = pool(one.new_full((), float(len(position))), position.sum(0))
         center = total / size
@@ -244,7 +240,6 @@ class SharedTrajectory(Kernel):
             gradient,
             epsilon,
             length,
-            transitions,
             restarted(epsilon),
             LengthLearner.start(length),
             one,
@@ -255,33 +250,40 @@ class SharedTrajectory(Kernel):
 
     def step(self, state: TrajectoryState, inputs: StepInputs, potential: Potential) -> tuple[TrajectoryState, Info]:
         """One transition of all chains."""
-        return self.build(potential, lambda function, calls: function)(state, inputs, self.plan(state))
+        run = self.build(potential, lambda function, calls: function)
+        return run(state, inputs, self._num_steps(self._ratio(state), float(inputs.control["jitter"])))
 
     def build(
         self, potential: Potential, lift: Lift
-    ) -> Callable[[TrajectoryState, StepInputs, Iterator[int]], tuple[TrajectoryState, Info]]:
+    ) -> Callable[[TrajectoryState, StepInputs, int], tuple[TrajectoryState, Info]]:
         """Three graphs: the start of a trajectory, one integrator step, the decision."""
         begin = lift(self._begin, 1)
         move = lift(lambda carry, epsilon, scale: self.integrate(carry, epsilon, scale, potential), 8)
         finish = lift(self._finish, 1)
 
-        def run(state: TrajectoryState, inputs: StepInputs, plan: Iterator[int]) -> tuple[TrajectoryState, Info]:
+        def run(state: TrajectoryState, inputs: StepInputs, num_steps: int) -> tuple[TrajectoryState, Info]:
             carry, before = begin(state, inputs)
-            for _ in range(next(plan)):
+            for _ in range(num_steps):
                 carry = move(carry, state.step_size, state.scale)
             return finish(state, inputs, before, carry)
 
         return run
 
-    def plan(self, state: TrajectoryState) -> Iterator[int]:
-        """The numbers of integrator steps of the coming transitions, one after the other: known beforehand, since the
-        Halton sequence is, from one look at the state.
-        """
-        length, epsilon, transitions = torch.stack(
-            [x.double() for x in (state.trajectory_length, state.step_size, state.transitions)]
-        ).tolist()
-        ratio = length / epsilon
-        return (max(1, min(self.max_steps, math.ceil(halton(t) * ratio))) for t in itertools.count(int(transitions)))
+    def runner(
+        self, potential: Potential, lift: Lift, streams: Streams
+    ) -> Callable[[TrajectoryState, int, int, int], Iterator[Transition]]:
+        """Transitions of as many steps as the Halton sequence has it: known beforehand from one look at the state."""
+        step = self.build(potential, lift)
+
+        def run(state: TrajectoryState, start: int, stop: int, warmup_steps: int) -> Iterator[Transition]:
+            ratio = self._ratio(state)
+            inputs = streams.inputs(stop - start, self.controls(start, stop, warmup_steps))
+            for t, given in zip(range(start, stop), inputs, strict=True):
+                num_steps = self._num_steps(ratio, halton(t))
+                state, info = step(state, given, num_steps)
+                yield Transition(state, info, num_steps * self.gradients_per_step * len(state.position))
+
+        return run
 
     def controls(self, start: int, stop: int, warmup_steps: int) -> dict[str, Sequence[float]]:
         """Whether this transition adapts, its place in the window, its share of the longest trajectory."""
@@ -303,7 +305,7 @@ class SharedTrajectory(Kernel):
         """
         if step == first_window(warmup_steps) and self.boundaries(warmup_steps):
             down = descend(state.position, state.potential, state.gradient, potential)
-            return self._begun(*down, state.transitions, potential)
+            return self._begun(*down, potential)
         acceptance, chains, weight, slope, size, total = pool(*state.window)
         center = total / size.clamp(min=1)
         average, learner = state.average, state.learner
@@ -345,6 +347,13 @@ class SharedTrajectory(Kernel):
         )
 
     # ------------------------------------------------------------------ pieces
+    @staticmethod
+    def _ratio(state: TrajectoryState) -> float:
+        return float(state.trajectory_length / state.step_size)
+
+    def _num_steps(self, ratio: float, jitter: float) -> int:
+        return max(1, min(self.max_steps, math.ceil(jitter * ratio)))
+
     def _begin(self, state: TrajectoryState, inputs: StepInputs) -> tuple[Carry, Tensor]:
         velocity = self.launch(inputs.noise["normal"])
         carry = (state.position, velocity, state.gradient, state.potential, torch.zeros_like(state.potential))
@@ -365,7 +374,6 @@ class SharedTrajectory(Kernel):
             position=position,
             potential=torch.where(accept, energy, state.potential),
             gradient=torch.where(row, gradient, state.gradient),
-            transitions=state.transitions + 1,
             moments=state.moments.update(position, adapting),
             window=self._observe(state, inputs, position, acceptance, z, velocity),
         )

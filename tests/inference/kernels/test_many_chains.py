@@ -246,7 +246,7 @@ def test_no_stray_cpu_tensor_on_an_accelerator(kernel):
         noise = {"normal": torch.empty(8, 3, device=device), "uniform": torch.empty(8, 1, device=device)}
         control = {n: torch.empty((), device=device) for n in sampler.controls(0, 1, 10)}
         move = sampler.build(potential, lambda function, calls: function)
-        state, info = move(state, StepInputs(noise, control, {}), iter([2]))
+        state, info = move(state, StepInputs(noise, control, {}), 2)
         state = sampler.end_window(state, 4, 10, potential)
         leaves = [v for v in state if isinstance(v, torch.Tensor)] + list(info.values())
         assert all(v.device.type == device.type for v in leaves)
