@@ -36,7 +36,7 @@ from inference.kernels.pooling import (
     restarted,
     windows,
 )
-from inference.potential import Potential
+from inference.potential import Potential, Program
 from inference.runtime.streams import Streams
 
 __all__ = ["LengthLearner", "SharedTrajectory", "TrajectoryState"]
@@ -106,8 +106,8 @@ class Window(NamedTuple):
     @classmethod
     def start(cls, like: Tensor) -> "Window":
         """Empty sums for positions like ``(dim,)``."""
-        zero = [like.new_zeros(WINDOW if i < 2 else ()) for i in range(5)]
-        return cls(*zero, torch.zeros_like(like))
+        row, zero = like.new_zeros(WINDOW), like.new_zeros(())
+        return cls(row, row.clone(), zero, zero.clone(), zero.clone(), torch.zeros_like(like))
 
 
 class TrajectoryState(NamedTuple):
@@ -250,7 +250,7 @@ class SharedTrajectory(Kernel):
 
     def step(self, state: TrajectoryState, inputs: StepInputs, potential: Potential) -> tuple[TrajectoryState, Info]:
         """One transition of all chains."""
-        run = self.build(potential, lambda function, calls: function)
+        run = self.build(potential, lambda function, calls: Program(function, record=False))
         return run(state, inputs, self._num_steps(self._ratio(state), float(inputs.control["jitter"])))
 
     def build(

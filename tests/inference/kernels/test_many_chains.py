@@ -11,6 +11,7 @@ from inference import MCMC
 from inference.kernels import MCLMC, MEADS, AdjustedMCLMC, ChEES, pooling
 from inference.kernels import meads as meads_module
 from inference.kernels.base import StepInputs
+from inference.potential import Program
 from inference.results.diagnostics import mcse_mean
 from tests.accelerator import fake_accelerator
 from tests.inference import posteriordb, zoo
@@ -245,7 +246,7 @@ def test_no_stray_cpu_tensor_on_an_accelerator(kernel):
         state = sampler.init(torch.empty(8, 3, device=device), potential)
         noise = {"normal": torch.empty(8, 3, device=device), "uniform": torch.empty(8, 1, device=device)}
         control = {n: torch.empty((), device=device) for n in sampler.controls(0, 1, 10)}
-        move = sampler.build(potential, lambda function, calls: function)
+        move = sampler.build(potential, lambda function, calls: Program(function, record=False))
         state, info = move(state, StepInputs(noise, control, {}), 2)
         state = sampler.end_window(state, 4, 10, potential)
         leaves = [v for v in state if isinstance(v, torch.Tensor)] + list(info.values())
