@@ -24,7 +24,7 @@ from torch import Tensor
 from inference.kernels.base import Info, Kernel, Noise, StepInputs, positive
 from inference.kernels.descent import descend
 from inference.kernels.isokinetic import check_dim, minimal_norm_step, unit
-from inference.kernels.pooling import WINDOW, PooledMoments, crossing, first_window, mass_ends, pool, windows
+from inference.kernels.pooling import WINDOW, PooledMoments, crossing, direction, first_window, mass_ends, pool, windows
 from inference.potential import Potential
 
 __all__ = ["MCLMC", "MCLMCState"]
@@ -130,9 +130,8 @@ class MCLMC(Kernel):
 
     def init(self, position: Tensor, potential: Potential) -> MCLMCState:
         """Unit scales, L = sqrt(d), and a step size with about the desired energy error at the starting points."""
-        # One direction for all chains, until the first step draws each its own: it depends on the dimension alone, so
-        # that the search for a step size is the same for any split of chains over processes.
-        velocity = unit(self._direction(position).expand_as(position))
+        # One direction for all chains, until the first step draws each its own.
+        velocity = unit(direction(position))
         return self._begun(position, *potential.value_and_grad(position), velocity, potential)
 
     def _begun(
@@ -241,11 +240,6 @@ class MCLMC(Kernel):
 
     # ------------------------------------------------------------------ adaptation
     @staticmethod
-    def _direction(position: Tensor) -> Tensor:
-        noise = torch.Generator(device=position.device).manual_seed(0)
-        return torch.randn(position.shape[1], generator=noise, dtype=position.dtype, device=position.device)
-
-    @staticmethod
     def _stage(warmup_steps: int) -> tuple[int, int]:
         """First step of the warm-up's last stage, whose scales are final, and its steps per lag."""
         ends = mass_ends(warmup_steps)
@@ -283,11 +277,11 @@ class MCLMC(Kernel):
 
     def _with_reasonable_step(self, state: MCLMCState, potential: Potential) -> MCLMCState:
         dim = state.position.shape[1]
-        direction = unit(self._direction(state.position).expand_as(state.position))
+        velocity = unit(direction(state.position))
 
         def score(epsilon: Tensor) -> Tensor:
             _, _, _, energy, work = minimal_norm_step(
-                state.position, direction, state.gradient, epsilon, state.scale, potential
+                state.position, velocity, state.gradient, epsilon, state.scale, potential
             )
             squared = (energy - state.potential + work).square() / dim
             total, size = pool(

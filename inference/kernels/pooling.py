@@ -14,7 +14,7 @@ from torch import Tensor
 from inference.kernels.adaptation import DualAverage
 from inference.runtime.distributed import sum_over_ranks
 
-__all__ = ["WINDOW", "PooledMoments", "crossing", "first_window", "halton", "mass_ends", "pool", "restarted", "windows"]
+__all__ = ["WINDOW", "PooledMoments", "crossing", "direction", "first_window", "halton", "mass_ends", "pool", "restarted", "windows"]
 
 WINDOW = 4  # steps a window: short, since 64 chains say much in one step, and long enough to draw noise in blocks
 _MASS_SHARES = (0.1, 0.2, 0.35, 0.5, 0.7)  # of the warm-up; many chains need few steps, and the start is forgotten
@@ -108,6 +108,16 @@ def restarted(step_size: Tensor) -> DualAverage:
     first windows far too bold.
     """
     return DualAverage.start(step_size)._replace(center=step_size.log())
+
+
+def direction(position: Tensor) -> Tensor:
+    """Standard normals like ``position``, ``(chain, dim)``, the same in every row.
+
+    They depend on the dimension alone, so that a search for a step size needs no chain's index and gives the same for
+    any split of chains over processes, and on any device.
+    """
+    row = torch.randn(position.shape[1], generator=torch.Generator().manual_seed(0), dtype=position.dtype)
+    return row.to(position.device).expand_as(position)
 
 
 def crossing(score: Callable[[Tensor], Tensor], start: Tensor, level: float) -> Tensor:

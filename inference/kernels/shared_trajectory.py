@@ -29,6 +29,7 @@ from inference.kernels.pooling import (
     WINDOW,
     PooledMoments,
     crossing,
+    direction,
     first_window,
     halton,
     mass_ends,
@@ -425,13 +426,8 @@ class SharedTrajectory(Kernel):
         scale: Tensor,
         potential: Potential,
     ) -> Tensor:
-        """The step size at which the mean acceptance of one step, over all chains of all processes, crosses 0.8.
-
-        All chains start in one direction, which is a function of the dimension alone: ranks need no chain's index.
-        """
-        noise = torch.Generator(device=position.device).manual_seed(0)
-        normal = torch.randn(position.shape[1], generator=noise, dtype=position.dtype, device=position.device)
-        velocity = self.launch(normal.expand_as(position))
+        """Half the step size at which the mean acceptance of one step, over all chains of all processes, crosses 0.8."""
+        velocity = self.launch(direction(position))
         before = energy + self.kinetic(velocity)
         carry = (position, velocity, gradient, energy, torch.zeros_like(energy))
 
