@@ -14,7 +14,18 @@ from torch import Tensor
 from inference.kernels.adaptation import DualAverage
 from inference.runtime.distributed import sum_over_ranks
 
-__all__ = ["WINDOW", "PooledMoments", "crossing", "direction", "first_window", "halton", "mass_ends", "pool", "restarted", "windows"]
+__all__ = [
+    "WINDOW",
+    "PooledMoments",
+    "crossing",
+    "direction",
+    "first_window",
+    "halton",
+    "mass_ends",
+    "pool",
+    "restarted",
+    "windows",
+]
 
 WINDOW = 4  # steps a window: short, since 64 chains say much in one step, and long enough to draw noise in blocks
 _MASS_SHARES = (0.1, 0.2, 0.35, 0.5, 0.7)  # of the warm-up; many chains need few steps, and the start is forgotten

@@ -426,7 +426,7 @@ class SharedTrajectory(Kernel):
         scale: Tensor,
         potential: Potential,
     ) -> Tensor:
-        """Half the step size at which the mean acceptance of one step, over all chains of all processes, crosses 0.8."""
+        """Half the step size at which the mean acceptance of one step, over all processes, crosses 0.8."""
         velocity = self.launch(direction(position))
         before = energy + self.kinetic(velocity)
         carry = (position, velocity, gradient, energy, torch.zeros_like(energy))
