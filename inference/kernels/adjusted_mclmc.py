@@ -7,7 +7,7 @@ Each transition draws a velocity uniformly from the unit sphere, makes L_t steps
     W = U(z') - U(z) + sum over kicks of (d - 1) log(cosh delta + c sinh delta)
 
 is the energy error: the sum is minus the logarithm of the change of volume of the way, so that this is the
-Metropolis-Hastings ratio of a deterministic, reversible map (equation 10 of the paper's section 3).
+Metropolis-Hastings ratio of a deterministic, reversible map.
 """
 
 import math

@@ -80,7 +80,7 @@ def rhat(x: Tensor) -> Tensor:
 
 
 def rhat_nested(x: Tensor, superchains: int | Sequence[int] | Tensor) -> Tensor:
-    """Nested R-hat, for many chains too short for R-hat itself (Margossian et al. 2024, section 3).
+    """Nested R-hat, for many chains too short for R-hat itself (Margossian et al. 2024).
 
     Chains that start at one point form a superchain.  With K superchains of M chains of N draws, B the variance of the
     superchains' means, and W the mean over superchains of the variance of their chains' means plus the mean variance
