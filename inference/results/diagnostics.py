@@ -27,14 +27,25 @@ References:
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Summary", "bfmi", "ess_bulk", "ess_mean", "ess_tail", "mcse_mean", "mcse_sd", "rhat", "summary"]
+__all__ = [
+    "Summary",
+    "bfmi",
+    "ess_bulk",
+    "ess_mean",
+    "ess_tail",
+    "mcse_mean",
+    "mcse_sd",
+    "rhat",
+    "rhat_nested",
+    "summary",
+]
 
 _MIN_DRAWS = 4  # a half chain needs two draws to have a variance
 _CONSTANT_RANGE = 1e-15  # ArviZ's bound: numpy.finfo(float).resolution
@@ -66,6 +77,66 @@ def rhat(x: Tensor) -> Tensor:
         return (_rhat(split, *_ranks_and_median(split)),)
 
     return _over_blocks(statistic, x)[0]
+
+
+def rhat_nested(x: Tensor, superchains: int | Sequence[int] | Tensor) -> Tensor:
+    """Nested R-hat, for many chains too short for R-hat itself (Margossian et al. 2024).
+
+    Chains that start at one point form a superchain.  With K superchains of M chains of N draws, B the variance of the
+    superchains' means, and W the mean over superchains of the variance of their chains' means plus the mean variance
+    within their chains,
+
+        nested R-hat = sqrt(1 + B / W)
+
+    It is at least 1.  Even of chains that have converged it is about ``sqrt(1 + 1 / M)`` for N = 1, so M bounds what it
+    can certify.  The draws are used as they are, without ranks or splits.
+
+    Args:
+        x: draws ``(chain, draw, *event)``, any real dtype; one draw a chain will do if superchains have two chains.
+        superchains: their number, if they are runs of consecutive chains of equal length, or each chain's superchain,
+            ``(chain,)`` integers.
+
+    Returns:
+        Tensor: float64 ``(*event)``; NaN for a scalar with a draw that is not finite or that is constant, infinite
+        where only the superchains differ.
+
+    Raises:
+        TypeError: ``x`` is not a real tensor.
+        ValueError: fewer than two superchains, of unequal sizes, or of a single draw each.
+
+    References:
+        Margossian, Hoffman, Sountsov, Riou-Durand, Vehtari, Gelman, Nested R-hat: assessing the convergence of Markov
+        chain Monte Carlo when running many short chains, Bayesian Analysis, 2024 (arXiv:2110.13017).
+    """
+    if not isinstance(x, Tensor) or x.is_complex():
+        raise TypeError(f"x must be a real tensor (chain, draw, ...), got {type(x).__name__}")
+    if x.ndim < 2 or not x.shape[0] or not x.shape[1]:
+        raise ValueError(f"x must be (chain, draw, ...) with at least one draw, got shape {tuple(x.shape)}")
+    chains = len(x)
+    if isinstance(superchains, int):
+        if isinstance(superchains, bool) or superchains < 1 or chains % superchains:
+            raise ValueError(f"superchains must divide the number of chains, {chains}; got {superchains!r}")
+        ids = torch.arange(chains) // (chains // superchains)
+    else:
+        ids = torch.as_tensor(superchains).cpu()
+        if ids.shape != (chains,) or ids.is_floating_point():
+            raise ValueError(f"superchains must be a number or {chains} integers, one a chain; got {tuple(ids.shape)}")
+    _, sizes = ids.unique(return_counts=True)
+    if len(sizes) < 2 or (sizes != sizes[0]).any():
+        raise ValueError(f"nested R-hat needs two or more superchains of one size; got sizes {sizes.tolist()}")
+    members, draws = int(sizes[0]), x.shape[1]
+    if members * draws < 2:
+        raise ValueError("a superchain needs two draws: of one chain, or one draw each of two chains")
+    values = x.detach().to(torch.float64)
+    values = values - values[:1, :1]  # makes the variances of a constant exactly 0
+    nested = values[ids.argsort(stable=True).to(x.device)].unflatten(0, (-1, members))
+    chain_mean = nested.mean(2)
+    within = nested.var(2).mean(1) if draws > 1 else torch.zeros_like(chain_mean[:, 0])
+    if members > 1:
+        within = within + chain_mean.var(1)
+    between = chain_mean.mean(1).var(0)
+    result = (1 + between / within.mean(0)).sqrt()
+    return torch.where(torch.isfinite(x.detach()).all(0).all(0), result, torch.nan)
 
 
 def ess_bulk(x: Tensor) -> Tensor:

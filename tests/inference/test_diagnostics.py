@@ -9,7 +9,17 @@ import torch
 from scipy import stats
 
 from inference.results import diagnostics
-from inference.results.diagnostics import bfmi, ess_bulk, ess_mean, ess_tail, mcse_mean, mcse_sd, rhat, summary
+from inference.results.diagnostics import (
+    bfmi,
+    ess_bulk,
+    ess_mean,
+    ess_tail,
+    mcse_mean,
+    mcse_sd,
+    rhat,
+    rhat_nested,
+    summary,
+)
 
 pytestmark = pytest.mark.skipif(
     int(az.__version__.split(".")[0]) >= 1, reason="the reference values are those of ArviZ 0.x"
@@ -286,3 +296,73 @@ def test_summary_refuses_bad_input():
         summary({"x": x, "y": torch.zeros(2, 9, 3)})
     with pytest.raises(ValueError, match=r"samples\['y'\] must be"):
         summary({"x": x, "y": torch.zeros(10)})
+
+
+# ---------------------------------------------------------------------- nested R-hat, which ArviZ 0.23 does not have
+def nested_by_hand(x, superchains):
+    """The formula of Margossian et al. (2024), loop by loop."""
+    chains, draws = x.shape
+    members = chains // superchains
+    means, inner = [], []
+    for k in range(superchains):
+        rows = x[k * members : (k + 1) * members]
+        means.append(rows.mean())
+        between = np.var(rows.mean(1), ddof=1) if members > 1 else 0.0
+        within = np.mean([np.var(row, ddof=1) for row in rows]) if draws > 1 else 0.0
+        inner.append(between + within)
+    return math.sqrt(1 + np.var(means, ddof=1) / np.mean(inner))
+
+
+@pytest.mark.parametrize("shape", [(12, 50), (12, 1), (12, 2)])
+@pytest.mark.parametrize("superchains", [2, 4, 6])
+def test_nested_rhat_is_the_formula(shape, superchains):
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((*shape, 2)) + rng.standard_normal(shape[0])[:, None, None]
+    result = rhat_nested(torch.tensor(x), superchains)
+    for i in range(2):
+        assert float(result[i]) == pytest.approx(nested_by_hand(x[..., i], superchains), rel=1e-12)
+    order = rng.permutation(shape[0])
+    ids = np.repeat(np.arange(superchains), shape[0] // superchains)
+    shuffled = rhat_nested(torch.tensor(x[order]), torch.tensor(ids[order]))
+    torch.testing.assert_close(shuffled, result, rtol=1e-12, atol=0)
+
+
+def test_nested_rhat_limits():
+    """One chain a superchain is R-hat without its factor (n - 1) / n; one draw of M chains tends to sqrt(1 + 1 / M);
+    superchains that have not mixed are far above 1.
+    """
+    rng = np.random.default_rng(6)
+    x = torch.tensor(rng.standard_normal((8, 100)))
+    plain = az.rhat(x.numpy(), method="identity")
+    assert float(rhat_nested(x, 8)) ** 2 == pytest.approx(plain**2 + 1 / 100, rel=1e-10)
+    single = torch.tensor(rng.standard_normal((4000, 1)))
+    assert float(rhat_nested(single, 400)) == pytest.approx(math.sqrt(1 + 1 / 10), abs=0.01)
+    apart = single + 5 * torch.arange(400).repeat_interleave(10)[:, None]
+    assert rhat_nested(apart, 400) > 100
+
+
+def test_nested_rhat_where_it_is_undefined():
+    x = torch.zeros(4, 3, 4, dtype=torch.float64)
+    x[..., 0] = 7.1
+    x[2:, :, 1] = 1.0
+    x[..., 2:] = torch.rand(4, 3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[0, 0, 2] = torch.inf
+    result = rhat_nested(x, 2)
+    assert result[0].isnan() and result[1] == torch.inf and result[2].isnan() and result[3] > 1
+
+
+@pytest.mark.parametrize(
+    ("x", "superchains", "error", "message"),
+    [
+        ([1.0], 2, TypeError, "real tensor"),
+        (torch.zeros(4), 2, ValueError, "chain, draw"),
+        (torch.zeros(4, 5), 3, ValueError, "divide the number of chains, 4"),
+        (torch.zeros(4, 5), 1, ValueError, "two or more superchains"),
+        (torch.zeros(4, 5), [0, 0, 0, 1], ValueError, "sizes .3, 1."),
+        (torch.zeros(4, 5), [0, 1], ValueError, "4 integers"),
+        (torch.zeros(4, 1), 4, ValueError, "two draws"),
+    ],
+)
+def test_nested_rhat_names_bad_arguments(x, superchains, error, message):
+    with pytest.raises(error, match=message):
+        rhat_nested(x, superchains)
