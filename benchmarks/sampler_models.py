@@ -89,5 +89,10 @@ def _write(name: str, sample: Any, plate: Any, deterministic: Any, dist: Any, xp
         with plate("data", 100):
             sample("y", dist.Normal(f, sigma), obs=y)
 
-    texts = {"eight schools": eight_schools, "logistic 1000x10": logistic, "radon": radon, "small network": network}
+    texts: dict[str, Model] = {
+        "eight schools": eight_schools,
+        "logistic 1000x10": logistic,
+        "radon": radon,
+        "small network": network,
+    }
     return texts[name]

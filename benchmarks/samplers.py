@@ -186,9 +186,7 @@ def nutpie_nuts(model: str, chains: int, warmup: int, draws: int) -> Callable[[i
         [np.dtype("float64")],
         [(len(first),)],
         ["z"],
-        coords=None,
-        dims=None,
-        initial_mean=np.zeros(len(first)),
+        make_initial_point_fn=lambda seed: np.random.default_rng(seed).uniform(-2, 2, len(first)),
     )
 
     def run(seed: int) -> Draws:

@@ -1,37 +1,78 @@
-"""Engines for any Pyro model: log-densities captured as graphs, samplers, one optimisation loop, predictive,
+"""Engines for any Pyro model: log-densities captured as graphs, samplers, one optimisation loop, evidence, predictive,
 diagnostics.
 """
 
-from inference._errors import CaptureWarning, CheckpointError, NonFiniteError, SamplerWarning
+from inference._errors import CaptureWarning, CheckpointError, CurvatureError, NonFiniteError, SamplerWarning
 from inference.fit import FitResult, fit
-from inference.kernels import HMC, NUTS, SGHMC, SGLD, AdaptiveSGHMC, CyclicalSchedule, PolynomialSchedule, ScaleGibbs
+from inference.kernels import (
+    HMC,
+    MCLMC,
+    MEADS,
+    NUTS,
+    SGHMC,
+    SGLD,
+    AdaptiveSGHMC,
+    AdjustedMCLMC,
+    ChEES,
+    CyclicalSchedule,
+    ParallelTempering,
+    PolynomialSchedule,
+    ScaleGibbs,
+)
+from inference.laplace import ImportanceEstimate, Laplace, LaplaceResult
+from inference.log_partition import ais, ais_sandwich, annealed_log_weights, bridge_sampling, importance
 from inference.mcmc import MCMC
-from inference.results.diagnostics import summary
+from inference.objectives.elbo import ELBO, BoundEstimate
+from inference.potential import TemperedFunction, TemperedPotential
+from inference.results.diagnostics import rhat_nested, summary
+from inference.results.evidence import LogPartition
 from inference.results.export import to_arviz
 from inference.results.predictive import Predictive, log_likelihood
 from inference.runtime.stopping import Stop
+from inference.smc import SMC
 from inference.streaming import StreamingMCMC
 
 __all__ = [
+    "ELBO",
     "HMC",
+    "MCLMC",
     "MCMC",
+    "MEADS",
     "NUTS",
     "SGHMC",
     "SGLD",
+    "SMC",
     "AdaptiveSGHMC",
+    "AdjustedMCLMC",
+    "BoundEstimate",
     "CaptureWarning",
+    "ChEES",
     "CheckpointError",
+    "CurvatureError",
     "CyclicalSchedule",
     "FitResult",
+    "ImportanceEstimate",
+    "Laplace",
+    "LaplaceResult",
+    "LogPartition",
     "NonFiniteError",
+    "ParallelTempering",
     "PolynomialSchedule",
     "Predictive",
     "SamplerWarning",
     "ScaleGibbs",
     "Stop",
     "StreamingMCMC",
+    "TemperedFunction",
+    "TemperedPotential",
+    "ais",
+    "ais_sandwich",
+    "annealed_log_weights",
+    "bridge_sampling",
     "fit",
+    "importance",
     "log_likelihood",
+    "rhat_nested",
     "summary",
     "to_arviz",
 ]

@@ -13,7 +13,7 @@ tree, so that a short tree never waits for a long one.
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from pyro.infer.autoguide.initialization import init_to_uniform
@@ -52,19 +52,40 @@ class NUTSState(NamedTuple):
     mass_factor: Tensor
 
 
+class End(NamedTuple):
+    """One end of a trajectory: position, whitened momentum and gradient, each ``(chain, dim)``."""
+
+    z: Tensor
+    p: Tensor
+    gradient: Tensor
+
+
+class Point(NamedTuple):
+    """A point that may become a draw: position and gradient ``(chain, dim)``, U and H ``(chain,)``."""
+
+    z: Tensor
+    gradient: Tensor
+    energy: Tensor
+    h: Tensor
+
+
 class Tree(NamedTuple):
     """Where each chain is in its block of transitions and in its present tree; ``(chain,)`` unless said.
 
     Attributes:
         clock: ticks since uniforms were last drawn, 0-dim.
         drawn: transitions completed.
-        left, right: the trajectory's ends, z, p and gradient, ``(3, chain, dim)``.
-        chosen: z and gradient of the tree's draw so far, ``(2, chain, dim)``; between trees, the chain's state.
-        offered: the same of the subtree that is growing.
-        rho, grown: sums of the momenta of the tree and of the subtree, ``(2, chain, dim)`` as one.
-        first: p and rho where each level's open subtree began, ``(2, chain, level, dim)``.
-        scalars: U and H of the chosen point, of the offered point; log weights of tree and subtree; H at the start;
-            sum of acceptance probabilities; step size; direction, ``(10, chain)``.
+        left, right: the trajectory's ends.
+        chosen: the tree's draw so far; between trees, the chain's state.
+        offered: the draw of the subtree that is growing.
+        rho, grown: sums of the momenta of the tree and of the subtree, ``(chain, dim)``.
+        p_first, rho_first: momentum, and sum of the subtree's momenta, where each level's open subtree began,
+            ``(chain, level, dim)``.
+        weight, grown_weight: log weights of the tree and of the subtree.
+        h_start: H at the trajectory's start.
+        accepted: sum of the acceptance probabilities of the trajectory's points.
+        step: step size of this trajectory.
+        direction: 1 forwards in time, -1 backwards.
         depth: doublings made.
         leaf: points in the subtree.
         leaves: points in the trajectory besides its start.
@@ -75,18 +96,28 @@ class Tree(NamedTuple):
 
     clock: Tensor
     drawn: Tensor
-    left: Tensor
-    right: Tensor
-    chosen: Tensor
-    offered: Tensor
-    sums: Tensor
-    first: Tensor
-    scalars: Tensor
+    left: End
+    right: End
+    chosen: Point
+    offered: Point
+    rho: Tensor
+    grown: Tensor
+    p_first: Tensor
+    rho_first: Tensor
+    weight: Tensor
+    grown_weight: Tensor
+    h_start: Tensor
+    accepted: Tensor
+    step: Tensor
+    direction: Tensor
     depth: Tensor
     leaf: Tensor
     leaves: Tensor
     average: DualAverage
     kept: Tensor
+
+
+_Group = TypeVar("_Group", End, Point, DualAverage)
 
 
 class NUTS(Hamiltonian):
@@ -211,31 +242,34 @@ class NUTS(Hamiltonian):
             remaining = length - int(tree.drawn.min())
         dim = position.shape[1]
         positions, records = tree.kept[:length, :, :dim], tree.kept[:length, :, dim:]
-        ends = (tree.chosen[0].clone(), tree.scalars[0].clone(), tree.chosen[1].clone())
+        ends = (tree.chosen.z, tree.chosen.energy, tree.chosen.gradient)
         return tree.average, positions, ends, records
 
     def _first_tree(self, state: NUTSState, p: Tensor, uniform: Tensor, adapting: bool) -> Tree:
         z, gradient, energy = state.position, state.gradient, state.potential
         chains, dim = z.shape
         drawn, depth, leaf, leaves = torch.zeros((4, chains), dtype=torch.int64, device=z.device)
-        end = torch.stack([z, p, gradient])
-        here = torch.stack([z, gradient])
-        before = energy + 0.5 * p.square().sum(1)
-        none = torch.zeros_like(energy)
         average = DualAverage(*(x.clone() for x in state.average))
-        step = self._bounded(average.log_step if adapting else average.log_average)
-        direction = torch.where(uniform < 0.5, -1.0, 1.0).to(z.dtype)
-        scalars = torch.stack([energy, before, energy, before, none, none, before, none, step, direction])
+        before = energy + 0.5 * p.square().sum(1)
+        # Each its own tensor: the program writes into them.
+        levels = (chains, self.max_tree_depth, dim)
         return Tree(
             clock=torch.ones((), dtype=torch.int64, device=z.device),
             drawn=drawn,
-            left=end,
-            right=end.clone(),
-            chosen=here,
-            offered=here.clone(),
-            sums=torch.stack([p, torch.zeros_like(p)]),
-            first=z.new_zeros((2, chains, self.max_tree_depth, dim)),
-            scalars=scalars,
+            left=End(z.clone(), p.clone(), gradient.clone()),
+            right=End(z.clone(), p.clone(), gradient.clone()),
+            chosen=Point(z.clone(), gradient.clone(), energy.clone(), before.clone()),
+            offered=Point(z.clone(), gradient.clone(), energy.clone(), before.clone()),
+            rho=p.clone(),
+            grown=torch.zeros_like(p),
+            p_first=z.new_zeros(levels),
+            rho_first=z.new_zeros(levels),
+            weight=torch.zeros_like(energy),
+            grown_weight=torch.zeros_like(energy),
+            h_start=before,
+            accepted=torch.zeros_like(energy),
+            step=self._bounded(average.log_step if adapting else average.log_average),
+            direction=torch.where(uniform < 0.5, -1.0, 1.0).to(z.dtype),
             depth=depth,
             leaf=leaf,
             leaves=leaves,
@@ -267,105 +301,82 @@ class NUTS(Hamiltonian):
             warm: 1 if step sizes adapt, else 0.
         """
         uniform = uniforms.index_select(0, tree.clock[None])[0]
-        u_chosen, h_chosen, u_offered, h_offered, weight, grown_weight, h_start, accepted, step, direction = (
-            tree.scalars.unbind(0)
-        )
-        rho, grown = tree.sums.unbind(0)
         active = tree.drawn < length
-        forward = (direction > 0)[:, None]
+        forward = tree.direction > 0
 
         # The leapfrog step, from the end that the direction names.
-        z, p, gradient = torch.where(forward, tree.right, tree.left).unbind(0)
-        z, p, gradient, energy = leapfrog(z, p, gradient, (step * direction)[:, None], factor, potential)
+        z, p, gradient = _where(forward, tree.right, tree.left)
+        signed = (tree.step * tree.direction)[:, None]
+        z, p, gradient, energy = leapfrog(z, p, gradient, signed, factor, potential)
         h = energy + 0.5 * p.square().sum(1)
-        error = torch.nan_to_num(h - h_start, nan=torch.inf, posinf=torch.inf)
+        error = torch.nan_to_num(h - tree.h_start, nan=torch.inf, posinf=torch.inf)
         diverging = error > DIVERGENCE
-        accepted = accepted + (-error).clamp(max=0.0).exp()
+        accepted = tree.accepted + (-error).clamp(max=0.0).exp()
         leaves = tree.leaves + 1
 
         # The subtree: its weight, its draw, the sum of its momenta.
         opening = tree.leaf == 0
-        grown_weight = torch.where(opening, -error, torch.logaddexp(grown_weight, -error))
+        grown_weight = torch.where(opening, -error, torch.logaddexp(tree.grown_weight, -error))
         take = opening | (uniform[:, 0] < (-error - grown_weight).exp())
-        grown = torch.where(opening[:, None], p, grown + p)
-        offered = torch.where(take[:, None], torch.stack([z, gradient]), tree.offered)
-        u_offered, h_offered = torch.where(take, energy, u_offered), torch.where(take, h, h_offered)
-        turning, first = self._turning_within(tree, p, grown)
+        grown = torch.where(opening[:, None], p, tree.grown + p)
+        offered = _where(take, Point(z, gradient, energy, h), tree.offered)
+        turning, p_first, rho_first = self._turning_within(tree, p, grown)
 
         # The subtree is complete, or of no use.
         complete = tree.leaf + 1 == torch.ones_like(tree.depth) << tree.depth
         good = complete & ~turning & ~diverging
         closing = complete | turning | diverging
-        move = good & (uniform[:, 1] < (grown_weight - weight).exp())
-        chosen = torch.where(move[:, None], offered, tree.chosen)
-        u_chosen, h_chosen = torch.where(move, u_offered, u_chosen), torch.where(move, h_offered, h_chosen)
-        weight = torch.where(good, torch.logaddexp(weight, grown_weight), weight)
-        rho = torch.where(good[:, None], rho + grown, rho)
+        move = good & (uniform[:, 1] < (grown_weight - tree.weight).exp())
+        chosen = _where(move & active, offered, tree.chosen)
+        weight = torch.where(good, torch.logaddexp(tree.weight, grown_weight), tree.weight)
+        rho = torch.where(good[:, None], tree.rho + grown, tree.rho)
         depth = tree.depth + good
-        end = torch.stack([z, p, gradient])
-        left, right = torch.where(forward, tree.left, end), torch.where(forward, end, tree.right)
-        turned = _is_turning(left[1], right[1], rho)
-        stop = closing & (~good | turned | (depth == self.max_tree_depth))
+        end = End(z, p, gradient)
+        left, right = _where(forward, tree.left, end), _where(forward, end, tree.right)
+        stop = closing & (~good | _is_turning(left.p, right.p, rho) | (depth == self.max_tree_depth))
 
         # The transition is complete: record it, adapt, and start the next one.
         finished = stop & active
         acceptance = accepted / leaves
-        record = torch.cat(
-            [
-                chosen[0],
-                torch.stack([u_chosen, h_chosen, acceptance, diverging.to(z.dtype), depth.to(z.dtype)], dim=1),
-                torch.stack([leaves.to(z.dtype), step], dim=1),
-            ],
-            dim=1,
-        )
+        columns = [chosen.energy, chosen.h, acceptance, diverging.to(z.dtype), depth.to(z.dtype), leaves.to(z.dtype)]
+        record = torch.cat([chosen.z, torch.stack([*columns, tree.step], dim=1)], dim=1)
         chains = torch.arange(len(record), device=record.device)
         slot = torch.where(finished, tree.drawn, len(tree.kept) - 1)
         adapted = tree.average.update(acceptance, self.target_accept_prob)
-        average = DualAverage(
-            *(torch.where(finished & (warm > 0), a, b) for a, b in zip(adapted, tree.average, strict=True))
-        )
+        average = _where(finished & (warm > 0), adapted, tree.average)
         drawn = tree.drawn + finished
         row = drawn.clamp(max=momenta.shape[0] - 1)
         p_next = momenta.gather(0, row[None, :, None].expand(1, -1, momenta.shape[2]))[0]
-        h_next = u_chosen + 0.5 * p_next.square().sum(1)
+        h_next = chosen.energy + 0.5 * p_next.square().sum(1)
         step_next = self._bounded(torch.where(warm > 0, average.log_step, average.log_average))
-        end_next = torch.stack([chosen[0], p_next, chosen[1]])
-        column, none = stop[:, None], torch.zeros_like(weight)
+        start = End(chosen.z, p_next, chosen.gradient)
         turn = torch.where(uniform[:, 2] < 0.5, -1.0, 1.0).to(z.dtype)
-        scalars = torch.stack(
-            [
-                u_chosen,
-                torch.where(stop, h_next, h_chosen),
-                u_offered,
-                h_offered,
-                torch.where(stop, none, weight),
-                grown_weight,
-                torch.where(stop, h_next, h_start),
-                torch.where(stop, none, accepted),
-                torch.where(stop, step_next, step),
-                torch.where(closing, turn, direction),
-            ]
-        )
-        zero = torch.zeros_like(depth)
+        nothing, zero = torch.zeros_like(weight), torch.zeros_like(depth)
         return Tree(
-            tree.clock + 1,
-            drawn,
-            torch.where(column, end_next, left),
-            torch.where(column, end_next, right),
-            # A chain that has done its block must stay where its last transition left it.
-            torch.where(active[:, None], chosen, tree.chosen),
-            offered,
-            torch.stack([torch.where(column, p_next, rho), grown]),
-            first,
-            torch.where(active, scalars, tree.scalars),
-            torch.where(stop, zero, depth),
-            torch.where(closing, zero, tree.leaf + 1),
-            torch.where(stop, zero, leaves),
-            average,
-            tree.kept.index_put((slot, chains), record),
+            clock=tree.clock + 1,
+            drawn=drawn,
+            left=_where(stop, start, left),
+            right=_where(stop, start, right),
+            chosen=chosen._replace(h=torch.where(stop, h_next, chosen.h)),
+            offered=offered,
+            rho=torch.where(stop[:, None], p_next, rho),
+            grown=grown,
+            p_first=p_first,
+            rho_first=rho_first,
+            weight=torch.where(stop, nothing, weight),
+            grown_weight=grown_weight,
+            h_start=torch.where(stop, h_next, tree.h_start),
+            accepted=torch.where(stop, nothing, accepted),
+            step=torch.where(stop, step_next, tree.step),
+            direction=torch.where(closing, turn, tree.direction),
+            depth=torch.where(stop, zero, depth),
+            leaf=torch.where(closing, zero, tree.leaf + 1),
+            leaves=torch.where(stop, zero, leaves),
+            average=average,
+            kept=tree.kept.index_put((slot, chains), record),
         )
 
-    def _turning_within(self, tree: Tree, p: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]:
+    def _turning_within(self, tree: Tree, p: Tensor, grown: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Whether one of the balanced subtrees that the new point completes turns, and the levels' first momenta.
 
         Point ``n`` of a subtree opens one at level popcount(n / 2) if it is even; if odd it completes as many as its
@@ -378,11 +389,17 @@ class NUTS(Hamiltonian):
         trailing = tree.leaf[:, None] & ((torch.ones_like(levels) << (levels + 1)) - 1)
         completed = (trailing == (torch.ones_like(levels) << (levels + 1)) - 1).sum(1)
         opens = (~odd[:, None] & (levels == top[:, None]))[:, :, None]
-        p_first = torch.where(opens, p[:, None], tree.first[0])
-        rho_first = torch.where(opens, grown[:, None], tree.first[1])
+        p_first = torch.where(opens, p[:, None], tree.p_first)
+        rho_first = torch.where(opens, grown[:, None], tree.rho_first)
         closes = odd[:, None] & (levels <= top[:, None]) & (levels > (top - completed)[:, None])
         turning = _is_turning(p_first, p[:, None], grown[:, None] - rho_first + p_first)
-        return (turning & closes).any(1), torch.stack([p_first, rho_first])
+        return (turning & closes).any(1), p_first, rho_first
+
+
+def _where(condition: Tensor, first: _Group, second: _Group) -> _Group:
+    """Each chain's rows of the one group of tensors or the other."""
+    pairs = zip(first, second, strict=True)
+    return type(first)(*(torch.where(condition if a.dim() == 1 else condition[:, None], a, b) for a, b in pairs))
 
 
 def _rows(dim: int) -> int:

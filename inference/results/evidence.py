@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from inference.results.diagnostics import ess_mean
+from inference.results.pareto import pareto_k
 
-__all__ = ["LogPartition", "bridge", "from_weights", "pareto_k", "sandwich"]
+__all__ = ["LogPartition", "bridge", "from_weights", "sandwich", "tail_shape"]
 
 _ITERATIONS = 500
 _TOLERANCE = 1e-10
-_MIN_TAIL = 5  # a generalised Pareto law is not fitted to fewer
 
 
 class LogPartition(NamedTuple):
@@ -79,7 +79,7 @@ def from_weights(
         lower=-math.inf if reverse else value,
         upper=value if reverse else math.inf,
         ess=float(relative.sum().square() / relative.square().sum()),
-        pareto_k=pareto_k(signed),
+        pareto_k=tail_shape(signed),
         exact=exact,
         method=method,
         log_weights=x[:0] if reverse else x,
@@ -176,31 +176,9 @@ def _variance_of_mean(x: Tensor, groups: Tensor | None) -> Tensor:
     return deviation.square().sum() / len(x) ** 2 * count / (count - 1)
 
 
-def pareto_k(log_weights: Tensor) -> float:
-    """Shape k of a generalised Pareto law fitted to the largest ``min(n / 5, 3 sqrt(n))`` weights.
-
-    The fit is Zhang and Stephens' ("A new and efficient estimation method for the generalized Pareto distribution",
-    Technometrics 51, 2009), shrunk towards 0.5 for small tails as in Vehtari et al. (arXiv:1507.02646, appendix C).
-    NaN where fewer than five weights form the tail or all are equal.
-    """
-    x = log_weights.detach().double()
-    x = x[torch.isfinite(x)]
-    size = math.ceil(min(0.2 * len(x), 3 * math.sqrt(len(x))))
-    if size < _MIN_TAIL:
-        return math.nan
-    ordered = (x - x.max()).exp().sort().values
-    excess = ordered[-size:] - ordered[-size - 1]
-    if not bool(excess[-1] > 0):
-        return math.nan
-    excess = excess.clamp(min=torch.finfo(excess.dtype).tiny)
-    # profile likelihood over theta = -k / sigma on a data-driven grid, averaged by its weight
-    grid = 30 + int(math.sqrt(size))
-    index = torch.arange(1, grid + 1, dtype=x.dtype, device=x.device)
-    quartile = excess[int(size / 4 + 0.5) - 1]
-    theta = 1 / excess[-1] + (1 - (grid / (index - 0.5)).sqrt()) / 3 / quartile
-    shape = torch.log1p(-theta[:, None] * excess).mean(1)
-    profile = size * ((-theta / shape).log() - shape - 1)
-    weight = torch.softmax(profile, 0)
-    best = (theta * weight).sum()
-    k = torch.log1p(-best * excess).mean()
-    return float((k * size + 5) / (size + 10))
+def tail_shape(log_weights: Tensor) -> float:
+    """Pareto k of the weights; NaN where there are fewer than 25 that are positive, or all are equal."""
+    x = log_weights.detach()
+    x = x[x > -math.inf]
+    k = pareto_k(x) if len(x) >= 25 else math.nan
+    return math.nan if k == -math.inf else k

@@ -105,7 +105,7 @@ def test_the_iterative_tree_is_the_recursive_one(seed: int) -> None:
     momenta = torch.randn(2, 5, 3, generator=generator, dtype=torch.float64)
     uniforms = torch.rand(128, 5, 3, generator=generator, dtype=torch.float64)
     tree = kernel._first_tree(state, momenta[0], uniforms[0, :, 2], False)
-    directions: list[list[int]] = [[int(d)] for d in tree.scalars[9]]
+    directions: list[list[int]] = [[int(d)] for d in tree.direction]
     before: list[Tree | None] = [None] * 5
     for _ in range(127):
         previous = tree
@@ -116,7 +116,7 @@ def test_the_iterative_tree_is_the_recursive_one(seed: int) -> None:
             if before[chain] is None and tree.drawn[chain] == 1:
                 before[chain] = previous
             elif before[chain] is None and tree.leaf[chain] == 0:
-                directions[chain].append(int(tree.scalars[9, chain]))
+                directions[chain].append(int(tree.direction[chain]))
         if bool((tree.drawn == 1).all()):
             break
     assert bool((tree.drawn == 1).all())
@@ -165,22 +165,22 @@ def test_draws_within_a_trajectory_have_their_weights() -> None:
 
 
 # ---------------------------------------------------------------------- moments
-@pytest.mark.parametrize("full_mass", [False, True])
-@pytest.mark.parametrize("num_chains", [1, 8])
+# Four chains of one model in most tests: their compiled step is made once.
+@pytest.mark.parametrize(("full_mass", "num_chains"), [(False, 4), (True, 4), (True, 1)])
 def test_moments_of_a_gaussian(full_mass: bool, num_chains: int) -> None:
-    mcmc = MCMC(NUTS(gaussian, full_mass=full_mass), 2400 // num_chains, 300, num_chains=num_chains, progress=False)
+    mcmc = MCMC(NUTS(gaussian, full_mass=full_mass), 1200 // num_chains, 200, num_chains=num_chains, progress=False)
     mcmc.run()
     draws = mcmc.get_samples(group_by_chain=True)["x"]
     for i in range(3):
         assert_mean(draws[..., i], 0.0)
         for j in range(i + 1):
             assert_mean(draws[..., i] * draws[..., j], float(COVARIANCE[i, j]))
-    assert num_chains == 1 or float(rhat(draws).max()) < 1.02
+    assert num_chains == 1 or float(rhat(draws).max()) < 1.03
 
 
 def test_moments_of_a_skewed_energy() -> None:
-    start = {"x": torch.zeros(8, 2, dtype=torch.float64)}
-    mcmc = MCMC(NUTS(potential_fn=rotten), 500, 300, initial_params=start, num_chains=8, progress=False)
+    start = {"x": torch.zeros(16, 2, dtype=torch.float64)}
+    mcmc = MCMC(NUTS(potential_fn=rotten), 150, 100, initial_params=start, num_chains=16, progress=False)
     mcmc.run()
     draws = mcmc.get_samples(group_by_chain=True)["x"]
     for power in (1, 2, 3):
@@ -206,7 +206,7 @@ def test_constrained_and_enumerated_sites() -> None:
         + 0.4 * normal(torch.full_like(grid, 2.0), grid).log_prob(y[:, None]).exp()
     )
     posterior = likelihood.prod(0) * torch.distributions.Gamma(2.0, 2.0).log_prob(grid).exp()
-    mcmc = MCMC(NUTS(model, max_plate_nesting=1), 500, 300, num_chains=8, progress=False)
+    mcmc = MCMC(NUTS(model, max_plate_nesting=1), 150, 100, num_chains=16, progress=False)
     mcmc.run()
     draws = mcmc.get_samples(group_by_chain=True)["scale"]
     for power in (1, 2):
@@ -221,7 +221,7 @@ def test_block_mass_is_dense_within_its_groups_alone() -> None:
         pyro.sample("c", dist.Normal(z[1], 0.1))
 
     kernel = NUTS(model, full_mass=[("a", "b")])
-    mcmc = MCMC(kernel, 10, 200, num_chains=4, progress=False)
+    mcmc = MCMC(kernel, 1, 100, num_chains=4, progress=False)
     states: list[Any] = []
     original = kernel.end_window
     kernel.end_window = lambda *a: states.append(original(*a)) or states[-1]  # type: ignore[method-assign]
@@ -237,7 +237,7 @@ def test_the_mass_matrix_is_the_posterior_covariance() -> None:
     states: list[Any] = []
     original = kernel.end_window
     kernel.end_window = lambda *a: states.append(original(*a)) or states[-1]  # type: ignore[method-assign]
-    MCMC(kernel, 1, 400, num_chains=16, progress=False).run()
+    MCMC(kernel, 1, 600, num_chains=4, progress=False).run()
     factor = states[-1].mass_factor
     relative = (factor @ factor.T - COVARIANCE) / torch.sqrt(torch.outer(COVARIANCE.diag(), COVARIANCE.diag()))
     assert float(relative.abs().max()) < 0.15
@@ -246,7 +246,7 @@ def test_the_mass_matrix_is_the_posterior_covariance() -> None:
 
 
 def test_acceptance_comes_near_its_target() -> None:
-    mcmc = MCMC(NUTS(gaussian, target_accept_prob=0.9), 300, 500, num_chains=4, progress=False)
+    mcmc = MCMC(NUTS(gaussian, target_accept_prob=0.9), 200, 300, num_chains=4, progress=False)
     mcmc.run()
     assert 0.85 < float(mcmc.sample_stats["acceptance_rate"].mean()) < 0.97
 
@@ -262,7 +262,7 @@ def test_a_chain_is_the_same_alone_and_among_others() -> None:
         chains = range(6)[rows]
         streams = Streams(3, chains, kernel.noise(potential), potential, "shared")
         run = kernel.runner(potential, lambda f, calls: Program(f, compile=False), streams)
-        return torch.stack([t.state.position for t in run(kernel.init(x[rows], potential), 0, 150, 0)], dim=1)
+        return torch.stack([t.state.position for t in run(kernel.init(x[rows], potential), 0, 40, 0)], dim=1)
 
     together = draws(slice(0, 6))
     torch.testing.assert_close(draws(slice(2, 3)), together[2:3], rtol=1e-9, atol=1e-9)
@@ -271,7 +271,7 @@ def test_a_chain_is_the_same_alone_and_among_others() -> None:
 
 def test_recorded_compiled_and_plain_agree() -> None:
     runs = [
-        MCMC(NUTS(gaussian), 30, 60, num_chains=3, progress=False, **options).run().get_samples()["x"]  # type: ignore[arg-type]
+        MCMC(NUTS(gaussian), 5, 20, num_chains=4, progress=False, **options).run().get_samples()["x"]  # type: ignore[arg-type]
         for options in ({"compile": False}, {"compile": True}, {"compile": False, "capture": False})
     ]
     # Rounding differs and is amplified along trajectories; the first draws still agree.
@@ -287,46 +287,46 @@ def test_a_run_records_its_step_once() -> None:
         calls.append(1)
         pyro.sample("x", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
 
-    mcmc = MCMC(NUTS(model), 300, 200, num_chains=4, progress=False)
+    mcmc = MCMC(NUTS(model), 140, 40, num_chains=4, progress=False)
     mcmc.run()
     assert [program.recordings for program in mcmc._programs] == [1]
     first = len(calls)
-    mcmc = MCMC(NUTS(model), 600, 300, num_chains=4, progress=False)
+    mcmc = MCMC(NUTS(model), 280, 80, num_chains=4, progress=False)
     mcmc.run()
     assert len(calls) == 2 * first  # the model is not run again for more draws
 
 
 def test_gradients_are_counted() -> None:
-    mcmc = MCMC(NUTS(gaussian), 50, 0, num_chains=2, progress=False)
+    mcmc = MCMC(NUTS(gaussian), 30, 0, num_chains=4, progress=False)
     mcmc.run()
     assert mcmc.num_gradients == int(mcmc.sample_stats["num_steps"].sum())
 
 
 # ---------------------------------------------------------------------- resume, seeds, devices
 def test_resume_is_exact(tmp_path: Any) -> None:
-    options: dict[str, Any] = {"num_chains": 3, "progress": False, "seed": 5}
-    whole = MCMC(NUTS(gaussian), 200, 100, **options).run().get_samples()["x"]
+    options: dict[str, Any] = {"num_chains": 4, "progress": False, "seed": 5}
+    whole = MCMC(NUTS(gaussian), 160, 80, **options).run().get_samples()["x"]
 
     stopped = 0
 
     def interrupt(fields: dict[str, Any]) -> None:
         nonlocal stopped
         stopped += 1
-        if fields["step"] >= 228:
+        if fields["step"] >= 128:
             raise KeyboardInterrupt
 
     cut = MCMC(
-        NUTS(gaussian), 200, 100, num_chains=3, seed=5, checkpoint=tmp_path, checkpoint_every=0.0, progress=interrupt
+        NUTS(gaussian), 160, 80, num_chains=4, seed=5, checkpoint=tmp_path, checkpoint_every=0.0, progress=interrupt
     )
     with pytest.warns(UserWarning, match="interrupted"):
         cut.run()
-    resumed = MCMC(NUTS(gaussian), 200, 100, checkpoint=tmp_path, **options).run()
+    resumed = MCMC(NUTS(gaussian), 160, 80, checkpoint=tmp_path, **options).run()
     assert torch.equal(resumed.get_samples()["x"], whole)
 
 
 def test_same_seed_same_bits() -> None:
     runs = [
-        MCMC(NUTS(gaussian), 40, 40, num_chains=2, seed=s, progress=False).run().get_samples()["x"] for s in (1, 1, 2)
+        MCMC(NUTS(gaussian), 20, 20, num_chains=4, seed=s, progress=False).run().get_samples()["x"] for s in (1, 1, 2)
     ]
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
