@@ -1,5 +1,6 @@
 """Many runs of one function, over seeds, splits or settings, through any ``map``."""
 
+import reprlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -71,7 +72,7 @@ class _Run:
         try:
             return self.function(**configuration)
         except Exception as error:
-            described = ", ".join(f"{name}={value!r}" for name, value in configuration.items())
+            described = ", ".join(f"{name}={reprlib.repr(value)}" for name, value in configuration.items())
             raise RuntimeError(
                 f"configuration {index} of the sweep ({described}) failed: {type(error).__name__}: {error}"
             ) from error

@@ -407,8 +407,8 @@ class OptimizationRun:
                 "resume it, another path to keep it, or delete it to start afresh."
             )
         state = unflatten_state(tensors, meta["state"])
-        if distributed.world_size() > 1:
-            state["random"] = {kind: rows[distributed.rank()] for kind, rows in state["random"].items()}
+        if distributed.world_size() > 1:  # cloned, as torch's generator reads a view's memory from its base's start
+            state["random"] = {kind: rows[distributed.rank()].clone() for kind, rows in state["random"].items()}
         self.restore(state)
         self.losses[: self.step], self.rates[: self.step] = state["losses"], state["rates"]
         self.seconds = state["seconds"]
