@@ -305,10 +305,11 @@ def _roll_call(name: str, seconds: float) -> list[int]:
     _in_roll_call = True
     try:
         store = dist.distributed_c10d._get_default_store()
-        store.set(f"inference/{name}/{rank()}", "here")
+        key = f"inference/{_attempt()}/{name}"
+        store.set(f"{key}/{rank()}", "here")
         stop, pause = time.monotonic() + seconds, 0.001
         while others and time.monotonic() < stop:
-            others = [r for r in others if not store.check([f"inference/{name}/{r}"])]
+            others = [r for r in others if not store.check([f"{key}/{r}"])]
             if others:
                 time.sleep(pause)
                 pause = min(2 * pause, 0.1)
@@ -335,7 +336,15 @@ def _join() -> None:
         # NCCL refuses two ranks on one device; gloo carries device tensors through host memory.
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         one_each = torch.cuda.is_available() and local <= torch.cuda.device_count()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if one_each else "gloo", timeout=_TIMEOUT)
+        store, own, ranks = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+        # torchrun keeps its store when it starts the ranks again: addresses of the dead must not be found there.
+        store = dist.PrefixStore(f"inference/{_attempt()}", store)
+        backend = "cpu:gloo,cuda:nccl" if one_each else "gloo"
+        dist.init_process_group(backend, store=store, rank=own, world_size=ranks, timeout=_TIMEOUT)
+
+
+def _attempt() -> str:
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def _carried(tensor: Tensor) -> Tensor:
