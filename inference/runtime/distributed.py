@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -136,6 +136,14 @@ def sum_flat(tensors: Sequence[Tensor]) -> list[Tensor]:
         for i, part in zip(indices, parts, strict=True):
             sums[i] = part.view(tensors[i].shape).to(tensors[i].device)
     return sums
+
+
+@overload
+def gather_rows(tensor: Tensor, *, to_all: Literal[True]) -> Tensor: ...
+
+
+@overload
+def gather_rows(tensor: Tensor) -> Tensor | None: ...
 
 
 def gather_rows(tensor: Tensor, *, to_all: bool = False) -> Tensor | None:
@@ -335,7 +343,8 @@ def _join() -> None:
     if not _joined():
         # NCCL refuses two ranks on one device; gloo carries device tensors through host memory.
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        one_each = torch.cuda.is_available() and local <= torch.cuda.device_count()
+        kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        one_each = kind is not None and kind.type == "cuda" and local <= torch.accelerator.device_count()
         store, own, ranks = next(dist.rendezvous("env://", timeout=_TIMEOUT))
         # torchrun keeps its store when it starts the ranks again: addresses of the dead must not be found there.
         store = dist.PrefixStore(f"inference/{_attempt()}", store)
@@ -351,7 +360,7 @@ def _carried(tensor: Tensor) -> Tensor:
     """The tensor where the group can take it: a group of NCCL alone takes nothing from host memory."""
     _join()
     if tensor.device.type == "cpu" and "gloo" not in dist.get_backend_config():
-        return tensor.cuda()
+        return tensor.to(own_device(torch.accelerator.current_accelerator() or tensor.device))
     return tensor
 
 

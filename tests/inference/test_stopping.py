@@ -76,7 +76,11 @@ def test_stop_must_be_a_stop() -> None:
 # ---------------------------------------------------------------------- statistics instead of draws
 def test_statistics_are_those_of_the_draws() -> None:
     options: dict[str, Any] = {"num_chains": 3, "progress": False, "seed": 4}
-    draws = MCMC(HMC(model, step_size=0.3, num_steps=4, adapt_step_size=False), 60, 30, **options).run().get_samples(group_by_chain=True)
+    draws = (
+        MCMC(HMC(model, step_size=0.3, num_steps=4, adapt_step_size=False), 60, 30, **options)
+        .run()
+        .get_samples(group_by_chain=True)
+    )
     streaming = StreamingMCMC(HMC(model, step_size=0.3, num_steps=4, adapt_step_size=False), 60, 30, **options)
     streaming.run()
     by_chain = streaming.get_statistics()
