@@ -34,9 +34,12 @@ KERNELS: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
 }
 
 
+DRAWS = {"hmc": 15, "nuts": 15, "sghmc": 150}  # the last in two blocks
+
+
 def chains(name: str, num_chains: int = 4, **options: Any) -> MCMC:
     kernel, args = KERNELS[name]()
-    settings = dict(num_samples=30, warmup_steps=60, num_chains=num_chains, seed=3, progress=False) | options
+    settings = dict(num_samples=DRAWS[name], warmup_steps=40, num_chains=num_chains, seed=3, progress=False) | options
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*transitions diverged", SamplerWarning)
         return MCMC(kernel, **settings).run(*args)
@@ -126,7 +129,7 @@ def resumed_chains(folder: Path, name: str) -> dict[str, Any]:
 
 
 # Where each kernel's run is killed: a rank, in the warm-up or among the draws.
-KILLS = {"hmc": (45, 0), "nuts": (70, 1), "sghmc": (75, 1)}
+KILLS = {"hmc": (25, 0), "nuts": (47, 1), "sghmc": (175, 1)}
 
 
 def kill_cases(folder: Path) -> None:
