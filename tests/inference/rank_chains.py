@@ -45,6 +45,12 @@ def chains(name: str, num_chains: int = 4, **options: Any) -> MCMC:
         return MCMC(kernel, **settings).run(*args)
 
 
+def uneven() -> MCMC:
+    """Shards of three and two chains; those of one start so far out that alone they would take other steps."""
+    far = torch.tensor([0.1, 0.1, 0.1, 30.0, 30.0], dtype=zoo.F64)
+    return chains("hmc", 5, initial_params={"w": far[:, None].repeat(1, 3), "b": -far})
+
+
 def draws(mcmc: MCMC) -> dict[str, Any]:
     return {**mcmc.get_samples(group_by_chain=True), **mcmc.sample_stats}
 
@@ -55,7 +61,7 @@ def chain_cases(folder: Path) -> dict[str, Any]:
     for name in KERNELS:
         mcmc = chains(name, checkpoint=folder / name)
         found[name] = {"draws": draws(mcmc), "chains": list(mcmc.chains), "gradients": mcmc.num_gradients}
-    mcmc = chains("hmc", 5)  # shards of three and two
+    mcmc = uneven()
     found["uneven"] = draws(mcmc)
     found["diagnostics"] = {k: list(v) for k, v in mcmc.diagnostics().items()}
     mcmc.summary()

@@ -51,7 +51,7 @@ def test_two_ranks_of_two_chains_are_one_of_four(job, name):
 
 
 def test_uneven_shards(ranks):
-    expected = rank_chains.draws(rank_chains.chains("hmc", 5))
+    expected = rank_chains.draws(rank_chains.uneven())
     assert_close(ranks[0]["uneven"], expected, slice(0, 5))
     assert_close(ranks[1]["uneven"], expected, slice(3, 5))
 
