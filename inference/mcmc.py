@@ -215,7 +215,10 @@ class MCMC:
         run = kernel.runner(potential, lift, streams)
 
         files = None if self.checkpoint is None else SamplerFiles(self.checkpoint, self._identity(potential))
-        self._check_ranks(potential)
+        if distributed.world_size() > 1:
+            # The density's value may differ in its last bits between machines, as nothing else may.
+            described = {n: fingerprint(v) for n, v in self._description(potential).items() if n != "density"}
+            distributed.require_same(described)
         resumed = None if files is None else files.load(streams)
         state = kernel.init(self._starting_points(potential, own), potential)
         done, drawn, gradients, stats_example = 0, 0, 0, None
@@ -284,7 +287,7 @@ class MCMC:
                         if distributed.world_size() == 1:
                             raise
                         ending.requested = True
-                    self.stopped = self._enough(watch, store, drawn) if drawn else None
+                    self.stopped = watch.agreed(drawn, self._shard_of_draws(store, drawn))
                     if files is not None and (due or self.stopped):
                         store.flush()
                         progress = {"step": done, "drawn": drawn, "num_gradients": gradients, "stats": stats_example}
@@ -315,39 +318,18 @@ class MCMC:
             )
         return bool(ended), bool(due)
 
-    def _check_ranks(self, potential: Potential) -> None:
-        if distributed.world_size() == 1:
-            return
-        # The density's value may differ in its last bits between machines, as nothing else may.
-        described = {n: fingerprint(v) for n, v in self._description(potential).items() if n != "density"}
-        different = distributed.differing(described)
-        if different:
-            raise ValueError(
-                f"the ranks were given different things ({', '.join(different)}): each needs the same model, data and "
-                "arguments, of which it runs its chains"
-            )
-
     def _lift(self, function: Callable[..., Any], calls_per_step: int, *, steps: int, potential: Potential) -> Program:
         calls = calls_per_step * steps
         program = Program(function, calls=calls, compile=self.compile, record=potential.captured)
         self._programs.append(program)
         return program
 
+    @staticmethod
+    def _shard_of_draws(store: DrawStore, drawn: int) -> dict[str, Tensor]:
+        return {n.removeprefix("draw/"): v for n, v in store.tensors(drawn).items() if n.startswith("draw/")}
+
     def _make_store(self, chains: int, folder: Path | None) -> DrawStore:
         return DrawStore(chains, self.num_samples, folder)
-
-    def _enough(self, watch: StopWatch, store: DrawStore, drawn: int) -> str | None:
-        """Why the run should end now, or ``None``: rank 0 looks at all chains, and the others follow."""
-        if self.stop is None:
-            return None
-        samples = None
-        if distributed.broadcast_plain(watch.due(drawn)):
-            draws = {n: v for n, v in store.tensors(drawn).items() if n.startswith("draw/")}
-            gathered = {n: distributed.gather_rows(v) for n, v in draws.items()}
-            samples = {n: v for n, v in gathered.items() if v is not None}
-        reason = watch.reason(drawn, samples) if distributed.is_main() else None
-        found: str | None = distributed.broadcast_plain(reason)
-        return found
 
     def _edges(self, spec: Noise, total: int) -> list[int]:
         per_step = max(1, spec.normal + spec.uniform + (0 if spec.gamma is None else spec.gamma.numel()))

@@ -29,13 +29,13 @@ __all__ = [
     "barrier",
     "broadcast",
     "broadcast_plain",
-    "differing",
     "ending_together",
     "from_main",
     "gather_rows",
     "is_main",
     "own_device",
     "rank",
+    "require_same",
     "shard",
     "sum_flat",
     "sum_over_ranks",
@@ -222,14 +222,23 @@ def from_main(
     return tensors, sent[2]
 
 
-def differing(values: Mapping[str, str]) -> list[str]:
-    """The names under which some rank holds another string than rank 0, the same list on all ranks."""
+def require_same(values: Mapping[str, str]) -> None:
+    """Make sure that all ranks hold these strings.
+
+    Raises:
+        ValueError: on all ranks, naming those that differ.
+    """
     if world_size() == 1:
-        return []
+        return
     theirs = broadcast_plain(dict(values))
     names = sorted(theirs)
     flags = torch.tensor([float(values.get(n) != theirs[n]) for n in names], device="cpu")
-    return [n for n, flag in zip(names, sum_over_ranks(flags).tolist(), strict=True) if flag]
+    different = [n for n, flag in zip(names, sum_over_ranks(flags).tolist(), strict=True) if flag]
+    if different:
+        raise ValueError(
+            f"the ranks were given different things ({', '.join(different)}): each needs the same arguments and the "
+            "whole data, and takes its part itself"
+        )
 
 
 # -- ends

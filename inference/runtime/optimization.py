@@ -383,12 +383,7 @@ class OptimizationRun:
         """Make sure that all ranks were given the same, and start them from rank 0's parameters and buffers."""
         if distributed.world_size() == 1:
             return
-        different = distributed.differing(self._describe())
-        if different:
-            raise ValueError(
-                f"the ranks were given different things ({', '.join(different)}): each needs the same arguments and "
-                "the whole data, of which it takes its rows itself"
-            )
+        distributed.require_same(self._describe())
         distributed.broadcast([*self.objective.parameters(), *self.objective.buffers()])
 
     def open_checkpoint(self, path: Path, every: int) -> None:

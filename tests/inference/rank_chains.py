@@ -12,7 +12,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 
-from inference import HMC, MCMC, NUTS, SGHMC
+from inference import HMC, MCMC, NUTS, SGHMC, Stop, StreamingMCMC
 from inference._errors import RankError, SamplerWarning
 from inference.runtime import distributed
 from tests.inference import zoo
@@ -34,6 +34,7 @@ KERNELS: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
 }
 
 
+DATA = zoo.X, zoo.BINARY
 DRAWS = {"hmc": 15, "nuts": 15, "sghmc": 150}  # the last in two blocks
 
 
@@ -67,6 +68,9 @@ def chain_cases(folder: Path) -> dict[str, Any]:
     mcmc.summary()
     found["arviz"] = dict(mcmc.to_arviz()["posterior"].sizes)
 
+    enough = chains("sghmc", num_samples=600, stop=Stop(ess=1, least=20))
+    found["stopped"] = [enough.stopped, enough.get_samples(group_by_chain=True)["w"].shape]
+    found["errors"] = {"streaming": error_of(lambda: StreamingMCMC(KERNELS["hmc"]()[0], 5, num_chains=2).run(*DATA))}
     reports: list[int] = []
     chains("sghmc", progress=lambda event: reports.append(event["step"]))
     found["reports"] = reports
@@ -83,7 +87,7 @@ def chain_cases(folder: Path) -> dict[str, Any]:
     found["warnings"] = [str(w.message) for w in caught if "interrupted" in str(w.message)]
 
     other = zoo.Y + (rank == 1)
-    found["errors"] = {
+    found["errors"] |= {
         "chains": error_of(lambda: chains("hmc", 1)),
         "data": error_of(lambda: MCMC(KERNELS["sghmc"]()[0], 3, num_chains=2, progress=False).run(zoo.X, other)),
         "lost": error_of(broken),

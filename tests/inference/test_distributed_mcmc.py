@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from inference import Stop
 from inference._errors import CheckpointError
 from tests.inference import rank_chains
 from tests.inference.ranks import ROOT, torchrun
@@ -73,11 +74,21 @@ def test_an_interrupt_of_one_rank_ends_both(ranks):
     assert len(ranks[0]["warnings"]) == 2 and not ranks[1]["warnings"]
 
 
+def test_a_criterion_ends_both_by_the_draws_of_all(ranks):
+    alone = rank_chains.chains("sghmc", num_samples=600, stop=Stop(ess=1, least=20))
+    draws = alone.get_samples(group_by_chain=True)["w"].shape[1]
+    assert draws < 600
+    for rank, own in zip(ranks, (4, 2), strict=True):
+        reason, shape = rank["stopped"]
+        assert reason == alone.stopped and tuple(shape[:2]) == (own, draws)
+
+
 def test_errors_are_the_same_on_all_ranks(ranks):
     for rank in ranks:
         errors = rank["errors"]
         assert errors["chains"].startswith("ValueError: 1 chains cannot be split over 2 ranks")
         assert errors["data"].startswith("ValueError: the ranks were given different things (data)")
+        assert errors["streaming"].startswith("ValueError: StreamingMCMC does not merge statistics over 2 ranks")
         assert errors["lost"].startswith("NonFiniteError: every chain had become non-finite")
 
 
