@@ -1,6 +1,6 @@
 """The library's own warnings and errors, so that users can filter or catch them by name."""
 
-__all__ = ["CaptureWarning", "CheckpointError", "CurvatureError", "NonFiniteError", "SamplerWarning"]
+__all__ = ["CaptureWarning", "CheckpointError", "CurvatureError", "NonFiniteError", "RankError", "SamplerWarning"]
 
 
 class CaptureWarning(UserWarning):
@@ -24,3 +24,7 @@ class CheckpointError(RuntimeError):
 
     Nothing in it was executed.
     """
+
+
+class RankError(RuntimeError):
+    """A process of a job with several (``torchrun``) is gone or did not answer; the message says which rank."""

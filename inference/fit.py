@@ -13,8 +13,9 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from inference.runtime import distributed
 from inference.runtime.generators import derive_seed
-from inference.runtime.isolation import first_call, isolated
+from inference.runtime.isolation import first_call, isolated, warn_unless_a_mean
 from inference.runtime.optimization import OptimizationRun, Settings
 from inference.runtime.progress import Progress
 
@@ -90,6 +91,14 @@ def fit(
     parameter store of their own. Modules train in the modes they are in; an objective that is in eval mode as a whole
     is in train mode during the fit.
 
+    Under ``torchrun`` (or in a process group that the script has made) every rank calls ``fit`` with the same arguments
+    and the whole data. Each takes its part of every batch, and losses and gradients are averaged with the rows as
+    weights: the fit equals that of one process with the same ``batch_size`` to rounding if the loss is a mean over the
+    batch's rows (a warning says where it is not) and no random number is drawn. What the objective draws is another
+    stream on each rank; buffers are rank 0's, and batch statistics those of the rank's own rows. Validation, decisions
+    and the result are alike on all ranks; rank 0 alone shows progress and writes the checkpoint, which as many ranks
+    resume. Ctrl-C ends all ranks after the same update.
+
     Args:
         objective: its call takes the batch's tensors and returns a scalar loss.
         data: one tensor or several with the same number of rows, ``(rows, ...)`` each; None if the objective takes
@@ -128,6 +137,7 @@ def fit(
         NonFiniteError: a loss, gradient or parameter became NaN or infinite. The objective keeps the parameters from
             before that step.
         CheckpointError: the checkpoint is damaged, of another run, or cannot be written.
+        RankError: another rank of the job is gone.
 
     Example:
         >>> class LeastSquares(torch.nn.Module):
@@ -178,10 +188,16 @@ def fit(
     rate = _positive("lr", lr)
     if device is not None:
         objective.to(target)
+    if train:
+        distributed.shard(size, "rows of a batch")  # refuses more ranks than rows
+    if not distributed.is_main():
+        progress = False
     with isolated(objective, settings), Progress(total, "fit", progress) as bar:
         loss_dtype = first_call(objective, train, settings)
+        warn_unless_a_mean(objective, train, settings)
         made, schedule = _make_optimizer(objective, optimizer, rate, scheduler, bool(held_out))
         run = OptimizationRun(objective, made, schedule, train, held_out, settings, loss_dtype)
+        run.join_ranks()
         if checkpoint is not None:
             run.open_checkpoint(Path(checkpoint), every)
         interrupted = run.run(bar)
@@ -232,7 +248,7 @@ def _make_optimizer(
 def _device(device: str | torch.device | None, objective: nn.Module, data: Any) -> torch.device:
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return accelerator or torch.device("cpu")
+        return distributed.own_device(accelerator or torch.device("cpu"))
     if device is not None:
         return torch.device(device)
     first = next((p for p in [*objective.parameters(), *objective.buffers()]), None)

@@ -21,23 +21,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inference._errors import CheckpointError, NonFiniteError, SamplerWarning
+from inference._errors import NonFiniteError, SamplerWarning
 from inference.kernels.base import Kernel, Noise
 from inference.potential import LogDensity, Potential, PotentialFunction, Program
 from inference.results import diagnostics as _diagnostics
 from inference.results.export import to_arviz
 from inference.results.predictive import log_likelihood as _log_likelihood
-from inference.runtime.checkpoint import fingerprint, load_checkpoint, save_checkpoint
+from inference.runtime import distributed
+from inference.runtime.checkpoint import fingerprint
 from inference.runtime.draws import DrawStore
 from inference.runtime.generators import derive_seed
 from inference.runtime.progress import Progress
-from inference.runtime.state import leaves, restore
+from inference.runtime.sampler_files import SamplerFiles
+from inference.runtime.state import restore
 from inference.runtime.stopping import Stop, StopWatch
 from inference.runtime.streams import Streams
 
 __all__ = ["MCMC"]
 
-_KIND = "mcmc"
 _NOISE_PER_BLOCK = (
     1 << 18
 )  # random numbers a chain draws at once; bounds memory, and is no function of the number of chains
@@ -76,11 +77,19 @@ class MCMC:
         capture: ``False`` runs the Pyro model itself at every step, one chain at a time.
         stop: a ``Stop`` that ends the run before ``num_samples`` draws; looked at where blocks of steps end.
 
+    Under ``torchrun`` (or in a process group that the script has made) the chains are split over the ranks, each of
+    which runs this with the same arguments. A chain's random numbers and starting point are those of its number among
+    all, and adaptation is pooled over all, so that the draws are those of one process to rounding. Each rank keeps its
+    chains' draws and its checkpoint in a folder of its own within ``checkpoint``. After the run rank 0 holds the draws
+    of all chains, and warns and prints for all; the others hold those of their own (``chains`` says which). ``hook_fn``
+    sees the rank's own chains.
+
     Raises:
         ValueError, TypeError: bad counts or arguments; a minibatch model in a Metropolis-corrected kernel; no finite
             starting point.
         NonFiniteError: every chain became non-finite.
         CheckpointError: the checkpoint folder belongs to another run, is damaged, or cannot be written.
+        RankError: another rank of the job is gone.
     """
 
     def __init__(
@@ -135,6 +144,7 @@ class MCMC:
         self.seconds = 0.0
         self.num_gradients = 0
         self._programs: list[Program] = []
+        self.chains = range(num_chains)
         self._samples: dict[str, Tensor] | None = None
         self.sample_stats: dict[str, Tensor] = {}
         self._args: tuple[Any, ...] = ()
@@ -195,33 +205,39 @@ class MCMC:
         return value.dim() > 0 and value.shape[0] == 1
 
     def _sample(self, potential: Potential) -> None:
-        kernel = self.kernel
+        kernel, own = self.kernel, distributed.shard(self.num_chains)
         noise_spec = kernel.noise(potential)
         kept = list(kernel.kept_steps(self.num_samples, self.thin))
         total = self.warmup_steps + kept[-1] + 1
         edges = self._edges(noise_spec, total)
-        streams = Streams(self.seed, range(self.num_chains), noise_spec, potential, self.minibatch)
+        streams = Streams(self.seed, own, noise_spec, potential, self.minibatch)
         lift = functools.partial(self._lift, steps=total, potential=potential)
         run = kernel.runner(potential, lift, streams)
 
-        identity = self._identity(potential) if self.checkpoint is not None else ""
-        resumed = self._load(identity, streams) if self.checkpoint is not None else None
-        state = kernel.init(self._starting_points(potential), potential)
+        files = None if self.checkpoint is None else SamplerFiles(self.checkpoint, self._identity(potential))
+        if distributed.world_size() > 1:
+            # The density's value may differ in its last bits between machines, as nothing else may.
+            described = {n: fingerprint(v) for n, v in self._description(potential).items() if n != "density"}
+            distributed.require_same(described)
+        resumed = None if files is None else files.load(streams)
+        state = kernel.init(self._starting_points(potential, own), potential)
         done, drawn, gradients, stats_example = 0, 0, 0, None
         if resumed is not None:
             state = restore(state, resumed[0])
             done, drawn, gradients = resumed[1]["step"], resumed[1]["drawn"], resumed[1]["num_gradients"]
             stats_example = resumed[1]["stats"]
-        store = self._make_store()
+        store = self._make_store(len(own), None if files is None else files.folder)
         example = self._select(potential.constrain(state.position))
         if stats_example is not None:
             store.allocate(self._columns(example, {n: state.position[:, 0] for n in stats_example}), resume=True)
-        bar = Progress(total, "sample" if not self.warmup_steps else "warmup", self.progress)
+        shown = self.progress if distributed.is_main() else False
+        bar = Progress(total, "sample" if not self.warmup_steps else "warmup", shown)
         kept_set = {self.warmup_steps + k for k in kept}
         last_saved, watch = time.perf_counter(), StopWatch(self.stop)
         divergences = 0.0
-        lost: set[int] = set()
-        with bar:
+        lost: list[int] = []
+        ended = False
+        with bar, distributed.ending_together() as ending:
             try:
                 for start, stop in itertools.pairwise(edges):
                     if stop <= done:
@@ -253,32 +269,54 @@ class MCMC:
                         store.write(drawn, self._columns(draws, stats))
                         drawn += len(positions)
                         divergences += float(stats["diverging"].sum()) if "diverging" in stats else 0.0
-                    state = (
-                        kernel.end_window(state, stop, self.warmup_steps, potential)
-                        if stop <= self.warmup_steps
-                        else state
-                    )
+                    # All collective calls of a run stand from here to the next block: ranks cannot miss each other.
+                    lost = [own[i] for i in (~torch.isfinite(state.position).all(1)).nonzero()[:, 0].tolist()]
+                    due = stop == total or time.perf_counter() - last_saved >= self.checkpoint_every
+                    ended, due = self._agree(ending.requested, due, len(own) - len(lost), stop)
+                    if ended:
+                        raise KeyboardInterrupt
+                    if stop <= self.warmup_steps:
+                        state = kernel.end_window(state, stop, self.warmup_steps, potential)
                     done = stop
-                    lost = self._lost_chains(state.position, done)
                     fields = {n: f"{info[n].mean().item():.3g}" for n in _SHOWN if n in info}
                     if divergences:
                         fields["divergences"] = f"{divergences:.0f}"
-                    bar.update(done, stage="warmup" if done < self.warmup_steps else "sample", **fields)
-                    if drawn:
-                        due = watch.due(drawn)
-                        self.stopped = watch.reason(drawn, self._draws(store, drawn) if due else None)
-                    if self.checkpoint is not None and (
-                        done == total or self.stopped or time.perf_counter() - last_saved >= self.checkpoint_every
-                    ):
+                    try:
+                        bar.update(done, stage="warmup" if done < self.warmup_steps else "sample", **fields)
+                    except KeyboardInterrupt:
+                        if distributed.world_size() == 1:
+                            raise
+                        ending.requested = True
+                    self.stopped = watch.agreed(drawn, self._shard_of_draws(store, drawn))
+                    if files is not None and (due or self.stopped):
                         store.flush()
-                        self._save(identity, state, streams, done, drawn, gradients, stats_example)
+                        progress = {"step": done, "drawn": drawn, "num_gradients": gradients, "stats": stats_example}
+                        files.save(state, streams, {**progress, "sites": self._saved_sites()})
                         last_saved = time.perf_counter()
                     if self.stopped:
                         break
             except KeyboardInterrupt:
                 self.interrupted = True
-        self._finish(store, drawn, stats_example or [], lost, divergences)
-        self.num_gradients = gradients
+                if not ended:  # raised here, by a hook: the others hear of it where their block ends
+                    self._agree(True, False, 1, done)
+        self._finish(store, own, drawn, lost, divergences)
+        self.num_gradients = int(distributed.sum_over_ranks(torch.tensor(gradients, device="cpu")))
+
+    @staticmethod
+    def _agree(ended: bool, due: bool, fine: int, step: int) -> tuple[bool, bool]:
+        """Whether any rank was asked to end, and whether rank 0's clock says that it is time to save.
+
+        Raises:
+            NonFiniteError: on all ranks, if no chain of any is left.
+        """
+        flags = torch.tensor([ended, due and distributed.is_main(), fine], dtype=torch.int64, device="cpu")
+        ended, due, fine = distributed.sum_over_ranks(flags).tolist()
+        if not fine:
+            raise NonFiniteError(
+                f"every chain had become non-finite by step {step}: use a "
+                "smaller step size, or check the model's density and data"
+            )
+        return bool(ended), bool(due)
 
     def _lift(self, function: Callable[..., Any], calls_per_step: int, *, steps: int, potential: Potential) -> Program:
         calls = calls_per_step * steps
@@ -286,12 +324,12 @@ class MCMC:
         self._programs.append(program)
         return program
 
-    def _make_store(self) -> DrawStore:
-        return DrawStore(self.num_chains, self.num_samples, self.checkpoint)
-
     @staticmethod
-    def _draws(store: DrawStore, drawn: int) -> dict[str, Tensor]:
+    def _shard_of_draws(store: DrawStore, drawn: int) -> dict[str, Tensor]:
         return {n.removeprefix("draw/"): v for n, v in store.tensors(drawn).items() if n.startswith("draw/")}
+
+    def _make_store(self, chains: int, folder: Path | None) -> DrawStore:
+        return DrawStore(chains, self.num_samples, folder)
 
     def _edges(self, spec: Noise, total: int) -> list[int]:
         per_step = max(1, spec.normal + spec.uniform + (0 if spec.gamma is None else spec.gamma.numel()))
@@ -300,7 +338,8 @@ class MCMC:
         return sorted({0, total, *inner, *range(0, total, block)})
 
     # ------------------------------------------------------------------ starting points
-    def _starting_points(self, potential: Potential) -> Tensor:
+    def _starting_points(self, potential: Potential, own: range) -> Tensor:
+        """The positions of the chains ``own``, ``(chain, dim)``."""
         density = potential.density
         if self.initial_params is not None:
             given = dict(self.initial_params)
@@ -314,23 +353,25 @@ class MCMC:
             position = density.flatten(given).detach().clone()
             if len(position) != self.num_chains:
                 raise ValueError(f"initial_params hold {len(position)} chains; num_chains is {self.num_chains}")
+            position = position[own.start : own.stop]
             bad = self._bad_starts(potential, position)
             if bad:
                 raise ValueError(
-                    f"initial_params give chains {bad} a density or gradient that is not finite; start them elsewhere"
+                    f"initial_params give chains {[own[i] for i in bad]} a density or gradient that is not finite; "
+                    "start them elsewhere"
                 )
             return position
         assert isinstance(density, LogDensity)
-        position = torch.stack([self._draw_start(density, chain, 0) for chain in range(self.num_chains)])
+        position = torch.stack([self._draw_start(density, chain, 0) for chain in own])
         for attempt in range(1, _INIT_TRIES + 1):
             bad = self._bad_starts(potential, position)
             if not bad:
                 return position
-            for chain in bad:
-                position[chain] = self._draw_start(density, chain, attempt)
+            for i in bad:
+                position[i] = self._draw_start(density, own[i], attempt)
         raise ValueError(
             "no starting point with a finite density and gradient was found "
-            f"in {_INIT_TRIES} tries for chains {bad}: check the model for "
+            f"in {_INIT_TRIES} tries for chains {[own[i] for i in bad]}: check the model for "
             "impossible observations, or give initial_params or an init_strategy"
         )
 
@@ -372,30 +413,28 @@ class MCMC:
             self.kernel, values, "Warmup" if warming else "Sample", step if warming else step - self.warmup_steps
         )
 
-    @staticmethod
-    def _lost_chains(position: Tensor, step: int) -> set[int]:
-        fine = torch.isfinite(position).all(1)
-        if bool(fine.all()):
-            return set()
-        lost = set((~fine).nonzero()[:, 0].tolist())
-        if len(lost) == len(position):
-            raise NonFiniteError(
-                f"every chain had become non-finite by step {step}: use a "
-                "smaller step size, or check the model's density and data"
-            )
-        return lost
-
-    def _finish(self, store: DrawStore, drawn: int, stats: list[str], lost: set[int], divergences: float) -> None:
+    def _finish(self, store: DrawStore, own: range, drawn: int, lost: list[int], divergences: float) -> None:
+        """Keep the draws: on rank 0 those of all chains, on the others their own."""
+        main = distributed.is_main()
+        drawn = int(distributed.gather_rows(torch.tensor([drawn], device="cpu"), to_all=True).min())
+        self.chains = range(self.num_chains) if main else own
         if not drawn:
             self._samples = None
-            if self.interrupted:
+            if self.interrupted and main:
                 warnings.warn(
                     "the run was interrupted in its warm-up; there are no draws", SamplerWarning, stacklevel=4
                 )
             return
         tensors = store.tensors(drawn)
-        self._samples = self._draws(store, drawn)
+        gathered = {n: distributed.gather_rows(v) for n, v in tensors.items()}
+        tensors |= {n: v for n, v in gathered.items() if v is not None}
+        self._samples = {n.removeprefix("draw/"): v for n, v in tensors.items() if n.startswith("draw/")}
         self.sample_stats = {n.removeprefix("stat/"): v for n, v in tensors.items() if n.startswith("stat/")}
+        divergences = float(distributed.sum_over_ranks(torch.tensor(divergences, dtype=torch.float64, device="cpu")))
+        everywhere = distributed.gather_rows(torch.tensor(lost, dtype=torch.int64, device="cpu"))
+        if everywhere is None:
+            return
+        lost = everywhere.tolist()
         if self.interrupted:
             warnings.warn(
                 f"the run was interrupted; {drawn} of {self.num_samples} draws a chain are kept",
@@ -419,8 +458,12 @@ class MCMC:
 
     # ------------------------------------------------------------------ checkpoints
     def _identity(self, potential: Potential) -> str:
+        return fingerprint(self._description(potential))
+
+    def _description(self, potential: Potential) -> dict[str, Any]:
+        """What makes a run this one."""
         model = self.kernel.model if self.kernel.model is not None else self.kernel.potential_fn
-        described = {
+        return {
             "model": getattr(model, "__qualname__", type(model).__qualname__),
             "kernel": type(self.kernel).__qualname__,
             "options": self.kernel.describe(),
@@ -441,55 +484,10 @@ class MCMC:
             "data": [_identify(a) for a in (*self._args, *self._kwargs.values())],
             "start": None if self.initial_params is None else {n: _identify(v) for n, v in self.initial_params.items()},
         }
-        return fingerprint(described)
-
-    @property
-    def _checkpoint_file(self) -> Path:
-        assert self.checkpoint is not None
-        return self.checkpoint / "state.safetensors"
-
-    def _save(
-        self,
-        identity: str,
-        state: Any,
-        streams: Streams,
-        step: int,
-        drawn: int,
-        gradients: int,
-        stats: list[str] | None,
-    ) -> None:
-        tensors = {f"state/{i}": leaf.contiguous() for i, leaf in enumerate(leaves(state))}
-        tensors |= {f"streams/{n}": g for n, g in streams.state_dict().items()}
-        meta = {
-            "identity": identity,
-            "step": step,
-            "drawn": drawn,
-            "num_gradients": gradients,
-            "stats": stats,
-            "sites": list(self._saved_sites()),
-        }
-        save_checkpoint(self._checkpoint_file, tensors, meta, kind=_KIND)
 
     def _saved_sites(self) -> list[str]:
         assert self.potential is not None
         return list(self._select(dict.fromkeys(self.potential.sites)))  # type: ignore[arg-type]
-
-    def _load(self, identity: str, streams: Streams) -> tuple[list[Tensor], dict[str, Any]] | None:
-        found = load_checkpoint(self._checkpoint_file, kind=_KIND)
-        if found is None:
-            return None
-        tensors, meta = found
-        if meta["identity"] != identity:
-            raise CheckpointError(
-                f"{self._checkpoint_file} belongs to a run with other settings, "
-                "data or model; give the same ones, or another checkpoint folder"
-            )
-        groups: dict[str, dict[str, Tensor]] = {"state": {}, "streams": {}}
-        for name, tensor in tensors.items():
-            group, key = name.split("/", 1)
-            groups[group][key] = tensor
-        streams.load_state_dict(groups["streams"])
-        return [groups["state"][str(i)] for i in range(len(groups["state"]))], meta
 
     # ------------------------------------------------------------------ results
     def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> dict[str, Tensor]:
@@ -513,6 +511,8 @@ class MCMC:
     def summary(self, prob: float = 0.9) -> "_diagnostics.Summary":
         """Print and return mean, sd, median, interval, effective sample sizes and R-hat of every scalar."""
         table = _diagnostics.summary(self.get_samples(group_by_chain=True), prob=prob)
+        if not distributed.is_main():
+            return table
         print(table)
         if "diverging" in self.sample_stats:
             print(f"Number of divergences: {int(self.sample_stats['diverging'].sum())}")
@@ -525,12 +525,14 @@ class MCMC:
             result[name] = {"n_eff": _diagnostics.ess_bulk(value), "r_hat": _diagnostics.rhat(value)}
         if "diverging" in self.sample_stats:
             flags = self.sample_stats["diverging"]
-            result["divergences"] = {f"chain {c}": flags[c].nonzero()[:, 0].tolist() for c in range(len(flags))}
+            result["divergences"] = {
+                f"chain {c}": f.nonzero()[:, 0].tolist() for c, f in zip(self.chains, flags, strict=True)
+            }
         else:
-            result["divergences"] = {f"chain {c}": [] for c in range(self.num_chains)}
+            result["divergences"] = {f"chain {c}": [] for c in self.chains}
         if "acceptance_rate" in self.sample_stats:
             rates = self.sample_stats["acceptance_rate"].mean(1)
-            result["acceptance rate"] = {f"chain {c}": float(r) for c, r in enumerate(rates)}
+            result["acceptance rate"] = {f"chain {c}": float(r) for c, r in zip(self.chains, rates, strict=True)}
         return result
 
     def to_arviz(

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from inference.kernels.base import Kernel
 from inference.mcmc import MCMC
+from inference.runtime.distributed import world_size
 
 __all__ = ["StreamingMCMC"]
 
@@ -27,7 +29,7 @@ class StreamingMCMC(MCMC):
             memory, give ``MCMC`` a checkpoint folder, which keeps them on disk.
 
     Raises:
-        ValueError: ``checkpoint`` or ``stop`` is given.
+        ValueError: ``checkpoint`` or ``stop`` is given; the job has several ranks.
     """
 
     def __init__(
@@ -47,7 +49,9 @@ class StreamingMCMC(MCMC):
         self._empty = StatsOfDict(default=CountMeanVarianceStats) if statistics is None else statistics
         self._statistics = copy.deepcopy(self._empty)
 
-    def _make_store(self) -> Any:
+    def _make_store(self, chains: int, folder: Path | None) -> Any:
+        if world_size() > 1:
+            raise ValueError(f"StreamingMCMC does not merge statistics over {world_size()} ranks; use MCMC")
         self._statistics = copy.deepcopy(self._empty)
         return _StatisticsStore(self._statistics)
 

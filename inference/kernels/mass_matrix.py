@@ -60,7 +60,8 @@ class MassMatrix:
         """The factor whose inverse mass is ``covariance``, ``(dim,)`` or ``(dim, dim)``."""
         if not self.dense:
             return covariance.sqrt()
-        return torch.linalg.cholesky(covariance if self._mask is None else covariance * self._mask)
+        # Row by row, as a checkpoint gives it back: products with a matrix in another order round differently.
+        return torch.linalg.cholesky(covariance if self._mask is None else covariance * self._mask).contiguous()
 
 
 def check_full_mass(full_mass: FullMass) -> FullMass:

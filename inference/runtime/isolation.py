@@ -1,5 +1,6 @@
 """Runs an objective so that nothing outside sees it: own random state, own Pyro parameters, modes as they were."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,10 +11,12 @@ from pyro.nn.module import PyroModule, _Context
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from inference._errors import SamplerWarning
+from inference.runtime import distributed
 from inference.runtime.generators import derive_seed, scoped_seed
-from inference.runtime.optimization import Settings, scalar_loss
+from inference.runtime.optimization import Settings, own_rows, scalar_loss
 
-__all__ = ["first_call", "isolated"]
+__all__ = ["first_call", "isolated", "warn_unless_a_mean"]
 
 _OWN = (
     "They would not be learned: instead of pyro.param(...) or pyro.module(...) make them attributes of a PyroModule "
@@ -28,7 +31,10 @@ def isolated(objective: nn.Module, settings: Settings) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(pyro.get_param_store().scope())
         stack.enter_context(pyro.settings.context(module_local_params=True))
-        stack.enter_context(scoped_seed(settings.seed, settings.device))
+        # Rank 0 draws what a single process does, the others from streams of their own.
+        rank = distributed.rank()
+        seed = derive_seed(settings.seed, "rank", rank) if rank else settings.seed
+        stack.enter_context(scoped_seed(seed, settings.device))
         stack.enter_context(torch.enable_grad())
         if not objective.training:
             objective.train()
@@ -44,9 +50,8 @@ def first_call(objective: nn.Module, data: tuple[Tensor, ...], settings: Setting
     for module in objective.modules():
         if isinstance(module, PyroModule):
             make_local(module._pyro_context)
-    batch = tuple(values[: settings.batch_size] for values in data)
-    buffers = {name: b.detach().clone() for name, b in objective.named_buffers() if not is_lazy(b)}
-    with scoped_seed(derive_seed(settings.seed, "first call"), settings.device):
+    batch = _first_batch(data, settings)
+    with _buffers_kept(objective), scoped_seed(derive_seed(settings.seed, "first call"), settings.device):
         while True:
             try:
                 loss = scalar_loss(objective, batch)
@@ -60,10 +65,6 @@ def first_call(objective: nn.Module, data: tuple[Tensor, ...], settings: Setting
                 if "local param mode" not in str(error):
                     raise
                 raise ValueError(f"objective uses parameters that its modules do not own. {_OWN}") from error
-    with torch.no_grad():
-        for name, b in objective.named_buffers():
-            if name in buffers and b.shape == buffers[name].shape:
-                b.copy_(buffers[name])
     learned = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
     _refuse_stray_parameters(objective)
     if not learned:
@@ -77,6 +78,49 @@ def first_call(objective: nn.Module, data: tuple[Tensor, ...], settings: Setting
         if not torch.isfinite(p).all():
             raise ValueError(f"parameter {name!r} of objective is NaN or infinite before the first step")
     return loss.dtype
+
+
+def warn_unless_a_mean(objective: nn.Module, data: tuple[Tensor, ...], settings: Settings) -> None:
+    """Warn where the ranks' mean is not the loss of the whole batch: each row given twice must leave a mean as it is.
+
+    Losses are compared at the same random numbers, several times: those that are drawn per row only add scatter, which
+    the bound of eight standard errors passes; a sum over rows doubles.
+    """
+    if distributed.world_size() == 1 or not data:
+        return
+    batch = _first_batch(data, settings)
+    twice = tuple(torch.cat([values, values]) for values in batch)
+    losses = []
+    with _buffers_kept(objective):
+        for repeat in range(8):
+            for rows in (batch, twice):
+                with scoped_seed(derive_seed(settings.seed, "mean", repeat), settings.device):
+                    losses.append(scalar_loss(objective, rows).detach())
+    once, doubled = torch.stack(losses).cpu().double().view(8, 2).unbind(1)
+    change = doubled - once
+    if abs(change.mean()) > 8 * change.std() / 8**0.5 + 1e-3 * once.abs().mean() and distributed.is_main():
+        warnings.warn(
+            f"the loss goes from {once.mean():.5g} to {doubled.mean():.5g} when each row is given twice, so it is not "
+            "a mean over rows, and the mean over ranks is not what a single process minimises. Scale sums over rows to "
+            "the size of the data (in Pyro: pyro.plate(name, size, subsample=rows)) or divide them by the rows",
+            SamplerWarning,
+            stacklevel=3,
+        )
+
+
+def _first_batch(data: tuple[Tensor, ...], settings: Settings) -> tuple[Tensor, ...]:
+    return tuple(values[: len(own_rows(settings))] for values in data)
+
+
+@contextmanager
+def _buffers_kept(objective: nn.Module) -> Iterator[None]:
+    """What the calls inside do to the buffers is undone."""
+    buffers = {name: b.detach().clone() for name, b in objective.named_buffers() if not is_lazy(b)}
+    yield
+    with torch.no_grad():
+        for name, b in objective.named_buffers():
+            if name in buffers and b.shape == buffers[name].shape:
+                b.copy_(buffers[name])
 
 
 def make_local(context: Any) -> None:

@@ -3,6 +3,11 @@
 Nothing is read back from the device while updates run: the losses and the largest gradient entries stay there and are
 read once a block of about half a second.  A block that met a NaN or an infinity is run again from its start with a look
 at each step, so that the error names the step and the parameter.
+
+With several ranks each takes its part of every batch, and losses, gradients and buffers are made one before anything
+looks at them: what follows (clipping, the optimiser, the guard, early stopping) then goes alike on all.  This is one
+sum of a flat buffer rather than ``DistributedDataParallel``, whose hooks exclude what objectives here do in their
+forward: train a critic with gradients of their own, call captured graphs, leave out parameters now and then.
 """
 
 import copy
@@ -19,11 +24,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from inference._errors import CheckpointError, NonFiniteError
+from inference.runtime import distributed
 from inference.runtime.checkpoint import fingerprint, flatten_state, load_checkpoint, save_checkpoint, unflatten_state
 from inference.runtime.generators import derive_seed, generator, scoped_seed
 from inference.runtime.progress import Progress
 
-__all__ = ["OptimizationRun", "Settings", "scalar_loss"]
+__all__ = ["OptimizationRun", "Settings", "own_rows", "scalar_loss"]
 
 _BLOCK_SECONDS = 0.5  # between two looks at the losses; an interrupt loses at most this much work, or one step
 _BLOCK_STEPS = 4096
@@ -44,6 +50,11 @@ class Settings:
     average_from: int
     seed: int
     device: torch.device
+
+
+def own_rows(settings: Settings) -> range:
+    """Which rows of each batch are this rank's."""
+    return distributed.shard(settings.batch_size, "rows of a batch")
 
 
 class OptimizationRun:
@@ -83,19 +94,21 @@ class OptimizationRun:
         self._permutations: dict[int, Tensor] = {}
         self._norms: list[Tensor] = []
         self._strict = False
+        self.own = own_rows(settings) if data else range(0)
+        self._weight = len(self.own) / settings.batch_size if data else 1.0 / distributed.world_size()
 
     # -- one update
 
     def batch(self, step: int) -> tuple[Tensor, ...]:
-        """The rows of an update: a function of the seed and the step alone, so no shuffling state has to be saved."""
-        size = self.settings.batch_size
+        """This rank's rows of an update: a function of the seed and the step, so no shuffling state has to be saved."""
+        size, own = self.settings.batch_size, self.own
         if not self.data or size == len(self.data[0]):
-            return self.data
+            return tuple(values[own.start : own.stop] for values in self.data)
         epoch, offset = divmod(step * size, len(self.data[0]))
         rows = self._permutation(epoch)[offset : offset + size]
         if len(rows) < size:
             rows = torch.cat([rows, self._permutation(epoch + 1)[: size - len(rows)]])
-        return tuple(values.index_select(0, rows) for values in self.data)
+        return tuple(values.index_select(0, rows[own.start : own.stop]) for values in self.data)
 
     def _permutation(self, epoch: int) -> Tensor:
         if epoch not in self._permutations:
@@ -115,7 +128,8 @@ class OptimizationRun:
                 p.grad = None
             loss = scalar_loss(self.objective, batch)
             loss.backward()
-            losses.append(loss.detach())
+            loss = self._pool(loss.detach())
+            losses.append(loss)
             self._watch_gradients(loss)
             return loss
 
@@ -129,6 +143,29 @@ class OptimizationRun:
         self.step += 1
         self._average()
         return losses[0]
+
+    def _pool(self, loss: Tensor) -> Tensor:
+        """The ranks' mean loss, weighted by rows; the gradients likewise, and rank 0's buffers, are put in place."""
+        if distributed.world_size() == 1:
+            return loss
+        for name, p in self.parameters:
+            if p.grad is not None and p.grad.layout != torch.strided:
+                raise ValueError(
+                    f"the gradient of {name!r} is sparse and cannot be averaged over ranks: use sparse=False"
+                )
+        # Which parameters have a gradient is known to the host: a tensor there costs no look at the device.
+        present = torch.tensor([float(p.grad is not None) for _, p in self.parameters], device="cpu", dtype=loss.dtype)
+        gradients = [p.new_zeros(p.shape) if p.grad is None else p.grad * self._weight for _, p in self.parameters]
+        buffers = [b for b in self.objective.buffers() if b.dtype != torch.bool]
+        # A sum with zeros is rank 0's value to the bit, so that constants do not drift.
+        shared = [b if distributed.is_main() else torch.zeros_like(b) for b in buffers]
+        loss, anywhere, *pooled = distributed.sum_flat([loss * self._weight, present, *gradients, *shared])
+        for (_, p), gradient, used in zip(self.parameters, pooled, anywhere.tolist(), strict=False):
+            p.grad = gradient if used else None
+        with torch.no_grad():
+            for b, value in zip(buffers, pooled[len(gradients) :], strict=True):
+                b.copy_(value)
+        return loss
 
     def _watch_gradients(self, loss: Tensor) -> None:
         """Note the gradient's norm (and clip); where the trouble is known to be near, look at each parameter."""
@@ -167,26 +204,38 @@ class OptimizationRun:
         total, block = self.settings.num_steps, 1
         good = self.capture()
         try:
-            if self.validation and not self.validations:
-                self._validate()
-                good = self.capture()
-            if self.step == 0:
-                self._save(good)
-            while self.step < total and not self.stopped:
-                first, clock = self.step, time.perf_counter()
-                end = min(total, first + block, self._due(self._every))
-                if self.validation:
-                    end = min(end, self._due(self.settings.validate_every))
-                self._advance(end, good)
-                taken = max(time.perf_counter() - clock, 1e-6) / (end - first)
-                block = max(1, min(2 * block, _BLOCK_STEPS, int(_BLOCK_SECONDS / taken)))
-                if self.validation and (end % self.settings.validate_every == 0 or end == total):
+            with distributed.ending_together() as ending:
+                if self.validation and not self.validations:
                     self._validate()
-                good = self.capture()
-                if end % self._every == 0 or end == total or self.stopped:
+                    good = self.capture()
+                if self.step == 0:
                     self._save(good)
-                bar.update(end, **self._fields(first))
+                while self.step < total and not self.stopped:
+                    first, clock = self.step, time.perf_counter()
+                    end = min(total, first + block, self._due(self._every))
+                    if self.validation:
+                        end = min(end, self._due(self.settings.validate_every))
+                    self._advance(end, good)
+                    taken = max(time.perf_counter() - clock, 1e-6) / (end - first)
+                    # The ranks' clocks differ, and a block that is run again must be the same on all.
+                    block = distributed.broadcast_plain(
+                        max(1, min(2 * block, _BLOCK_STEPS, int(_BLOCK_SECONDS / taken)))
+                    )
+                    if self.validation and (end % self.settings.validate_every == 0 or end == total):
+                        self._validate()
+                    good = self.capture()
+                    if end % self._every == 0 or end == total or self.stopped:
+                        self._save(good)
+                    try:
+                        bar.update(end, **self._fields(first))
+                    except KeyboardInterrupt:
+                        ending.requested = True
+                    if ending.agreed():
+                        self._save(good)
+                        return True
         except KeyboardInterrupt:
+            if distributed.world_size() > 1:  # the others wait in the middle of this update and cannot be joined again
+                raise
             # the interrupt may have come in the middle of an update: go back to the last state that is whole
             self.restore(good)
             self._save(good)
@@ -240,7 +289,7 @@ class OptimizationRun:
     # -- held-out data
 
     def _validate(self) -> None:
-        loss = self._held_out()
+        loss = distributed.broadcast_plain(self._held_out())
         if math.isnan(loss):
             raise NonFiniteError(
                 f"the validation loss after step {self.step} is NaN although the parameters are finite"
@@ -330,22 +379,31 @@ class OptimizationRun:
         for name in ("step", "validations", "best", "best_step", "best_loss", "stale", "stopped"):
             setattr(self, name, state[name])
 
+    def join_ranks(self) -> None:
+        """Make sure that all ranks were given the same, and start them from rank 0's parameters and buffers."""
+        if distributed.world_size() == 1:
+            return
+        distributed.require_same(self._describe())
+        distributed.broadcast([*self.objective.parameters(), *self.objective.buffers()])
+
     def open_checkpoint(self, path: Path, every: int) -> None:
         """Save to this file from now on, and go on from what it holds if it is of this run."""
         self._checkpoint, self._every = path, every
         self._identity = self._describe()
-        found = load_checkpoint(path, kind="fit")
+        found = distributed.from_main(lambda: load_checkpoint(path, kind="fit"))
         if found is None:
             return
         tensors, meta = found
         theirs = meta.get("run", {})
-        differing = sorted(name for name, value in self._identity.items() if theirs.get(name) != value)
+        differing = sorted(n for n in theirs | self._identity if theirs.get(n) != self._identity.get(n))
         if differing:
             raise CheckpointError(
                 f"checkpoint {path} is of another run (different: {', '.join(differing)}). Give the same arguments to "
                 "resume it, another path to keep it, or delete it to start afresh."
             )
         state = unflatten_state(tensors, meta["state"])
+        if distributed.world_size() > 1:  # cloned, as torch's generator reads a view's memory from its base's start
+            state["random"] = {kind: rows[distributed.rank()].clone() for kind, rows in state["random"].items()}
         self.restore(state)
         self.losses[: self.step], self.rates[: self.step] = state["losses"], state["rates"]
         self.seconds = state["seconds"]
@@ -353,10 +411,16 @@ class OptimizationRun:
     def _save(self, state: dict[str, Any]) -> None:
         if self._checkpoint is None:
             return
-        step = state["step"]
-        whole = {**state, "losses": self.losses[:step], "rates": self.rates[:step], "seconds": self.elapsed()}
-        tensors, packed = flatten_state(whole)
-        save_checkpoint(self._checkpoint, tensors, {"run": self._identity, "state": packed}, kind="fit")
+        step, path, random = state["step"], self._checkpoint, state["random"]
+        if distributed.world_size() > 1:  # the random streams are all that the ranks do not share
+            random = {kind: distributed.gather_rows(value.unsqueeze(0)) for kind, value in random.items()}
+        histories = {"losses": self.losses[:step], "rates": self.rates[:step], "seconds": self.elapsed()}
+
+        def write() -> None:
+            tensors, packed = flatten_state({**state, "random": random, **histories})
+            save_checkpoint(path, tensors, {"run": self._identity, "state": packed}, kind="fit")
+
+        distributed.from_main(write)
 
     def _describe(self) -> dict[str, str]:
         """What makes this run this one; the optimiser by its class and settings, as code cannot be compared."""
@@ -371,6 +435,7 @@ class OptimizationRun:
             "scheduler": fingerprint(type(self.scheduler), _identify(schedule)),
             "data": fingerprint(self.data),
             "validation": fingerprint(self.validation),
+            **({"ranks": str(distributed.world_size())} if distributed.world_size() > 1 else {}),
         }
 
     def elapsed(self) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from inference.results.diagnostics import ess_bulk, ess_tail, rhat
+from inference.runtime import distributed
 
 __all__ = ["Stop"]
 
@@ -59,6 +60,17 @@ class StopWatch:
     def __init__(self, rule: Stop | None) -> None:
         self._rule, self._started = rule, time.perf_counter()
         self._next = 0 if rule is None else rule.least
+
+    def agreed(self, drawn: int, own: Mapping[str, Tensor]) -> str | None:
+        """``reason`` for the chains of all ranks, each of which gives its ``own``: rank 0 looks, the others follow."""
+        if self._rule is None or not drawn:
+            return None
+        samples = None
+        if distributed.broadcast_plain(self.due(drawn)):
+            gathered = {n: distributed.gather_rows(v) for n, v in own.items()}
+            samples = {n: v for n, v in gathered.items() if v is not None}
+        found: str | None = distributed.broadcast_plain(self.reason(drawn, samples) if distributed.is_main() else None)
+        return found
 
     def due(self, drawn: int) -> bool:
         """Whether ``reason`` wants to see the ``drawn`` draws a chain; the clock alone needs none."""
