@@ -191,7 +191,7 @@ class NUTS(Hamiltonian):
         self, potential: Potential, lift: Lift, streams: Streams
     ) -> Callable[[NUTSState, int, int, int], Iterator[Transition]]:
         """Blocks of transitions, each advanced tick by tick until all chains have completed it."""
-        tick = lift(functools.partial(self._tick, potential), 16)
+        tick = lift(functools.partial(self._tick, potential), 32)
 
         def run(state: NUTSState, start: int, stop: int, warmup_steps: int) -> Iterator[Transition]:
             rows = _rows(potential.dim)

@@ -312,6 +312,8 @@ class Program:
                 self._recorded[key] = self._record(flat, args)
             self._last = (key, *self._recorded[key])
         _, run, structure = self._last
+        # Compiled code reads memory as it lay when it was compiled, and checks nothing.
+        flat = [x if x.is_contiguous() else x.contiguous() for x in flat]
         with torch.no_grad():
             return _unflatten(structure, iter(run(*flat)))
 
@@ -321,6 +323,9 @@ class Program:
 
         ``function(state, *args)`` must return a tree of the shapes and dtypes of ``state``, whose tensors must be its
         own; nothing is allocated or unpacked in a call.
+
+        Raises:
+            ValueError: a tensor is not contiguous.
         """
         flat: list[Tensor] = []
         _flatten(state, flat)
@@ -328,6 +333,8 @@ class Program:
             return lambda: _overwrite(flat, self.function(state, *args))
         updated = len(flat)
         _flatten(args, flat)
+        if not all(x.is_contiguous() for x in flat):
+            raise ValueError("a program in place needs contiguous tensors")
         key = (updated, *(x.shape for x in flat))
         if key not in self._recorded:
             self._recorded[key] = self._record(flat, (state, *args), updated)
@@ -350,7 +357,7 @@ class Program:
             return outputs
 
         # Two inputs that happen to be one tensor at the first call are two inputs at the next.
-        flat = [x.detach().clone() for x in flat]
+        flat = [x.detach().clone(memory_format=torch.contiguous_format) for x in flat]
         with torch.no_grad():
             graph = trace(flat_function, *flat)
             if updated:

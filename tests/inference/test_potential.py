@@ -318,3 +318,40 @@ def test_compiled_program_equals_the_graph():
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
     assert fast.compiled and not plain.compiled
     assert not Program(potential.value_and_grad, calls=10, compile="auto").compiled
+
+
+def test_a_program_reads_tensors_as_they_lie():
+    """Compiled code checks no strides: a transposed input must not be read as if it were contiguous."""
+    program = Program(lambda a, b: a @ b + a, compile=True)
+    a = torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    b = torch.arange(9.0, dtype=torch.float64).reshape(3, 3)
+    for left, right in ((a, b), (a.T, b), (a, b.T)):
+        torch.testing.assert_close(program(left, right), left @ right + left)
+    with pytest.raises(ValueError, match="contiguous"):
+        program.bind((a.T,), b)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_program_in_place(compile):
+    """It writes what the function makes of the state into the state, reading all of it before; an input that was one
+    tensor with another when the program was recorded is its own later.
+    """
+    zero = torch.zeros(4)
+    program = Program(lambda state, step: (state[1], state[0] + state[1] + step), compile=compile)
+    program.bind((zero.clone(), zero.clone()), torch.tensor(0.0))()
+    a, b, one = torch.zeros(4), torch.ones(4), torch.tensor(1.0)
+    advance = program.bind((a, b), one)
+    pairs = [(0.0, 1.0)]
+    for _ in range(6):
+        advance()
+        pairs.append((pairs[-1][1], sum(pairs[-1]) + 1.0))
+        assert (float(a[0]), float(b[0])) == pairs[-1]
+    assert program.recordings == 1 and program.compiled is compile
+
+
+def test_a_program_tells_equal_inputs_apart():
+    """Recorded with one tensor in two places, it must not take them for one ever after."""
+    x, y = torch.ones(2), torch.full((2,), 3.0)
+    program = Program(lambda a, b: a - b, compile=False)
+    assert torch.equal(program(x, x), torch.zeros(2))
+    assert torch.equal(program(x, y), torch.full((2,), -2.0))
