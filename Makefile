@@ -47,10 +47,11 @@ format: $(VENV)/.installed-test  ## let ruff repair and format the tree
 reproduce: $(VENV)/.installed-test  ## the published tables, as tests marked slow (hours)
 	$(ONE_THREAD) $(RUN) -m pytest -m slow -n $(WORKERS) --timeout 0
 
-bench: $(BENCH_VENV)/.installed  ## side by side with posteriors, blackjax and Pyro, in an environment of its own
+bench: $(BENCH_VENV)/.installed  ## side by side with Pyro, numpyro, blackjax, nutpie and posteriors, in an environment of its own
 	$(ONE_THREAD) $(BENCH) -m benchmarks.potential --out $(OUT)
 	$(ONE_THREAD) $(BENCH) -m benchmarks.predictive
 	$(ONE_THREAD) $(BENCH) -m benchmarks.sgmcmc_peers --out $(OUT)
+	$(ONE_THREAD) $(BENCH) -m benchmarks.samplers --out $(OUT)
 
 clean:  ## remove the environments, outputs and caches
 	rm -rf $(VENV) $(BENCH_VENV) $(OUT) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

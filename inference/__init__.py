@@ -2,7 +2,7 @@
 diagnostics.
 """
 
-from inference._errors import CaptureWarning, CheckpointError, CurvatureError, NonFiniteError, SamplerWarning
+from inference._errors import CaptureWarning, CheckpointError, CurvatureError, NonFiniteError, RankError, SamplerWarning
 from inference.fit import FitResult, fit
 from inference.kernels import (
     HMC,
@@ -31,6 +31,7 @@ from inference.results.predictive import Predictive, log_likelihood
 from inference.runtime.stopping import Stop
 from inference.smc import SMC
 from inference.streaming import StreamingMCMC
+from inference.sweep import sweep
 
 __all__ = [
     "ELBO",
@@ -59,6 +60,7 @@ __all__ = [
     "ParallelTempering",
     "PolynomialSchedule",
     "Predictive",
+    "RankError",
     "SamplerWarning",
     "ScaleGibbs",
     "Stop",
@@ -74,5 +76,6 @@ __all__ = [
     "log_likelihood",
     "rhat_nested",
     "summary",
+    "sweep",
     "to_arviz",
 ]
