@@ -445,7 +445,7 @@ def _compile(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[[list[Tens
         return inner[-1]
 
     # A module without attributes: those that folding has left behind would become inputs.
-    wrapped = compile_fx(fx.GraphModule({}, graph.graph), _stand_ins(inputs), inner_compile=keep)
+    wrapped: Any = compile_fx(fx.GraphModule({}, graph.graph), _stand_ins(inputs), inner_compile=keep)
     first, second = [x.clone() for x in inputs], [x.clone() for x in inputs]
     expected = wrapped(*first)
     if len(inner) == 1:
