@@ -2,8 +2,20 @@
 chains.
 """
 
+from inference.potential.chain_arguments import ChainArguments, InDims
 from inference.potential.graph import CaptureError, Program, trace
 from inference.potential.log_density import LogDensity, MinibatchPlate, Site
 from inference.potential.potential import Potential, PotentialFunction
 
-__all__ = ["CaptureError", "LogDensity", "MinibatchPlate", "Potential", "PotentialFunction", "Program", "Site", "trace"]
+__all__ = [
+    "CaptureError",
+    "ChainArguments",
+    "InDims",
+    "LogDensity",
+    "MinibatchPlate",
+    "Potential",
+    "PotentialFunction",
+    "Program",
+    "Site",
+    "trace",
+]
