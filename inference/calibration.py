@@ -31,14 +31,14 @@ from inference.kernels.base import Kernel
 from inference.mcmc import MCMC
 from inference.potential import ChainArguments
 from inference.results._over_draws import CountBytes, Draws, over_draws, scope
-from inference.runtime.generators import derive_seed, generator
+from inference.runtime.generators import derive_seed, generator, scoped_seed
 
 __all__ = ["Calibration", "simulation_based_calibration"]
 
 _LIKELIHOOD = "log_likelihood"
 _MOST_BINS = 20  # a sampler's faults are smooth in the rank, so many thin bins only dilute them
 _LEAST_EXPECTED = 5  # replications a bin, below which the chi-square law of the statistic is a poor approximation
-_ENVELOPE_RUNS = 4000  # simulated sets of uniform ranks for the envelope of the plot
+_ENVELOPE_RUNS = 1000  # simulated sets of uniform ranks for the envelope of the plot
 
 Quantity = Callable[[Draws, Draws], Tensor]
 
@@ -137,8 +137,7 @@ class Calibration:
             return counts.cumsum(-1)[..., :-1] / size - uniform
 
         simulated = torch.distributions.Multinomial(size, torch.full((levels,), 1 / levels, dtype=torch.float64))
-        with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(0)
+        with scoped_seed(0):
             envelope = (difference(simulated.sample((_ENVELOPE_RUNS,))) / sd).abs().amax(-1).quantile(0.95) * sd
         axes.fill_between(uniform.tolist(), (-envelope).tolist(), envelope.tolist(), color="0.85")
         axes.axhline(0, color="0.5", linewidth=0.8)
@@ -216,7 +215,7 @@ def simulation_based_calibration(
     """
     _check_names(observed, quantities or {})
     kwargs = dict(kwargs or {})
-    simulated = _simulate(model, tuple(args), kwargs, observed, num_replications, seed)
+    simulated = _simulate(model, tuple(args), kwargs, observed, num_replications, seed, quantities or {})
     data = {name: simulated[name] for name in observed}
     conditioned = _Conditioned(model, tuple(data))
     mcmc = MCMC(
@@ -264,6 +263,7 @@ def _simulate(
     observed: Sequence[str],
     size: int,
     seed: int,
+    quantities: Mapping[str, Quantity],
 ) -> Draws:
     """Every sample site's value, ``(replication, ...)``, drawn from the model."""
     if isinstance(size, bool) or not isinstance(size, int):
@@ -279,23 +279,32 @@ def _simulate(
         }
 
     with scope(derive_seed(seed, "prior"), False, (args, kwargs), (model,)):
-        with CountBytes() as counted:
-            trace = poutine.trace(model).get_trace(*args, **kwargs)
+        try:
+            with CountBytes() as counted:
+                trace = poutine.trace(model).get_trace(*args, **kwargs)
+        except NotImplementedError as error:
+            raise ValueError(f"the model cannot be drawn from; calibration needs a proper prior: {error}") from error
         found = sites(trace)
         for name in observed:
             if name not in found:
                 raise ValueError(f"observed names {name!r}, which is no site of the model; it has {sorted(found)}")
+        clash = sorted(set(quantities) & set(found))
+        if clash:
+            raise ValueError(f"quantities: {clash[0]!r} is a site of the model: give the quantity another name")
         for name, node in trace.nodes.items():
             fn = node.get("fn")
             if isinstance(fn, _Subsample) and fn.subsample_size is not None and fn.subsample_size < fn.size:
                 raise ValueError(f"plate {name!r} is subsampled: calibrate the model with the full plate")
         drawn = [n for n, node in found.items() if not node["is_observed"] and not node["infer"].get("_deterministic")]
-        fixed = sorted(set(observed) - set(drawn))
+        fixed = [n for n, node in found.items() if node["is_observed"] and not node["infer"].get("_deterministic")]
         if fixed:
-            raise ValueError(f"the model observes {fixed} already: call it without data, so that it draws them")
+            raise ValueError(
+                f"the model observes {fixed} already, so what it draws is not its prior: call it without data, and "
+                "write a pyro.factor as the distribution that it stands for"
+            )
 
         def one(_: Draws) -> Draws:
-            nodes = poutine.trace(model).get_trace(*args, **kwargs).nodes
+            nodes: dict[str, Any] = poutine.trace(model).get_trace(*args, **kwargs).nodes
             return {name: nodes[name]["value"] for name in drawn}
 
         return over_draws(one, {}, size, None, counted, stacklevel=4)
@@ -324,7 +333,7 @@ def _evaluate(functions: dict[str, Quantity], values: Draws, data: Draws, model:
 
     def one(draw: Draws) -> Draws:
         rest = {name: value for name, value in draw.items() if name != key}
-        row = dict(zip(data, rows.row(draw[key]), strict=True))
+        row: Draws = dict(zip(data, rows.row(draw[key]), strict=True))
         return {name: function(rest, row) for name, function in functions.items()}
 
     flat[key] = index
