@@ -35,7 +35,7 @@ def model(n=4):
 # order of their step size, which is small enough here for 500 replications not to see it.
 KERNELS = {
     "HMC": (partial(HMC, num_steps=6), {"warmup_steps": 150, "thin": 3}),
-    "SGLD": (partial(SGLD, step_size=0.005), {"warmup_steps": 800, "thin": 150}),
+    "SGLD": (partial(SGLD, step_size=0.005), {"warmup_steps": 800, "thin": 250}),
     "SGHMC": (partial(SGHMC, step_size=0.08, friction=0.1), {"warmup_steps": 200, "thin": 30}),
     "AdaptiveSGHMC": (
         partial(AdaptiveSGHMC, step_size=0.1, friction=0.1, noise_correction=False),
@@ -93,7 +93,7 @@ class TooMuchNoise(SGLD):
         return super().move(state, gradient, noise * 2**0.5, control)
 
 
-COARSE = {"step_size": 0.55, "num_steps": 3, "adapt_step_size": False, "adapt_mass_matrix": False}
+COARSE = {"step_size": 0.35, "num_steps": 4, "adapt_step_size": False, "adapt_mass_matrix": False}
 CHAINS_RUN = {"warmup_steps": 100, "thin": 3}
 BUGS = {
     "no Jacobian": (partial(HMC, num_steps=6, transforms={"rate": ExpWithoutJacobian().inv}), KERNELS["HMC"][1]),
@@ -102,7 +102,7 @@ BUGS = {
         KERNELS["SGHMC"][1],
     ),
     "wrong accept sign": (partial(AcceptsTheWrongSign, **COARSE), CHAINS_RUN),
-    "no accept step": (partial(AcceptsEverything, **COARSE), CHAINS_RUN),
+    "no accept step": (partial(AcceptsEverything, **{**COARSE, "step_size": 0.55}), CHAINS_RUN),
     "missing friction": (partial(WithoutFriction, step_size=0.08, friction=0.1), KERNELS["SGHMC"][1]),
     "too much noise": (partial(TooMuchNoise, step_size=0.02), {"warmup_steps": 200, "thin": 30}),
 }
