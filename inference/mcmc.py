@@ -434,7 +434,6 @@ class MCMC:
             "sites": [[s.name, list(s.shape), str(s.dtype)] for s in potential.sites.values()],
             "plates": [list(p) for p in potential.plates.values()],
             "data": [_identify(a) for a in (*self._args, *self._kwargs.values())],
-            "in_dims": repr(self.in_dims),
             "start": None if self.initial_params is None else {n: _identify(v) for n, v in self.initial_params.items()},
         }
         return fingerprint(described)

@@ -173,13 +173,11 @@ def test_keyword_arguments_are_mapped_by_name():
         assert torch.equal(mcmc.get_samples()["w"], expected)
 
 
-def test_a_checkpoint_of_other_rows_or_other_in_dims_is_refused(tmp_path):
+def test_a_checkpoint_of_other_rows_is_refused(tmp_path):
     first = run(checkpoint=tmp_path)
     assert torch.equal(first.get_samples()["w"], run(checkpoint=tmp_path).get_samples()["w"])
     with pytest.raises(CheckpointError, match="other settings, data or model"):
         run(X, Y.flip(0), WEIGHT, checkpoint=tmp_path)
-    with pytest.raises(CheckpointError, match="other settings, data or model"):
-        run(X, Y, WEIGHT.expand(CHAINS, -1), in_dims=(0, 0, 0), checkpoint=tmp_path)
 
 
 def test_what_would_pool_different_posteriors_is_refused():
