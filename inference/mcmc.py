@@ -23,7 +23,7 @@ from torch import Tensor
 
 from inference._errors import NonFiniteError, SamplerWarning
 from inference.kernels.base import Kernel, Noise
-from inference.potential import LogDensity, Potential, PotentialFunction, Program
+from inference.potential import InDims, LogDensity, Potential, PotentialFunction, Program
 from inference.results import diagnostics as _diagnostics
 from inference.results.export import to_arviz
 from inference.results.predictive import log_likelihood as _log_likelihood
@@ -76,6 +76,10 @@ class MCMC:
         chunk_size: most chains whose gradients are evaluated at once.
         capture: ``False`` runs the Pyro model itself at every step, one chain at a time.
         stop: a ``Stop`` that ends the run before ``num_samples`` draws; looked at where blocks of steps end.
+        in_dims: gives each chain its own data.  As in ``torch.func.vmap``: one entry per positional argument of
+            ``run``, 0 for a tensor whose leading dimension is the chain, ``None`` for what all chains share; for
+            keyword arguments a dict from names to entries, alone or as the last entry.  The model is written for one
+            data set.  Adaptation stays pooled over chains.
 
     Under ``torchrun`` (or in a process group that the script has made) the chains are split over the ranks, each of
     which runs this with the same arguments. A chain's random numbers and starting point are those of its number among
@@ -116,6 +120,7 @@ class MCMC:
         chunk_size: int | None = None,
         capture: bool = True,
         stop: Stop | None = None,
+        in_dims: InDims = None,
     ) -> None:
         if not isinstance(kernel, Kernel):
             raise TypeError(
@@ -135,11 +140,11 @@ class MCMC:
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.checkpoint_every = checkpoint_every
         self.progress: bool | Callable[[dict[str, Any]], None] = False if disable_progbar else progress
-        self.compile, self.chunk_size, self.capture = compile, chunk_size, capture
         if stop is not None and not isinstance(stop, Stop):
             raise TypeError(f"stop must be an inference.Stop, got {stop!r}")
         self.stop = stop
         self.stopped: str | None = None  # why the run ended early, if a criterion of stop ended it
+        self.compile, self.chunk_size, self.capture, self.in_dims = compile, chunk_size, capture, in_dims
         self.interrupted = False
         self.seconds = 0.0
         self.num_gradients = 0
@@ -184,6 +189,8 @@ class MCMC:
         if kernel.potential_fn is not None:
             if self.initial_params is None:
                 raise ValueError("a kernel with potential_fn needs initial_params")
+            if self.in_dims is not None:
+                raise ValueError("in_dims maps the arguments of a model; a kernel with potential_fn has none")
             example = {
                 n: v if self.num_chains == 1 and not self._leading(v) else v[0] for n, v in self.initial_params.items()
             }
@@ -197,7 +204,15 @@ class MCMC:
                 transforms=transforms,
                 max_plate_nesting=kernel.max_plate_nesting,
                 init_strategy=kernel.init_strategy,
+                in_dims=self.in_dims,
             )
+            if density.data and distributed.world_size() > 1:
+                raise ValueError("in_dims is for one process; chains with data of their own are not split over ranks")
+            if density.data and len(density.data[0]) != self.num_chains:
+                raise ValueError(
+                    f"in_dims maps arguments with {len(density.data[0])} rows over chains; num_chains is "
+                    f"{self.num_chains}"
+                )
         return Potential(density, chunk_size=self.chunk_size, capture=self.capture)
 
     @staticmethod
@@ -376,7 +391,8 @@ class MCMC:
         )
 
     def _draw_start(self, density: LogDensity, chain: int, attempt: int) -> Tensor:
-        return density.initial_position(derive_seed(self.seed, "init", chain, attempt), self.kernel.init_strategy)
+        row = [d[chain] for d in density.data]
+        return density.initial_position(derive_seed(self.seed, "init", chain, attempt), self.kernel.init_strategy, row)
 
     def _bad_starts(self, potential: Potential, position: Tensor) -> list[int]:
         energy, gradient = potential.value_and_grad(position, self._dry_batch(potential))
@@ -510,6 +526,7 @@ class MCMC:
 
     def summary(self, prob: float = 0.9) -> "_diagnostics.Summary":
         """Print and return mean, sd, median, interval, effective sample sizes and R-hat of every scalar."""
+        self._refuse_pooling()
         table = _diagnostics.summary(self.get_samples(group_by_chain=True), prob=prob)
         if not distributed.is_main():
             return table
@@ -520,6 +537,7 @@ class MCMC:
 
     def diagnostics(self) -> dict[str, Any]:
         """As in Pyro: ``n_eff`` and ``r_hat`` by site; by chain the divergent draws and the mean acceptance rate."""
+        self._refuse_pooling()
         result: dict[str, Any] = {}
         for name, value in self.get_samples(group_by_chain=True).items():
             result[name] = {"n_eff": _diagnostics.ess_bulk(value), "r_hat": _diagnostics.rhat(value)}
@@ -552,6 +570,7 @@ class MCMC:
                 ``az.loo``).
             **groups: further groups of ``inference.to_arviz``, such as ``posterior_predictive``.
         """
+        self._refuse_pooling()
         posterior = self.get_samples(group_by_chain=True)
         stats = dict(self.sample_stats)
         if "diverging" in stats:
@@ -565,6 +584,14 @@ class MCMC:
                 )
             groups.setdefault("observed_data", self._observed())
         return to_arviz(posterior, sample_stats=stats, dims=dims, coords=coords, **groups)
+
+    def _refuse_pooling(self) -> None:
+        if self.potential is not None and self.potential.data:
+            raise ValueError(
+                "the chains have their own data (in_dims) and so different posteriors, which these results would pool. "
+                "get_samples(group_by_chain=True) and sample_stats hold the draws by chain; give the rows of one data "
+                "set to inference.summary or inference.to_arviz"
+            )
 
     def _observed(self) -> dict[str, Tensor]:
         assert self.potential is not None

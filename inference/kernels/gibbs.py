@@ -76,6 +76,8 @@ class ScaleGibbs:
         density = potential.density
         if not isinstance(density, LogDensity) or not density.priors:
             raise ValueError("Gibbs updates need a Pyro model, not a potential_fn")
+        if density.data:
+            raise ValueError(f"{self!r} reads one prior for all chains; it cannot be used with in_dims")
         missing = [n for n in (self.variance_site, *self.weight_sites) if n not in density.sites]
         if missing:
             raise ValueError(

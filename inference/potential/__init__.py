@@ -2,6 +2,7 @@
 chains.
 """
 
+from inference.potential.chain_arguments import ChainArguments, InDims
 from inference.potential.graph import CaptureError, Program, trace
 from inference.potential.log_density import LogDensity, MinibatchPlate, Site
 from inference.potential.potential import Potential, PotentialFunction
@@ -9,6 +10,8 @@ from inference.potential.tempered import TemperedFunction, TemperedPath, Tempere
 
 __all__ = [
     "CaptureError",
+    "ChainArguments",
+    "InDims",
     "LogDensity",
     "MinibatchPlate",
     "Potential",

@@ -12,7 +12,7 @@ are inputs, so that the density of a minibatch is a pure function and Pyro's own
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to, identity_transform
 
+from inference.potential.chain_arguments import ChainArguments, InDims
 from inference.runtime.generators import scoped_seed
 
 __all__ = ["LogDensity", "MinibatchPlate", "Site", "scoped_model"]
@@ -128,6 +129,11 @@ class LogDensity:
         max_plate_nesting: needed only for enumerated models whose nesting cannot be guessed.
         init_strategy: how the dry run chooses latent values; flat priors cannot be drawn from, so the default is
             uniform on (-2, 2).
+        in_dims: which arguments hold a row a chain, as in ``torch.func.vmap``: see ``ChainArguments``.  The layout
+            of the flat vector is that of the first chain, and all chains must share it.
+
+    Attributes:
+        data: the arguments that differ between chains, each ``(chain, ...)``; empty if all chains share everything.
 
     Raises:
         ValueError: no continuous latent site; a discrete latent site that cannot be enumerated; a latent site inside
@@ -143,13 +149,17 @@ class LogDensity:
         transforms: Mapping[str, Transform] | None = None,
         max_plate_nesting: int | None = None,
         init_strategy: Callable[[Any], Any] = init_to_uniform,
+        in_dims: InDims = None,
     ) -> None:
-        self.model, self.args, self.kwargs = model, args, dict(kwargs or {})
+        self._arguments = ChainArguments(args, kwargs or {}, in_dims)
+        self.data = self._arguments.tensors
+        self.model = model
+        self.args, self.kwargs = self._arguments.filled(self._arguments.row(0))
         self.transforms = dict(transforms or {})
         self._init_strategy = init_strategy
         # One eager run outside any seed scope of the caller's: the first use of a parameter or module happens here.
         # Validation reads values, which fake tensors do not have.
-        validate = torch._guards.detect_fake_mode([*args, *self.kwargs.values()]) is None
+        validate = torch._guards.detect_fake_mode([*self.args, *self.kwargs.values()]) is None
         with scoped_seed(0, self._argument_device()), scoped_model(validate=validate):
             trace = self._initial_trace()
             trace.compute_log_prob(site_filter=lambda _, site: not isinstance(site["fn"], _Subsample))
@@ -211,12 +221,15 @@ class LogDensity:
         return self.run(self.unflatten(z), batch)[0]
 
     def run(
-        self, values: Mapping[str, Tensor], batch: Mapping[str, Tensor] | None = None
+        self,
+        values: Mapping[str, Tensor],
+        batch: Mapping[str, Tensor] | None = None,
+        row: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """log p(z), the constrained value of every latent site, and every deterministic site, at one chain's
-        unconstrained ``values``.
+        unconstrained ``values``, with its ``row`` of ``data`` (the first chain's if not given).
         """
-        nodes, log_prob, log_det = self._evaluate(values, batch)
+        nodes, log_prob, log_det = self._evaluate(values, batch, row)
         constrained = {name: nodes[name]["value"] for name in self.sites}
         deterministic = {
             n: s["value"] for n, s in nodes.items() if s["type"] == "sample" and s["infer"].get("_deterministic")
@@ -288,10 +301,14 @@ class LogDensity:
             )
         return torch.cat(rows, dim=1)
 
-    def initial_position(self, seed: int, strategy: Callable[[Any], Any] | None = None) -> Tensor:
-        """One chain's flat starting point ``(dim,)`` chosen by a Pyro init strategy under ``seed``."""
+    def initial_position(
+        self, seed: int, strategy: Callable[[Any], Any] | None = None, row: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """One chain's flat starting point ``(dim,)`` chosen by a Pyro init strategy under ``seed``, with the chain's
+        ``row`` of ``data``.
+        """
         with scoped_seed(seed, self.device), scoped_model(validate=False):
-            trace = self._initial_trace(strategy)
+            trace = self._initial_trace(strategy, row)
         parts = [
             self._to_unconstrained(name, trace.nodes[name]["fn"], trace.nodes[name]["value"]).reshape(-1).to(self.dtype)
             for name in self.sites
@@ -305,18 +322,22 @@ class LogDensity:
 
     # ------------------------------------------------------------------ internals
     def _evaluate(
-        self, values: Mapping[str, Tensor], batch: Mapping[str, Tensor] | None
+        self,
+        values: Mapping[str, Tensor],
+        batch: Mapping[str, Tensor] | None,
+        row: Sequence[Tensor] | None = None,
     ) -> tuple[dict[str, Any], Tensor, Tensor | float]:
         """The trace's nodes, the log-joint in constrained space and the log-Jacobians."""
         messenger = _Unconstrained(values, batch or {}, self.transforms)
+        args, kwargs = (self.args, self.kwargs) if row is None else self._arguments.filled(row)
         with scoped_model(validate=False):
             if self._evaluator is None:
                 with poutine.trace() as recorder, messenger:
-                    self.model(*self.args, **self.kwargs)
+                    self.model(*args, **kwargs)
                 trace = recorder.trace
                 log_prob = _log_prob_sum(trace)
             else:
-                trace = self._enumerated_trace(messenger)
+                trace = self._enumerated_trace(messenger, args, kwargs)
                 log_prob = self._evaluator.log_prob(trace)
         return dict(trace.nodes), log_prob, messenger.log_det
 
@@ -346,8 +367,9 @@ class LogDensity:
         tensors = [a for a in (*self.args, *self.kwargs.values()) if isinstance(a, Tensor)]
         return tensors[0].device if tensors else torch.device("cpu")
 
-    def _initial_trace(self, strategy: Callable[[Any], Any] | None = None) -> Any:
+    def _initial_trace(self, strategy: Callable[[Any], Any] | None = None, row: Sequence[Tensor] | None = None) -> Any:
         chosen = strategy or self._init_strategy
+        args, kwargs = (self.args, self.kwargs) if row is None else self._arguments.filled(row)
 
         def initial_value(site: Any) -> Tensor | None:
             fn = site["fn"]
@@ -357,7 +379,7 @@ class LogDensity:
             return None if fn.support.is_discrete else chosen(site)
 
         with poutine.trace() as recorder, InitMessenger(initial_value):
-            self.model(*self.args, **self.kwargs)
+            self.model(*args, **kwargs)
         return recorder.trace
 
     def _to_unconstrained(self, name: str, fn: Any, value: Tensor) -> Tensor:
@@ -379,17 +401,18 @@ class LogDensity:
         sites = [n for n in trace.nodes.values() if n["type"] == "sample"]
         return max((-f.dim for s in sites for f in s["cond_indep_stack"] if f.vectorized), default=0)
 
-    def _enumerated_trace(self, messenger: _Unconstrained) -> Any:
+    def _enumerated_trace(self, messenger: _Unconstrained, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         enum = EnumMessenger(first_available_dim=-1 - self._max_plate_nesting)
         model = config_enumerate(self.model, default="parallel")
         with poutine.trace(graph_type="flat") as recorder, enum, messenger:
-            model(*self.args, **self.kwargs)
+            model(*args, **kwargs)
         return recorder.trace
 
     def _build_evaluator(self) -> TraceEinsumEvaluator:
         z = torch.zeros(self.dim, dtype=self.dtype, device=self.device)
         with scoped_model(validate=False):
-            trace = self._enumerated_trace(_Unconstrained(self.unflatten(z), self.minibatch(), self.transforms))
+            messenger = _Unconstrained(self.unflatten(z), self.minibatch(), self.transforms)
+            trace = self._enumerated_trace(messenger, self.args, self.kwargs)
             return TraceEinsumEvaluator(trace, has_enumerable_sites=True, max_plate_nesting=self._max_plate_nesting)
 
 

@@ -8,7 +8,7 @@ captured like any other.  A model that cannot be recorded runs one chain at a ti
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -34,11 +34,14 @@ class Density(Protocol):
     device: torch.device
     sites: dict[str, Site]
     plates: dict[str, MinibatchPlate]
+    data: tuple[Tensor, ...]
 
     def run(
-        self, values: Mapping[str, Tensor], batch: Batch | None = None
+        self, values: Mapping[str, Tensor], batch: Batch | None = None, row: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Log-density, constrained latent values and deterministic values at one chain's unconstrained values."""
+        """Log-density, constrained latent values and deterministic values at one chain's unconstrained values, with
+        its row of ``data``.
+        """
 
     def unflatten(self, z: Tensor) -> dict[str, Tensor]:
         """Sites' unconstrained values."""
@@ -70,7 +73,7 @@ class PotentialFunction(LogDensity):
             raise ValueError("potential_fn needs initial_params: a dict of unconstrained tensors, one entry a site")
         self.potential_fn = potential_fn
         self.transforms = dict(transforms or {})
-        self.sites, self.plates, self.observed, self.priors = {}, {}, {}, {}
+        self.sites, self.plates, self.observed, self.priors, self.data = {}, {}, {}, {}, ()
         start = 0
         for name, value in example.items():
             constrained = self.transforms[name].inv(value) if name in self.transforms else value
@@ -80,13 +83,15 @@ class PotentialFunction(LogDensity):
         self.dim, self.device, self.dtype = start, first.device, first.dtype
 
     def run(
-        self, values: Mapping[str, Tensor], batch: Batch | None = None
+        self, values: Mapping[str, Tensor], batch: Batch | None = None, row: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Minus the energy, and the values in constrained space."""
         constrained = {n: self.transforms[n].inv(v) if n in self.transforms else v for n, v in values.items()}
         return -self.potential_fn(dict(values)), constrained, {}
 
-    def initial_position(self, seed: int, strategy: Callable[[Any], Any] | None = None) -> Tensor:
+    def initial_position(
+        self, seed: int, strategy: Callable[[Any], Any] | None = None, row: Sequence[Tensor] | None = None
+    ) -> Tensor:
         """There is no model to start from."""
         raise ValueError("a kernel with potential_fn needs initial_params in MCMC(...)")
 
@@ -101,6 +106,9 @@ class Potential:
 
     Attributes:
         captured: whether the model runs as a graph.
+        data: what differs between chains besides their positions, each tensor ``(chain, ...)``: the rows of the
+            model's arguments that ``in_dims`` names.  They are inputs of the one graph, mapped over chains.  Empty if
+            all chains have the same density.
     """
 
     def __init__(self, density: Density, *, chunk_size: int | None = None, capture: bool = True) -> None:
@@ -110,7 +118,7 @@ class Potential:
             raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
         self.density, self.chunk_size = density, chunk_size
         self.dim, self.dtype, self.device = density.dim, density.dtype, density.device
-        self.sites, self.plates = density.sites, density.plates
+        self.sites, self.plates, self.data = density.sites, density.plates, density.data
         self._plate_names = list(density.plates)
         self.captured = False
         self._dry_batch = density.minibatch()
@@ -131,13 +139,21 @@ class Potential:
     def value_and_grad(self, z: Tensor, batch: Batch | None = None) -> tuple[Tensor, Tensor]:
         """U ``(chain,)`` and dU/dz ``(chain, dim)`` at ``z`` ``(chain, dim)``. Not finite where the density is not,
         for that chain alone.
+
+        Raises:
+            ValueError: chains have their own data, and ``z`` has not one row a chain.
         """
         indices = self._indices(batch)
+        if self.data and len(z) != len(self.data[0]):
+            raise ValueError(
+                f"{len(self.data[0])} chains have their own data, and positions of {len(z)} were given: "
+                "there must be one row a chain, in their order"
+            )
         parts = []
         for start in range(0, len(z), self.chunk_size or len(z)):
             stop = start + (self.chunk_size or len(z))
             rows = [i if i.dim() == 1 else i[start:stop] for i in indices]
-            parts.append(self._evaluate(z[start:stop], rows))
+            parts.append(self._evaluate(z[start:stop], rows, [d[start:stop] for d in self.data]))
         if len(parts) == 1:
             return parts[0]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
@@ -145,19 +161,34 @@ class Potential:
     def constrain(self, z: Tensor, *, deterministic: bool = False) -> dict[str, Tensor]:
         """Values of the latent sites in constrained space, ``(n, *shape)`` for ``z`` of shape ``(n, dim)``; with
         ``deterministic``, those sites too.
+
+        Where chains have their own data, n must be a multiple of their number, and all rows of a chain stand
+        together: ``(chain, draw, dim)`` flattened.
         """
+        data = self._repeated_data(len(z))
         if self._constrain_graph is not None:
             with torch.no_grad():
-                values = vmap(self._constrain_graph)(z)
+                values = vmap(self._constrain_graph)(z, *data)
         else:
-            rows = [self._constrain_one(row) for row in z]
+            rows = [self._constrain_one(*row) for row in zip(z, *data, strict=True)]
             values = [torch.stack([r[i] for r in rows]) for i in range(len(rows[0]))]
         named = dict(zip(self._names, values, strict=True))
         return named if deterministic else {n: named[n] for n in self.sites}
 
     def probe(self) -> float:
-        """U at a fixed point and minibatch: two models that differ, in a hyperparameter say, differ here."""
-        return float(self(self._trial(7)[None], self.density.minibatch(7))[0])
+        """U at a fixed point and minibatch (summed over chains that have their own data): two models that differ, in a
+        hyperparameter say, differ here.
+        """
+        chains = len(self.data[0]) if self.data else 1
+        return float(self(self._trial(7).expand(chains, -1), self.density.minibatch(7)).sum())
+
+    def _repeated_data(self, rows: int) -> list[Tensor]:
+        if not self.data:
+            return []
+        draws, left = divmod(rows, len(self.data[0]))
+        if left:
+            raise ValueError(f"{len(self.data[0])} chains have their own data, and {rows} rows are no multiple of that")
+        return [d if draws == 1 else d.repeat_interleave(draws, 0) for d in self.data]
 
     def _indices(self, batch: Batch | None) -> list[Tensor]:
         if set(batch or {}) != set(self._plate_names):
@@ -166,37 +197,43 @@ class Potential:
             )
         return [batch[name] for name in self._plate_names] if batch else []
 
-    def _evaluate(self, z: Tensor, indices: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _evaluate(self, z: Tensor, indices: list[Tensor], data: list[Tensor]) -> tuple[Tensor, Tensor]:
         if self._graph is not None:
-            in_dims = (0, *(None if i.dim() == 1 else 0 for i in indices))
-            return vmap(self._graph, in_dims=in_dims)(z, *indices)
-        rows = [self._one(z[c], *(i if i.dim() == 1 else i[c] for i in indices)) for c in range(len(z))]
+            in_dims = (0, *(None if i.dim() == 1 else 0 for i in indices), *(0 for _ in data))
+            return vmap(self._graph, in_dims=in_dims)(z, *indices, *data)
+        rows = [
+            self._one(z[c], *(i if i.dim() == 1 else i[c] for i in indices), *(d[c] for d in data))
+            for c in range(len(z))
+        ]
         return torch.stack([r[0] for r in rows]), torch.stack([r[1] for r in rows])
 
     # ------------------------------------------------------------------ one chain
-    def _one(self, z: Tensor, *indices: Tensor) -> tuple[Tensor, Tensor]:
+    def _one(self, z: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """U and its gradient from a position, the plates' indices and the chain's data."""
+        indices, row = inputs[: len(self._plate_names)], inputs[len(self._plate_names) :]
         # Leaves per site rather than one flat leaf: the gradient is then one concatenation instead of a padded sum of
         # slices.
         values = {n: v.detach().requires_grad_(True) for n, v in self.density.unflatten(z).items()}
         with torch.enable_grad():
-            energy = -self.density.run(values, dict(zip(self._plate_names, indices, strict=True)))[0]
+            energy = -self.density.run(values, dict(zip(self._plate_names, indices, strict=True)), row)[0]
             gradients = torch.autograd.grad(energy, list(values.values()), allow_unused=True, materialize_grads=True)
         return energy.detach().to(self.dtype), torch.cat([g.reshape(-1).to(self.dtype) for g in gradients])
 
-    def _constrain_one(self, z: Tensor) -> list[Tensor]:
+    def _constrain_one(self, z: Tensor, *row: Tensor) -> list[Tensor]:
         with torch.no_grad():
-            _, sites, deterministic = self.density.run(self.density.unflatten(z), self._dry_batch)
+            _, sites, deterministic = self.density.run(self.density.unflatten(z), self._dry_batch, row)
         self._names = [*sites, *deterministic]
         return [*sites.values(), *deterministic.values()]
 
     # ------------------------------------------------------------------ capture
     def _capture(self) -> None:
+        row = [d[0] for d in self.data]
         for attempt in range(20):
             z = self._trial(attempt)
             batch = self.density.minibatch(attempt)
             indices = [batch[n] for n in self._plate_names]
             try:
-                expected = self._one(z, *indices)
+                expected = self._one(z, *indices, *row)
             except (ValueError, RuntimeError):
                 if attempt == 19:
                     raise
@@ -205,8 +242,8 @@ class Potential:
                 break
         self._dry_batch = batch
         try:
-            self._graph = trace(self._one, z, *indices)
-            self._constrain_graph = trace(self._constrain_one, z)
+            self._graph = trace(self._one, z, *indices, *row)
+            self._constrain_graph = trace(self._constrain_one, z, *row)
             self._check_against_model()
         except CaptureError as error:
             self._graph = self._constrain_graph = None
@@ -231,21 +268,22 @@ class Potential:
         return (scale * torch.randn(self.dim, generator=noise)).to(device=self.device, dtype=self.dtype)
 
     def _check_against_model(self) -> None:
-        """The graph at another point and minibatch must be the model there: a branch that was frozen while recording
-        would show.
+        """The graph at another point, minibatch and chain must be the model there: a branch that was frozen while
+        recording would show.
         """
         batch = self.density.minibatch(101)
         indices = [batch[n] for n in self._plate_names]
         z = torch.stack([self._trial(101), self._trial(102)])
+        data = [d[[0, -1]] for d in self.data]
         try:
-            direct = [self._one(row, *indices) for row in z]
+            direct = [self._one(z[c], *indices, *(d[c] for d in data)) for c in range(2)]
         except (ValueError, RuntimeError):
             return
         assert self._graph is not None and self._constrain_graph is not None
         try:
             with torch.no_grad():
-                value, gradient = vmap(self._graph, in_dims=(0, *(None for _ in indices)))(z, *indices)
-                vmap(self._constrain_graph)(z)
+                value, gradient = self._evaluate(z, indices, data)
+                vmap(self._constrain_graph)(z, *data)
         except RuntimeError as error:
             raise CaptureError(
                 f"its graph cannot be mapped over chains: {str(error).strip().splitlines()[0][:200]}"

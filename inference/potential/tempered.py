@@ -77,6 +77,8 @@ class TemperedPotential:
                 f"tempering needs the exact density, but plate {next(iter(potential.plates))!r} is subsampled: remove "
                 "subsample_size"
             )
+        if potential.data:
+            raise ValueError("tempering takes one data set for all chains, but in_dims gives each its own")
         density = potential.density
         if isinstance(reference, str):
             if reference not in ("prior", "flat"):
@@ -191,9 +193,13 @@ class _WithTemperature:
         last = Site(_BETA, torch.Size(()), torch.Size(()), density.dim, density.dim + 1, density.dtype)
         self.sites: dict[str, Site] = {_BETA: last}
         self.plates: dict[str, MinibatchPlate] = {}
+        self.data: list[Tensor] = []
 
     def run(
-        self, values: Mapping[str, Tensor], batch: Mapping[str, Tensor] | None = None
+        self,
+        values: Mapping[str, Tensor],
+        batch: Mapping[str, Tensor] | None = None,
+        row: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """The log-density at beta; there is nothing to report in constrained space but beta itself."""
         inner = {n: v for n, v in values.items() if n != _BETA}
