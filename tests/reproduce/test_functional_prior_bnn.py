@@ -80,11 +80,11 @@ def test_boston_matched_prior(measure: Measure) -> None:
 
 @pytest.mark.slow
 def test_boston_with_a_tenth_of_the_gradients(measure: Measure) -> None:
-    """Better than the notebook's 2.797 and 2.470, tuning included, for a tenth of its 4 x 82,000 gradients."""
+    """The goal beyond the notebook's 2.797 and 2.470, for a tenth of its 4 x 82,000 gradients, tuning included."""
     rows = [measure(f"boston/GPi-G-hmc/{split}") for split in range(10)]
     assert all(row["gradients"] + 200 <= 32_800 for row in rows)
     assert statistics.mean(row["R-hat"] for row in rows) < 1.05
-    assert statistics.mean(row["RMSE"] for row in rows) <= 2.797
+    assert statistics.mean(row["RMSE"] for row in rows) <= 2.70
     assert statistics.mean(row["NLL"] for row in rows) <= 2.44
 
 
