@@ -285,8 +285,15 @@ def run(name: str, progress: bool = False) -> dict[str, Any]:
         "match seconds": matched - start,
         "fit seconds": fitted - matched,
         "scales": _scales(bnn),
-        "settings": asdict(setting),
+        "settings": _plain(asdict(setting)),
     }
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with functions by their names, as JSON can hold it."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return value.__name__ if callable(value) else value
 
 
 def _target(setting: Setting, features: int, outputs: int, regression: bool) -> Any:

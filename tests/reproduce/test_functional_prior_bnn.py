@@ -8,8 +8,10 @@ before anything was measured here; where a run misses one, the test fails.
 FG is the N(0, 1) prior on the weights, GPi-G and GPi-H are Gaussian and hierarchical priors matched to a GP.
 """
 
+import json
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -139,6 +141,22 @@ def test_lenet_on_mnist(measure: Measure) -> None:
     assert matched["NLL"] <= standard["NLL"]
     for row in (standard, matched):
         assert row["entropy outside"] > row["entropy inside"]
+
+
+@pytest.mark.parametrize("row", ["boston/GPi-G", "boston/GPi-G-hmc"])
+def test_a_row_of_either_sampler_is_written(row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their statistics differ, and a setting may be a function, which JSON does not know."""
+    setting = reproduce.SETTINGS[f"{row}/2"]
+    short = {"warmup_steps": 2, "num_samples": 4, "thin": 1}
+    tiny = replace(setting, match={**(setting.match or {}), "num_steps": 2}, fit={**setting.fit, **short})
+    monkeypatch.setitem(reproduce.SETTINGS, "tiny", tiny)
+    try:
+        found = reproduce.run("tiny")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    (written,) = json.loads(reproduce.save(found, tmp_path).read_text())["rows"]
+    assert written["RMSE"] == found["RMSE"] > 0
+    assert ("clamped" in written) == ("sampler" not in setting.fit)
 
 
 def test_every_row_names_data_that_exists() -> None:
