@@ -13,7 +13,7 @@ import argparse
 import math
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,9 @@ class Setting:
         match: arguments of ``match_prior``, or None for the prior as it is built: N(0, 1) weights ("FG").
         lengthscale: of an RBF target; None for the paper's hierarchical RBF.
         variance: of an RBF target.
+        notebook: whether the hierarchical target has the hyperparameters that the notebooks drew (see
+            ``NotebookRBF``) instead of those that the paper states.
+        at_data: whether the prior is matched at training inputs alone; by default also in their box.
         fit: arguments of ``fit``.
     """
 
@@ -56,7 +59,21 @@ class Setting:
     match: Mapping[str, Any] | None = None
     lengthscale: float | None = None
     variance: float = 1.0
+    notebook: bool = False
+    at_data: bool = False
     fit: Mapping[str, Any] = field(default_factory=dict)
+
+
+class NotebookRBF(HierarchicalRBF):
+    """The target that the published figures come from.
+
+    The authors' code writes draws of the hyper-prior into the raw parameters of a gpytorch kernel, whose values are
+    ``softplus`` of them: ``alpha^2`` has mean 2.11 instead of 1.82 and is never below 0.69.
+    """
+
+    def link(self, value: Tensor) -> Tensor:
+        """``log(1 + exp(value))``."""
+        return torch.nn.functional.softplus(value)
 
 
 @dataclass(frozen=True)
@@ -86,33 +103,52 @@ def _chain(burn_in: int, thin: int, batch_size: int = 32) -> dict[str, Any]:
 _ENERGY = {"num_steps": 150, "num_functions": 128, "num_points": 100}
 
 
+# One hidden layer, matched by its exact covariance. The match has no optimum at finite scales (its best network has
+# sign functions for units), so the number of steps is part of the prior: see benchmarks/RESULTS.md for the choice.
+_EXACT = {"discrepancy": "covariance", "num_points": 50}
+
+
 def long_trajectories(bnn: FunctionalPriorBNN) -> HMC:
-    """Full-batch HMC with 96 leapfrog steps a transition.
+    """Full-batch HMC with 128 leapfrog steps a transition.
 
     In the whitened space of a matched prior one step size fits all weights, so that unit mass will do, and a few long
-    trajectories move further than many noisy steps.
+    trajectories move further than many noisy steps. In a warm-up of 22 transitions a step size that starts low and
+    aims at an acceptance of 0.65 ends nearer its best than Pyro's defaults.
     """
-    return HMC(bnn, step_size=0.03, num_steps=96, adapt_mass_matrix=False)
+    return HMC(bnn, step_size=0.01, num_steps=128, adapt_mass_matrix=False, target_accept_prob=0.65, jitter=0.3)
+
+
+def short_trajectories(bnn: FunctionalPriorBNN) -> HMC:
+    """Full-batch HMC with 48 leapfrog steps a transition, for labels, which say less than real targets."""
+    return HMC(bnn, step_size=0.01, num_steps=48, adapt_mass_matrix=False, target_accept_prob=0.65, jitter=0.3)
+
+
+def _full_batch(sampler: Callable[[FunctionalPriorBNN], HMC], warmup_steps: int, num_samples: int) -> dict[str, Any]:
+    return {
+        "sampler": sampler,
+        "batch_size": None,
+        "num_chains": 4,
+        "warmup_steps": warmup_steps,
+        "num_samples": num_samples,
+        "thin": 1,
+    }
 
 
 def _settings() -> dict[str, Setting]:
     rows: dict[str, Setting] = {}
     for split in range(10):
         rows[f"boston/FG/{split}"] = Setting("boston", split, fit=_chain(2000, 100))
-        rows[f"boston/GPi-G/{split}"] = Setting("boston", split, match=_ENERGY, fit=_chain(2000, 500))
+        rows[f"boston/GPi-G/{split}"] = Setting(
+            "boston", split, match={**_EXACT, "num_steps": 100}, notebook=True, at_data=True, fit=_chain(2000, 500)
+        )
         rows[f"boston/GPi-G-hmc/{split}"] = Setting(
             "boston",
             split,
             {"noise_variance": "learned"},
-            {"num_steps": 200, "num_functions": 64},
-            fit={
-                "sampler": long_trajectories,
-                "batch_size": None,
-                "num_chains": 4,
-                "warmup_steps": 30,
-                "num_samples": 50,
-                "thin": 1,
-            },
+            {**_EXACT, "num_steps": 200},
+            notebook=True,
+            at_data=True,
+            fit=_full_batch(long_trajectories, 22, 40),
         )
     few = {"num_steps": 200, "num_functions": 64, "num_points": 50}
     for split in (2, 5, 9):  # by the default tests
@@ -124,10 +160,11 @@ def _settings() -> dict[str, Setting]:
             rows[f"concrete/FG/{noise}/{split}"] = Setting("concrete", split, network, fit=fit)
             rows[f"concrete/GPi-G/{noise}/{split}"] = Setting("concrete", split, network, _ENERGY, fit=fit)
     deep = {"hidden": (100, 100)}
-    banana = {"num_steps": 120, "num_functions": 128, "num_points": 100}
+    # After 120 steps the covariance of target (1, 1) is still off by 0.37 of its norm, after 300 by 0.27.
+    banana = {"num_steps": 300, "num_functions": 128, "num_points": 100}
     for lengthscale, variance in ((1.0, 32.0), (1.0, 1.0), (16.0, 1.0)):
         rows[f"banana/l{lengthscale:g}-a{variance:g}"] = Setting(
-            "banana", 0, deep, banana, lengthscale, variance, _chain(1000, 100)
+            "banana", 0, deep, banana, lengthscale, variance, fit=_full_batch(short_trajectories, 30, 50)
         )
     letter = _chain(2000, 50, batch_size=100)
     rows["letter/FG"] = Setting("letter", 0, deep, fit=letter)
@@ -194,7 +231,8 @@ def run(name: str, progress: bool = False) -> dict[str, Any]:
         ``name``; the figures (``RMSE`` and ``NLL``, or ``accuracy``, ``NLL``, ``ECE``, training scores and, with
         classes left out, ``AUROC`` and mean entropies); ``R-hat`` and ``R-hat max`` of the functions at the test
         inputs; ``gradients`` of all chains; ``match seconds`` and ``fit seconds``; ``scales``, the standard
-        deviations of a matched Gaussian prior; ``clamped``, the largest share of coordinates without injected noise.
+        deviations of a matched Gaussian prior; of adaptive SGHMC ``clamped``, the largest share of coordinates without
+        injected noise.
     """
     setting = SETTINGS[name]
     data = load(setting.data, setting.split)
@@ -208,9 +246,10 @@ def run(name: str, progress: bool = False) -> dict[str, Any]:
     row: dict[str, Any] = {"name": name}
     start = time.perf_counter()
     if setting.match is not None:
-        bnn.match_prior(
-            _target(setting, features, outputs, regression), data.x_train, progress=progress, **setting.match
-        )
+        options = dict(setting.match)
+        if setting.at_data:
+            options["measurement"] = lambda count: data.x_train[torch.randperm(len(data.x_train))[:count]]
+        bnn.match_prior(_target(setting, features, outputs, regression), data.x_train, progress=progress, **options)
     matched = time.perf_counter()
     with warnings.catch_warnings():
         # R-hat and the clamped share are among the figures.
@@ -237,6 +276,8 @@ def run(name: str, progress: bool = False) -> dict[str, Any]:
             "entropy inside": float(prediction.entropy.mean()),
             "entropy outside": float(outside.mean()),
         }
+    if "clamped_fraction" in posterior.sample_stats:
+        row["clamped"] = float(posterior.sample_stats["clamped_fraction"].max())
     rhat = prediction.rhat
     return row | {
         "R-hat": float(rhat.mean()),
@@ -244,17 +285,22 @@ def run(name: str, progress: bool = False) -> dict[str, Any]:
         "gradients": posterior.info["num_gradients"],
         "match seconds": matched - start,
         "fit seconds": fitted - matched,
-        "clamped": float(posterior.sample_stats["clamped_fraction"].max()),
         "scales": _scales(bnn),
-        "settings": asdict(setting),
+        "settings": _plain(asdict(setting)),
     }
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with functions by their names, as JSON can hold it."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return value.__name__ if callable(value) else value
 
 
 def _target(setting: Setting, features: int, outputs: int, regression: bool) -> Any:
     if setting.lengthscale is None:
-        if regression:
-            return HierarchicalRBF.regression(features, outputs)
-        return HierarchicalRBF.classification(features, outputs)
+        family = NotebookRBF if setting.notebook else HierarchicalRBF
+        return family.regression(features, outputs) if regression else family.classification(features, outputs)
     kernel = gpytorch.kernels.ScaleKernel(gpytorch.kernels.RBFKernel())
     kernel.outputscale, kernel.base_kernel.lengthscale = setting.variance, setting.lengthscale
     return kernel
@@ -263,7 +309,7 @@ def _target(setting: Setting, features: int, outputs: int, regression: bool) -> 
 def _scales(bnn: FunctionalPriorBNN) -> dict[str, float]:
     if not isinstance(bnn.prior, GaussianPrior):
         return {}
-    return {name: float(scale) for name, scale in ((n, bnn.prior.scale(n)) for n in bnn.prior.log_scale)}
+    return {name: float(bnn.prior.scale(name).detach()) for name in bnn.prior.log_scale}
 
 
 def save(row: Mapping[str, Any], folder: Path) -> Path:

@@ -23,6 +23,7 @@ __all__ = ["GPTarget", "HierarchicalRBF", "as_target", "gp_target"]
 
 _JITTER = 1e-6  # relative to the variance, in float64: the paper's value, far above rounding
 _MAX_DOUBLINGS = 10
+_MEAN_NODES = 256  # of a mean over a log-normal
 _CHUNK = 2**24  # matrix entries factorised at once: 128 MiB in float64
 
 
@@ -93,8 +94,17 @@ class HierarchicalRBF:
         """``n`` independent draws, float64: length scales ``(n, D)`` and variances ``alpha^2`` ``(n,)``."""
         log_l = torch.randn(n, self.in_features, dtype=torch.float64, device=device)
         log_v = torch.randn(n, dtype=torch.float64, device=device)
-        lengthscale = (self.log_lengthscale_mean + math.sqrt(self.log_lengthscale_variance) * log_l).exp()
-        return lengthscale, (self.log_variance_mean + math.sqrt(self.log_variance_variance) * log_v).exp()
+        return self._lengthscale(log_l), self._variance(log_v)
+
+    def link(self, value: Tensor) -> Tensor:
+        """From a log-normal value to the hyperparameter: the identity, for a subclass to override."""
+        return value
+
+    def _lengthscale(self, z: Tensor) -> Tensor:
+        return self.link((self.log_lengthscale_mean + math.sqrt(self.log_lengthscale_variance) * z).exp())
+
+    def _variance(self, z: Tensor) -> Tensor:
+        return self.link((self.log_variance_mean + math.sqrt(self.log_variance_variance) * z).exp())
 
     @torch.no_grad()
     def __call__(self, x: Tensor, n: int) -> Tensor:
@@ -118,10 +128,9 @@ class HierarchicalRBF:
         ``E[alpha^2] prod_d E[exp(-(x_d - x'_d)^2 / (2 l_d^2))]``, each factor by the trapezoidal rule in ``log l_d``.
         """
         points = _rows(x, self.in_features)
-        z = torch.linspace(-7, 7, num_nodes, dtype=torch.float64, device=x.device)
-        weights = torch.exp(-z.square() / 2)
-        weights = weights / weights.sum()
-        precision = torch.exp(-2 * (self.log_lengthscale_mean + math.sqrt(self.log_lengthscale_variance) * z))
+        z, weights = _normal_rule(num_nodes)
+        z, weights = z.to(x.device), weights.to(x.device)
+        precision = self._lengthscale(z) ** -2
         total = torch.full((points.shape[0],) * 2, self.variance_mean, dtype=torch.float64, device=x.device)
         for column in points.T:
             square = (column.unsqueeze(-1) - column).square()
@@ -134,7 +143,8 @@ class HierarchicalRBF:
     @property
     def variance_mean(self) -> float:
         """``E[alpha^2]``."""
-        return math.exp(self.log_variance_mean + self.log_variance_variance / 2)
+        z, weights = _normal_rule(_MEAN_NODES)
+        return float((weights * self._variance(z)).sum())
 
 
 class GPTarget:
@@ -302,6 +312,13 @@ def _factorise(covariance: Tensor, jitter: float) -> Tensor:
         f"the target's covariance is not positive definite even with a jitter of {jitter / 2:.1e} of its variance: "
         f"it holds NaN, or the kernel is no covariance function"
     )
+
+
+def _normal_rule(num_nodes: int) -> tuple[Tensor, Tensor]:
+    """Nodes and weights, float64, of a mean over a standard normal: the trapezoidal rule on (-7, 7)."""
+    z = torch.linspace(-7, 7, num_nodes, dtype=torch.float64)
+    weights = torch.exp(-z.square() / 2)
+    return z, weights / weights.sum()
 
 
 def _rows(x: Tensor, features: int | None = None) -> Tensor:

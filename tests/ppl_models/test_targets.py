@@ -98,9 +98,25 @@ def test_length_scales_are_drawn_for_each_function() -> None:
         assert mean[0, 1].item() == pytest.approx(truth.item(), rel=0.03)
 
 
-def test_mean_covariance_of_the_hierarchical_target() -> None:
+class SoftplusRBF(HierarchicalRBF):
+    def link(self, value: Tensor) -> Tensor:
+        return torch.nn.functional.softplus(value)
+
+
+def test_link_maps_the_lognormal_values() -> None:
+    with scoped_seed(0):
+        plain = HierarchicalRBF.regression(3).hyperparameters(1000)
+    with scoped_seed(0):
+        linked = SoftplusRBF.regression(3).hyperparameters(1000)
+    for before, after in zip(plain, linked, strict=True):
+        torch.testing.assert_close(after, before.exp().add(1).log())
+    assert HierarchicalRBF.regression(3).variance_mean == pytest.approx(math.exp(0.6), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", [HierarchicalRBF, SoftplusRBF])
+def test_mean_covariance_of_the_hierarchical_target(kind: type[HierarchicalRBF]) -> None:
     x = torch.randn(5, 3, generator=generator(0), dtype=torch.float64)
-    target = HierarchicalRBF(3, log_variance_mean=0.5, log_variance_variance=0.2)
+    target = kind(3, log_variance_mean=0.5, log_variance_variance=0.2)
     torch.testing.assert_close(target.covariance(x), target.covariance(x, num_nodes=2000))
     with scoped_seed(0):
         lengthscale, v = target.hyperparameters(200_000)

@@ -8,8 +8,10 @@ before anything was measured here; where a run misses one, the test fails.
 FG is the N(0, 1) prior on the weights, GPi-G and GPi-H are Gaussian and hierarchical priors matched to a GP.
 """
 
+import json
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -80,11 +82,11 @@ def test_boston_matched_prior(measure: Measure) -> None:
 
 @pytest.mark.slow
 def test_boston_with_a_tenth_of_the_gradients(measure: Measure) -> None:
-    """Better than the notebook's 2.797 and 2.470, tuning included, for a tenth of its 4 x 82,000 gradients."""
+    """The goal beyond the notebook's 2.797 and 2.470, for a tenth of its 4 x 82,000 gradients, tuning included."""
     rows = [measure(f"boston/GPi-G-hmc/{split}") for split in range(10)]
     assert all(row["gradients"] + 200 <= 32_800 for row in rows)
     assert statistics.mean(row["R-hat"] for row in rows) < 1.05
-    assert statistics.mean(row["RMSE"] for row in rows) <= 2.797
+    assert statistics.mean(row["RMSE"] for row in rows) <= 2.70
     assert statistics.mean(row["NLL"] for row in rows) <= 2.44
 
 
@@ -139,6 +141,22 @@ def test_lenet_on_mnist(measure: Measure) -> None:
     assert matched["NLL"] <= standard["NLL"]
     for row in (standard, matched):
         assert row["entropy outside"] > row["entropy inside"]
+
+
+@pytest.mark.parametrize("row", ["boston/GPi-G", "boston/GPi-G-hmc"])
+def test_a_row_of_either_sampler_is_written(row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their statistics differ, and a setting may be a function, which JSON does not know."""
+    setting = reproduce.SETTINGS[f"{row}/2"]
+    short = {"warmup_steps": 2, "num_samples": 4, "thin": 1}
+    tiny = replace(setting, match={**(setting.match or {}), "num_steps": 2}, fit={**setting.fit, **short})
+    monkeypatch.setitem(reproduce.SETTINGS, "tiny", tiny)
+    try:
+        found = reproduce.run("tiny")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    (written,) = json.loads(reproduce.save(found, tmp_path).read_text())["rows"]
+    assert written["RMSE"] == found["RMSE"] > 0
+    assert ("clamped" in written) == ("sampler" not in setting.fit)
 
 
 def test_every_row_names_data_that_exists() -> None:
