@@ -25,13 +25,14 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from inference._errors import SamplerWarning
+from inference.kernels.base import count
 from inference.kernels.tempered_hmc import TemperedHMC, likelihood
 from inference.potential import TemperedPath, tempered_path
 from inference.potential.log_density import _without_validation
 from inference.potential.tempered import Reference, _check_base, _draws
 from inference.results.evidence import LogPartition, bridge, from_weights, sandwich
 from inference.runtime.generators import derive_seed, generator
-from inference.smc import Annealed, anneal, count, ladder, lift, refuse_bad
+from inference.smc import Annealed, anneal, ladder, lift, refuse_bad
 
 __all__ = ["LogPartition", "ais", "ais_sandwich", "annealed_log_weights", "bridge_sampling", "importance"]
 

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from inference._errors import NonFiniteError, SamplerWarning
-from inference.kernels.base import Kernel, Noise
+from inference.kernels.base import Kernel, Noise, count
 from inference.potential import InDims, LogDensity, Potential, PotentialFunction, Program
 from inference.results import diagnostics as _diagnostics
 from inference.results.export import to_arviz
 from inference.results.predictive import log_likelihood as _log_likelihood
 from inference.runtime import distributed
-from inference.runtime.checkpoint import fingerprint
+from inference.runtime.checkpoint import fingerprint, identify
 from inference.runtime.draws import DrawStore
 from inference.runtime.generators import derive_seed
 from inference.runtime.progress import Progress
@@ -127,10 +127,10 @@ class MCMC:
                 f"kernel must be a kernel of this library (inference.HMC, SGHMC, ...), got {type(kernel).__name__}"
             )
         self.kernel = kernel
-        self.num_samples = _count("num_samples", num_samples, 1)
-        self.warmup_steps = _count("warmup_steps", num_samples if warmup_steps is None else warmup_steps, 0)
-        self.num_chains = _count("num_chains", num_chains, 1)
-        self.thin = _count("thin", thin, 1)
+        self.num_samples = count("num_samples", num_samples, 1)
+        self.warmup_steps = count("warmup_steps", num_samples if warmup_steps is None else warmup_steps, 0)
+        self.num_chains = count("num_chains", num_chains, 1)
+        self.thin = count("thin", thin, 1)
         if minibatch not in ("shared", "per_chain"):
             raise ValueError(f"minibatch must be 'shared' or 'per_chain', got {minibatch!r}")
         derive_seed(seed)
@@ -497,8 +497,8 @@ class MCMC:
             "density": potential.probe().hex(),
             "sites": [[s.name, list(s.shape), str(s.dtype)] for s in potential.sites.values()],
             "plates": [list(p) for p in potential.plates.values()],
-            "data": [_identify(a) for a in (*self._args, *self._kwargs.values())],
-            "start": None if self.initial_params is None else {n: _identify(v) for n, v in self.initial_params.items()},
+            "data": [identify(a) for a in (*self._args, *self._kwargs.values())],
+            "start": None if self.initial_params is None else {n: identify(v) for n, v in self.initial_params.items()},
         }
 
     def _saved_sites(self) -> list[str]:
@@ -597,18 +597,3 @@ class MCMC:
         assert self.potential is not None
         density = self.potential.density
         return {} if self.potential.plates else dict(getattr(density, "observed", {}))
-
-
-def _count(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return value
-
-
-def _identify(value: Any) -> str:
-    try:
-        return fingerprint(value)
-    except TypeError:
-        return type(value).__qualname__

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from inference._errors import NonFiniteError, SamplerWarning
-from inference.kernels.base import Lift, positive
+from inference.kernels.base import Lift, count, positive
 from inference.kernels.tempered_hmc import TemperedHMC, likelihood
 from inference.potential import Program, TemperedPath, tempered_path
 from inference.potential.tempered import Reference
@@ -379,15 +379,6 @@ def _spread(z: Tensor) -> Tensor:
     """Standard deviations of the particles; 1 where they do not differ."""
     sd = torch.where(torch.isfinite(z), z, 0.0).std(0)
     return torch.where(sd > 0, sd, 1.0)
-
-
-def count(name: str, value: Any, least: int) -> int:
-    """``value`` as an integer of at least ``least``; raises naming the argument."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return value
 
 
 def fraction(name: str, value: Any) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor
 from inference.potential import Potential, Program
 from inference.runtime.streams import Streams
 
-__all__ = ["Kernel", "Lift", "Noise", "StepInputs", "Transition", "nonnegative", "positive"]
+__all__ = ["Kernel", "Lift", "Noise", "StepInputs", "Transition", "count", "nonnegative", "positive"]
 
 State = Any
 Info = dict[str, Tensor]
@@ -163,6 +163,15 @@ class Kernel(ABC):
             for k, v in sorted(vars(self).items())
             if isinstance(v, plain) or k in ("schedule", "full_mass")
         }
+
+
+def count(name: str, value: Any, least: int) -> int:
+    """``value`` as an integer of at least ``least``; raises naming the argument."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value
 
 
 def positive(name: str, value: Any, *, upper: float = math.inf) -> float:

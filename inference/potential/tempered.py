@@ -193,7 +193,7 @@ class _WithTemperature:
         last = Site(_BETA, torch.Size(()), torch.Size(()), density.dim, density.dim + 1, density.dtype)
         self.sites: dict[str, Site] = {_BETA: last}
         self.plates: dict[str, MinibatchPlate] = {}
-        self.data: list[Tensor] = []
+        self.data: tuple[Tensor, ...] = ()
 
     def run(
         self,

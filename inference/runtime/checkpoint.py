@@ -31,7 +31,7 @@ from torch import Tensor
 
 from inference._errors import CheckpointError, SamplerWarning
 
-__all__ = ["fingerprint", "flatten_state", "load_checkpoint", "save_checkpoint", "unflatten_state"]
+__all__ = ["fingerprint", "flatten_state", "identify", "load_checkpoint", "save_checkpoint", "unflatten_state"]
 
 _FORMAT = "ppl-models checkpoint"
 _VERSION = 1
@@ -415,3 +415,11 @@ def _is_builtin(value: Any) -> bool:
 
 def _name(value: type | Callable[..., Any]) -> bytes:
     return f"{value.__module__}.{value.__qualname__}".encode()
+
+
+def identify(value: Any) -> str:
+    """The fingerprint of ``value``, or the name of its type where it has none."""
+    try:
+        return fingerprint(value)
+    except TypeError:
+        return type(value).__qualname__

@@ -13,7 +13,7 @@ from pyro.infer.autoguide.initialization import init_to_sample
 from scipy import stats
 from torch.distributions.transforms import ExpTransform
 
-from inference import HMC, SGHMC, SGLD, AdaptiveSGHMC
+from inference import HMC, NUTS, SGHMC, SGLD, AdaptiveSGHMC
 from inference.calibration import Calibration, simulation_based_calibration
 
 # Pooled step sizes are too long for a chain in an unlikely data set now and then, and the driver says so.
@@ -35,6 +35,7 @@ def model(n=4):
 # order of their step size, which is small enough here for 500 replications not to see it.
 KERNELS = {
     "HMC": (partial(HMC, num_steps=6), {"warmup_steps": 150, "thin": 3}),
+    "NUTS": (NUTS, {"warmup_steps": 100, "thin": 2}),
     "SGLD": (partial(SGLD, step_size=0.005), {"warmup_steps": 800, "thin": 250}),
     "SGHMC": (partial(SGHMC, step_size=0.08, friction=0.1), {"warmup_steps": 200, "thin": 30}),
     "AdaptiveSGHMC": (

@@ -14,7 +14,7 @@ import torch
 from pyro.infer.reparam import LocScaleReparam
 from torch import Tensor
 
-from inference import HMC, MCMC
+from inference import HMC, MCMC, NUTS
 from inference.results.diagnostics import mcse_mean, rhat
 
 # A step that suits most chains diverges now and then in the banana's arms; the moments say whether that matters.
@@ -109,6 +109,7 @@ HMC_OPTIONS = {
 }
 KERNELS = {
     "HMC": lambda model, target: HMC(model, **HMC_OPTIONS[target]),
+    "NUTS": lambda model, target: NUTS(model),
 }
 
 

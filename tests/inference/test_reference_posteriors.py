@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference import HMC, MCMC
+from inference import HMC, MCMC, NUTS
 from inference.kernels.base import Kernel
 from inference.potential import LogDensity, Potential
 from inference.results.diagnostics import mcse_mean, rhat
@@ -75,6 +75,7 @@ class Engine(NamedTuple):
 # An engine is a line.
 ENGINES = {
     "HMC": Engine(lambda model, name: HMC(model, num_steps=10, full_mass=name == "kidscore_momiq"), False, 4.0),
+    "NUTS": Engine(lambda model, name: NUTS(model), True, 4.0),
 }
 CHAINS = 64
 
