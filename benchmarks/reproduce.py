@@ -104,7 +104,7 @@ _ENERGY = {"num_steps": 150, "num_functions": 128, "num_points": 100}
 
 
 # One hidden layer, matched by its exact covariance. The match has no optimum at finite scales (its best network has
-# sign functions for units), so the number of steps is part of the prior: see benchmarks/RESULTS.md for the choice.
+# sign functions for units), so the number of steps is part of the prior.
 _EXACT = {"discrepancy": "covariance", "num_points": 50}
 
 
