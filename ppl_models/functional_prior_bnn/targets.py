@@ -131,7 +131,7 @@ class HierarchicalRBF:
         z, weights = _normal_rule(num_nodes)
         z, weights = z.to(x.device), weights.to(x.device)
         precision = self._lengthscale(z) ** -2
-        total = torch.full((points.shape[0],) * 2, self.variance_mean, dtype=torch.float64, device=x.device)
+        total = self._variance_mean(x.device).expand((points.shape[0],) * 2)
         for column in points.T:
             square = (column.unsqueeze(-1) - column).square()
             factor = torch.zeros_like(square)
@@ -143,8 +143,11 @@ class HierarchicalRBF:
     @property
     def variance_mean(self) -> float:
         """``E[alpha^2]``."""
-        z, weights = _normal_rule(_MEAN_NODES)
-        return float((weights * self._variance(z)).sum())
+        return float(self._variance_mean())
+
+    def _variance_mean(self, device: torch.device | None = None) -> Tensor:
+        z, weights = (v.to(device=device) for v in _normal_rule(_MEAN_NODES))
+        return (weights * self._variance(z)).sum()
 
 
 class GPTarget:

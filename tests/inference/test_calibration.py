@@ -125,7 +125,7 @@ def test_a_sampler_that_ignores_the_data_passes_by_its_parameters_and_fails_by_t
     """Modrák et al. 2023: the prior is calibrated for every parameter, and only data-dependent quantities see it."""
 
     def ignoring(conditioned, **options):
-        return HMC(lambda *data: model(), num_steps=6, **options)
+        return HMC(lambda *data: model(), **options)  # of Gaussians, draws without correlation
 
     p = {name: float(value) for name, value in calibrate(ignoring, warmup_steps=100, thin=3).chi_square().items()}
     assert p["mu"] > 0.01 and p["rate"] > 0.01 and p["log_likelihood"] < 1e-6
