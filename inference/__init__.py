@@ -3,6 +3,7 @@ diagnostics.
 """
 
 from inference._errors import CaptureWarning, CheckpointError, CurvatureError, NonFiniteError, RankError, SamplerWarning
+from inference.citation import cite
 from inference.fit import FitResult, fit
 from inference.kernels import (
     HMC,
@@ -22,6 +23,7 @@ from inference.kernels import (
 from inference.laplace import ImportanceEstimate, Laplace, LaplaceResult
 from inference.log_partition import ais, ais_sandwich, annealed_log_weights, bridge_sampling, importance
 from inference.mcmc import MCMC
+from inference.model_check import ModelCheck, check_model
 from inference.objectives.elbo import ELBO, BoundEstimate
 from inference.potential import TemperedFunction, TemperedPotential
 from inference.results.diagnostics import rhat_nested, summary
@@ -56,6 +58,7 @@ __all__ = [
     "Laplace",
     "LaplaceResult",
     "LogPartition",
+    "ModelCheck",
     "NonFiniteError",
     "ParallelTempering",
     "PolynomialSchedule",
@@ -71,6 +74,8 @@ __all__ = [
     "ais_sandwich",
     "annealed_log_weights",
     "bridge_sampling",
+    "check_model",
+    "cite",
     "fit",
     "importance",
     "log_likelihood",

@@ -14,6 +14,8 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from inference._errors import CheckpointError
+from inference.citation import Citable
+from inference.model_check import ModelCheck, check_model
 from inference.runtime.checkpoint import load_checkpoint, save_checkpoint
 
 __all__ = ["Model", "Standardiser", "check_batch_size", "check_count", "check_inputs", "to_tensor"]
@@ -130,11 +132,12 @@ class Standardiser(nn.Module):
         return z * self.scale + self.shift
 
 
-class Model(PyroModule):
+class Model(Citable, PyroModule):
     """A Pyro model with a file form.
 
-    A subclass sets ``kind``, returns its constructor's arguments from ``config`` and, where it keeps more than its
-    ``state_dict``, overrides ``_extra_state`` and ``_restore_extra``.
+    A subclass sets ``kind`` and ``papers``, returns its constructor's arguments from ``config`` and, where it keeps
+    more than its ``state_dict``, overrides ``_extra_state`` and ``_restore_extra``.  What its last fit returned is
+    ``result``.
     """
 
     kind: ClassVar[str]
@@ -142,6 +145,16 @@ class Model(PyroModule):
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, as plain data."""
         raise NotImplementedError
+
+    def check(self, *args: Any, **kwargs: Any) -> ModelCheck:
+        """Dry run of the Pyro model ``self(*args, **kwargs)``: print and return its sites, plates and what engines make
+        of it; see ``inference.check_model``.
+        """
+        return check_model(self, *args, **kwargs)
+
+    def _used(self) -> tuple[object, ...]:
+        result = getattr(self, "result", None)
+        return (result,) if isinstance(result, Citable) else ()
 
     def _extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {}, {}

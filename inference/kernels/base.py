@@ -16,6 +16,7 @@ import torch
 from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 
+from inference.citation import Citable
 from inference.potential import Potential, Program
 from inference.runtime.streams import Streams
 
@@ -68,7 +69,7 @@ class Transition(NamedTuple):
     gradients: int | Tensor
 
 
-class Kernel(ABC):
+class Kernel(Citable, ABC):
     """A Markov kernel on the unconstrained space of a Pyro model.
 
     Attributes:
