@@ -7,7 +7,6 @@ generator per chain, so a kernel never
 touches a generator.  States are named tuples of tensors whose first field is ``position`` of shape ``(chain, dim)``.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -16,6 +15,7 @@ import torch
 from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 
+from inference._checks import count, nonnegative, positive
 from inference.citation import Citable
 from inference.potential import Potential, Program
 from inference.runtime.streams import Streams
@@ -164,36 +164,6 @@ class Kernel(Citable, ABC):
             for k, v in sorted(vars(self).items())
             if isinstance(v, plain) or k in ("schedule", "full_mass")
         }
-
-
-def count(name: str, value: Any, least: int) -> int:
-    """``value`` as an integer of at least ``least``; raises naming the argument."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return value
-
-
-def positive(name: str, value: Any, *, upper: float = math.inf) -> float:
-    """``value`` as a float in ``(0, upper]``; raises ``TypeError`` or ``ValueError`` naming the argument."""
-    return _real(name, value, 0.0, upper, open_below=True)
-
-
-def nonnegative(name: str, value: Any, *, upper: float = math.inf) -> float:
-    """``value`` as a float in ``[0, upper]``; raises ``TypeError`` or ``ValueError`` naming the argument."""
-    return _real(name, value, 0.0, upper, open_below=False)
-
-
-def _real(name: str, value: Any, lower: float, upper: float, *, open_below: bool) -> float:
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    inside = (value > lower if open_below else value >= lower) and value <= upper and math.isfinite(value)
-    if not inside:
-        raise ValueError(f"{name} must lie in {'(' if open_below else '['}{lower:g}, {upper:g}], got {value!r}")
-    return float(value)
 
 
 def per_chain_norm(x: Tensor) -> Tensor:
