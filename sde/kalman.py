@@ -101,7 +101,7 @@ def _data(
                 f"mask must broadcast to {tuple(values.shape)} in three dimensions, got {tuple(here.shape)}"
             )
     values = torch.where(here, values, 0.0)
-    if not isinstance(noise_std, Tensor):
+    if not isinstance(noise_std, Tensor) or noise_std.is_complex():  # values of a tensor are not looked at
         as_positive(noise_std, "noise_std", zero=True)
     std = torch.as_tensor(noise_std, dtype=torch.float64, device=device)
     target = (len(t), 1, values.shape[2])
