@@ -26,7 +26,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-demo: $(VENV)/.installed-demo  ## fit the main model to real data: table, figures and ArviZ file in out/
+demo: $(VENV)/.installed-demo  ## all models on small data: one table, figures in out/
 	$(RUN) -m benchmarks.demo --out $(OUT)
 
 test: lint types  ## everything that CI checks: ruff, import arrows, mypy, all tests

@@ -64,7 +64,10 @@ def api_page(package: str, title: str) -> str:
     """An entry a public name; those that a page of a smaller package holds are left to it."""
     names = public_names(package)
     smaller = {n for p in packages() if p.startswith(f"{package}.") for n in public_names(p)}
-    entries = [f"::: {package}.{name}\n" for name in sorted(set(names) - smaller, key=str.lower)]
+    folder = ROOT / package.replace(".", "/")
+    # A function in a module of its own name is found there; its plain name is the module's.
+    paths = {n: f"{package}.{n}.{n}" if (folder / f"{n}.py").is_file() else f"{package}.{n}" for n in names}
+    entries = [f"::: {paths[name]}\n" for name in sorted(set(names) - smaller, key=str.lower)]
     below = [p for p in packages() if p.startswith(f"{package}.")]
     listed = ", ".join(
         f"[`{n}`][{next(p for p in below if n in public_names(p))}.{n}]" for n in sorted(set(names) & smaller)
