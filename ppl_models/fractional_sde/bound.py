@@ -10,7 +10,7 @@ from inference.runtime.generators import derive_seed
 from ppl_models.fractional_sde.posterior import Draws, SolverGrid
 
 if TYPE_CHECKING:
-    from ppl_models.fractional_sde.model import FractionalSDE
+    from ppl_models.fractional_sde.paths import PathModel
 
 __all__ = ["PathBound", "PathLikelihood", "combine", "particles_of"]
 
@@ -27,11 +27,12 @@ class PathLikelihood(nn.Module):
     """Standard deviation of the observations' errors, fixed or learned; calling it returns ``(D,)``."""
 
     given: Tensor
+    log_std: Tensor
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.size, self.learned = size, False
-        self.log_std = nn.Parameter(torch.zeros(size), requires_grad=False)
+        self.register_buffer("log_std", torch.zeros(size))
         self.register_buffer("given", torch.full((size,), 0.1))
 
     def check(self, noise_std: Any, positive: bool) -> None:
@@ -52,13 +53,26 @@ class PathLikelihood(nn.Module):
 
     def set(self, noise_std: Any, spread: Tensor) -> None:
         """Fix it, or let it be learned from a tenth of the data's spread."""
-        self.learned = isinstance(noise_std, str)
-        self.log_std.requires_grad_(self.learned)
-        with torch.no_grad():
-            if self.learned:
-                self.log_std.copy_((0.1 * spread).log())
+        if isinstance(noise_std, str):
+            fresh = not self.learned
+            self.learn(True)
+            if fresh:
+                with torch.no_grad():
+                    self.log_std.copy_((0.1 * spread).log())
+        else:
+            self.learn(False)
+            self.given.copy_(torch.as_tensor(noise_std, dtype=self.given.dtype).expand(self.size))
+
+    def learn(self, learned: bool) -> None:
+        """Make the deviation a parameter, or a constant."""
+        if learned != self.learned:
+            value = self.log_std.detach().clone()
+            del self.log_std
+            if learned:
+                self.log_std = nn.Parameter(value)
             else:
-                self.given.copy_(torch.as_tensor(noise_std, dtype=self.given.dtype).expand(self.size))
+                self.register_buffer("log_std", value)
+        self.learned = learned
 
     def forward(self) -> Tensor:
         """``(D,)``."""
@@ -81,7 +95,7 @@ def combine(draws: Draws, log_likelihood: Tensor, particles: int, bound: str, we
 
 
 class PathBound(nn.Module):
-    """Negative evidence bound per series, an objective for ``inference.fit`` on rows ``(B, T, D)`` and their mask.
+    """Negative evidence bound per series, an objective for ``inference.fit`` on rows ``(B, T, *shape)`` and their mask.
 
     Args:
         model: whose system, posterior and likelihood are learned.
@@ -93,14 +107,13 @@ class PathBound(nn.Module):
 
     calls: Tensor
 
-    def __init__(self, model: "FractionalSDE", grid: SolverGrid, num_particles: int, bound: str, kl_warmup: int) -> None:
+    def __init__(self, model: "PathModel", grid: SolverGrid, num_particles: int, bound: str, kl_warmup: int) -> None:
         super().__init__()
         if bound not in _BOUNDS:
             raise ValueError(f"bound must be one of {_BOUNDS}, got {bound!r}")
         if isinstance(kl_warmup, bool) or not isinstance(kl_warmup, int) or kl_warmup < 0:
             raise ValueError(f"kl_warmup must be a number of steps, 0 or more, got {kl_warmup!r}")
-        self.system, self.posterior, self.likelihood = model.system, model.posterior, model.likelihood
-        self._evidence = model._evidence
+        self.model = model
         self.grid, self.num_particles, self.bound, self.kl_warmup = grid, num_particles, bound, kl_warmup
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
 
@@ -115,19 +128,17 @@ class PathBound(nn.Module):
     def _per_series(
         self, observations: Tensor, mask: Tensor, particles: int, weight: Tensor | float, seed: int | None
     ) -> tuple[Tensor, Draws, Tensor]:
-        draws = self.posterior.draw(self.system, self.grid, self._evidence(observations, mask), particles, seed)
-        here = mask.to(observations.dtype).movedim(0, 1)
-        fits = self.likelihood.log_prob(draws.x, observations.movedim(0, 1), here)
+        fits, draws = self.model._weigh(self.grid, observations, mask, particles, seed)
         return combine(draws, fits, particles, self.bound, weight), draws, fits
 
     def evaluate(self, observations: Tensor, mask: Tensor, num_particles: int, seed: int) -> tuple[Tensor, Tensor]:
         """ELBO and importance-weighted bound of ``num_particles`` draws, each summed over series."""
         at_once = min(num_particles, particles_of(len(observations)))
-        elbos, weights = [], []
+        weights = []
         for i in range(0, num_particles, at_once):
             count = min(at_once, num_particles - i)
             _, draws, fits = self._per_series(observations, mask, count, 1.0, derive_seed(seed, i))
-            elbos.append((fits - draws.kl).unflatten(0, (count, -1)))
             weights.append((fits + draws.log_ratio).unflatten(0, (count, -1)))
-        elbo, weight = torch.cat(elbos), torch.cat(weights)
-        return elbo.mean(0).sum(), (torch.logsumexp(weight, 0) - math.log(num_particles)).sum()
+        # The mean log weight has the bound as its mean, and no variance at all where the posterior is exact.
+        weight = torch.cat(weights)
+        return weight.mean(0).sum(), (torch.logsumexp(weight, 0) - math.log(num_particles)).sum()

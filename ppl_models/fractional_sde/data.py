@@ -41,14 +41,16 @@ def check_series(times: Any, observations: Any, mask: Any, shape: tuple[int, ...
     Raises:
         TypeError, ValueError: wrong shapes, unsorted times, NaN or infinite values, nothing observed.
     """
-    clock = as_times(times if isinstance(times, Tensor) else np.asarray(times, dtype=float)).cpu()
+    clock = as_times(times if isinstance(times, Tensor) else torch.as_tensor(np.asarray(times, dtype=float))).cpu()
     what = ", ".join(map(str, ("N", len(clock), *shape)))
     if not isinstance(observations, Tensor):
         try:
             array = np.asarray(observations)
             values = torch.as_tensor(array)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"observations must be a tensor or a numeric array, got {type(observations).__name__}") from error
+            raise TypeError(
+                f"observations must be a tensor or a numeric array, got {type(observations).__name__}"
+            ) from error
         values = values.to(torch.get_default_dtype())
     else:
         values = observations.detach()

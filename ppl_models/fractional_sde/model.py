@@ -20,7 +20,7 @@ from inference.fit import fit as run_fit
 from inference.kernels import NUTS
 from inference.mcmc import MCMC
 from inference.runtime.generators import derive_seed, generator, scoped_seed
-from ppl_models.base import Model, check_batch_size, check_count
+from ppl_models.base import check_batch_size, check_count
 from ppl_models.fractional_sde.bound import PathBound, PathLikelihood, particles_of
 from ppl_models.fractional_sde.data import SeriesData, check_series, scales
 from ppl_models.fractional_sde.exact import (
@@ -32,20 +32,20 @@ from ppl_models.fractional_sde.exact import (
     posterior_draws,
 )
 from ppl_models.fractional_sde.networks import ConstantDiffusion, DiagonalNeuralDiffusion, LinearDrift, NeuralDrift
-from ppl_models.fractional_sde.posterior import Evidence, PathPosterior, SolverGrid, start_state
+from ppl_models.fractional_sde.paths import PathModel
+from ppl_models.fractional_sde.posterior import Draws, Evidence, PathPosterior, SolverGrid, start_state
 from ppl_models.fractional_sde.pyro_form import ControlledPath, PriorPath
 from ppl_models.fractional_sde.results import FractionalSDEResult, PathPrediction
 from ppl_models.fractional_sde.system import FractionalSystem, HurstNoise
-from sde import MarkovNoise, observation_grid, solve
+from sde import MarkovNoise
 from sde._checks import as_times
 
 __all__ = ["FractionalSDE"]
 
 _METHODS = ("auto", "exact", "variational", "nuts")
-_SOLVER_STEPS = 100  # of the whole span, unless max_step says otherwise
 
 
-class FractionalSDE(Model):
+class FractionalSDE(PathModel):
     """dX = b(t, X) dt + s(t, X) o dB with fractional (or Brownian) B, observed with Gaussian error at some times.
 
     The object is a Pyro model: ``model(times, observations, mask)`` has the sites ``start`` (the standardised start of
@@ -146,57 +146,7 @@ class FractionalSDE(Model):
     # ------------------------------------------------------------------ data
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, as plain data."""
-        out = dict(self._config)
-        for name in ("drift", "diffusion", "noise"):
-            if not isinstance(out[name], str | int | float):
-                raise TypeError(
-                    f"a model whose {name} is the user's own object has no file form: save its state_dict() instead"
-                )
-        for name in ("hurst", "grid"):
-            if isinstance(out[name], Tensor):
-                out[name] = out[name].tolist()
-        out["initial"] = out["initial"] if isinstance(out["initial"], str) else [
-            torch.as_tensor(v).tolist() for v in out["initial"]
-        ]  # fmt: skip
-        return out
-
-    @property
-    def data(self) -> SeriesData:
-        """What the model was fitted to."""
-        if self._data is None:
-            raise RuntimeError("the model has not seen data: call fit(times, observations) first")
-        return self._data
-
-    @property
-    def hurst(self) -> Tensor:
-        """H, ``()`` or ``(D,)``; the posterior mean after NUTS."""
-        return self.system.noise.hurst.detach()
-
-    @property
-    def noise(self) -> MarkovNoise:
-        """The driving noise at the present H."""
-        return self.system.noise.current()
-
-    @property
-    def noise_std(self) -> Tensor:
-        """Standard deviation of the observations' errors, ``(D,)``."""
-        return self.likelihood().detach()
-
-    def _see(self, data: SeriesData, max_step: float | None) -> None:
-        last = float(data.times[-1])
-        horizon = 2 * last if self.horizon is None else self.horizon
-        if last == 0:
-            raise ValueError("times must reach beyond 0, where the path starts")
-        if last > horizon * (1 + 1e-9):
-            raise ValueError(
-                f"times reach {last:g}, beyond horizon={horizon:g}, up to which the noise's weights are optimal; build "
-                f"the model with horizon={last:g} or more"
-            )
-        if max_step is not None and not 0 < max_step < float("inf"):
-            raise ValueError(f"max_step must be positive and finite, got {max_step}")
-        self.to(device=data.values.device, dtype=data.values.dtype)
-        self.system.noise.set_horizon(horizon)
-        self._data, self._max_step = data, max_step
+        return self._plain(self._config)
 
     def _initialise(self, data: SeriesData) -> None:
         """Starting values and units from the data."""
@@ -243,21 +193,19 @@ class FractionalSDE(Model):
             self.posterior.theta.copy_(theta)
             self.posterior.constant.copy_(b[0].detach() + theta * point)
 
-    def _grid(self, times: Tensor, wanted: Tensor | None = None, checkpoint: int | str | None = None) -> SolverGrid:
-        """Solver times that meet ``times`` (whose states are kept) or, if given, ``wanted`` as well (kept instead)."""
-        union = times if wanted is None else torch.unique(torch.cat([times, wanted]))
-        step = float(times[-1]) / _SOLVER_STEPS if self._max_step is None else self._max_step
-        grid = observation_grid(union, step)
-        place = grid.positions[torch.searchsorted(union, times)]
-        keep = place if wanted is None else grid.positions[torch.searchsorted(union, wanted)]
-        return SolverGrid(self.system.noise.current().discretise(grid.times), place, keep.tolist(), checkpoint)
-
     def _evidence(self, values: Tensor, mask: Tensor) -> Evidence:
         """From ``(B, T, D)`` data; a mask that all share is held once."""
         here = mask.to(values.dtype).movedim(0, 1)
         if bool((mask == mask[:1]).all()):
             here = here[:, :1]
         return Evidence(values.movedim(0, 1), here, self.likelihood().detach())
+
+    def _weigh(
+        self, grid: SolverGrid, observations: Tensor, mask: Tensor, particles: int, seed: int | None
+    ) -> tuple[Tensor, Draws]:
+        draws = self.posterior.draw(self.system, grid, self._evidence(observations, mask), particles, seed)
+        here = mask.to(observations.dtype).movedim(0, 1)
+        return self.likelihood.log_prob(draws.x, observations.movedim(0, 1), here), draws
 
     # ------------------------------------------------------------------ Pyro
     def forward(self, times: Any, observations: Any = None, mask: Any = None, num_series: int = 1) -> Tensor:
@@ -269,7 +217,7 @@ class FractionalSDE(Model):
             mask: as in ``fit``.
             num_series: N where there are no observations.
         """
-        clock, values, here = self._arguments(times, observations, mask, num_series)
+        clock, values, here = self._arguments(times, observations, mask, num_series, (self.state_size,))
         grid = self._grid(clock)
         batch, size = len(values), self.state_size
         noise = self.system.noise.current()
@@ -281,10 +229,7 @@ class FractionalSDE(Model):
             x0, v0 = start_state(self.system, noise, xi)
 
             def simulate() -> Any:
-                return solve(
-                    self.system.drift, self.system.diffusion, noise, grid.steps, x0, y0=v0,
-                    additive=self.system.additive, keep=grid.keep,
-                )  # fmt: skip
+                return self._solve_prior(noise, grid, x0, v0)
 
             path = pyro.sample("path", PriorPath(simulate, torch.Size([batch]), torch.Size([len(clock), size])))
             law = dist.Normal(path, self.likelihood()).mask(here).to_event(2)
@@ -293,7 +238,7 @@ class FractionalSDE(Model):
 
     def guide(self, times: Any, observations: Any, mask: Any = None, num_series: int = 1) -> None:
         """The Pyro guide of the same arguments: the posterior's start and path."""
-        clock, values, here = self._arguments(times, observations, mask, num_series)
+        clock, values, here = self._arguments(times, observations, mask, num_series, (self.state_size,))
         grid, evidence = self._grid(clock), self._evidence(values, here)
         plan = self.posterior.plan(self.system, grid, evidence)
         law = self.posterior.start_law(self.system, evidence, plan)
@@ -308,19 +253,6 @@ class FractionalSDE(Model):
 
             shape = torch.Size([len(clock), self.state_size])
             pyro.sample("path", ControlledPath(simulate, torch.Size([len(values)]), shape))
-
-    def _arguments(self, times: Any, observations: Any, mask: Any, num_series: int) -> tuple[Tensor, Tensor, Tensor]:
-        like = self.system.start_mean
-        if observations is None:
-            clock = as_times(times)
-            values = like.new_zeros(num_series, len(clock), self.state_size)
-            found = SeriesData(clock, values, torch.ones_like(values, dtype=torch.bool))
-        else:
-            found = check_series(times, observations, mask, (self.state_size,))
-        if self.system.noise.horizon == float("inf"):
-            self._see(found, None)
-            self._data = None
-        return found.times, found.values.to(like), found.mask
 
     @property
     def parameter_model(self) -> ParameterModel:
@@ -443,9 +375,7 @@ class FractionalSDE(Model):
         if not self.system.linear:
             raise ValueError("parameters can be sampled with the paths integrated out for linear models only")
         data = self.data
-        chosen = default_priors(
-            self.system, self.likelihood().detach(), float(data.times[-1]), self.likelihood.learned
-        )
+        chosen = default_priors(self.system, self.likelihood().detach(), float(data.times[-1]), self.likelihood.learned)
         unknown = sorted(set(priors or {}) - {"hurst", "scale", "theta", "constant", "noise_std"})
         if unknown:
             raise ValueError(f"priors names {', '.join(unknown)}; parameters are {', '.join(chosen)}")
@@ -456,14 +386,24 @@ class FractionalSDE(Model):
         return ParameterModel(self.system, data.times, values, here, self.likelihood().detach(), chosen)
 
     def _sample(
-        self, history: Any, priors: Any, num_samples: int, warmup: int, chains: int, seed: int, folder: Any, progress: Any
+        self,
+        history: Any,
+        priors: Any,
+        num_samples: int,
+        warmup: int,
+        chains: int,
+        seed: int,
+        folder: Any,
+        progress: Any,
     ) -> None:
         model = self._parameter_model(priors)
         if not model.priors:
-            raise ValueError("there is no free parameter to sample: let hurst, diffusion, drift or noise_std be learned")
+            raise ValueError(
+                "there is no free parameter to sample: let hurst, diffusion, drift or noise_std be learned"
+            )
         mcmc = MCMC(
             NUTS(model, full_mass=True, init_strategy=model.near_the_maximum),
-            num_samples, warmup, num_chains=chains, seed=seed, checkpoint=folder, progress=progress,
+            num_samples, warmup, num_chains=chains, seed=seed, checkpoint=folder, progress=progress, compile=False,
         )  # fmt: skip
         mcmc.run()
         samples = mcmc.get_samples(group_by_chain=True)
@@ -518,12 +458,6 @@ class FractionalSDE(Model):
         ).sum()
 
     @torch.no_grad()
-    def _bounds(self, num_particles: int, seed: int) -> tuple[Tensor, Tensor]:
-        check_count("num_particles", num_particles)
-        objective = PathBound(self, self._grid(self.data.times), 1, "elbo", 0)
-        return objective.evaluate(self.data.values, self.data.mask, num_particles, derive_seed(seed, "bound"))
-
-    @torch.no_grad()
     def predict(self, new_times: Any, num_samples: int = 200, seed: int = 0) -> PathPrediction:
         """Posterior of X at new times, between the observations (interpolation) and after them (forecast).
 
@@ -566,14 +500,6 @@ class FractionalSDE(Model):
             wanted, samples.mean(0), samples.var(0, unbiased=unbiased), samples, self.likelihood().detach()
         )
 
-    def _within(self, times: Tensor, name: str) -> None:
-        horizon = self.system.noise.horizon
-        if float(times[-1]) > horizon * (1 + 1e-9):
-            raise ValueError(
-                f"{name} reach {float(times[-1]):g}, beyond horizon={horizon:g}, up to which the noise's weights are "
-                f"optimal; build the model with horizon={float(times[-1]):g} or more and fit again"
-            )
-
     @torch.no_grad()
     def forecast_errors(self) -> tuple[Tensor, Tensor]:
         """Forecast of each observation from those before it, for linear models: error and standard deviation.
@@ -592,37 +518,13 @@ class FractionalSDE(Model):
         )
         return error.movedim(0, 1).to(data.values.dtype), std.movedim(0, 1).to(data.values.dtype)
 
-    @torch.no_grad()
     def sample_prior(self, times: Any, num_samples: int = 1, seed: int = 0) -> Tensor:
         """Draws of X from the prior SDE, ``(num_samples, T, D)``.
 
         Raises:
             ValueError: times that are unsorted, repeated or beyond the horizon.
         """
-        check_count("num_samples", num_samples)
-        clock = as_times(times).cpu()
-        like = self.system.start_mean
-        if self.system.noise.horizon == float("inf"):
-            self.system.noise.set_horizon(2 * float(clock[-1]))
-        self._within(clock, "times")
-        if float(clock[-1]) == 0:
-            clock_grid = None
-        else:
-            clock_grid = self._grid(clock)
-        noise = self.system.noise.current()
-        source = generator(seed, "prior", device=like.device)
-        xi = torch.randn(
-            num_samples, self.state_size, noise.num_processes + 1, generator=source, dtype=like.dtype,
-            device=like.device,
-        )  # fmt: skip
-        x0, v0 = start_state(self.system, noise, xi)
-        if clock_grid is None:
-            return x0.unsqueeze(1)
-        path = solve(
-            self.system.drift, self.system.diffusion, noise, clock_grid.steps, x0, y0=v0,
-            additive=self.system.additive, keep=clock_grid.keep, seed=derive_seed(seed, "prior paths"),
-        )  # fmt: skip
-        return path.x.movedim(0, 1)
+        return self._prior_paths(times, num_samples, seed)
 
     # ------------------------------------------------------------------ files
     def _extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -641,9 +543,7 @@ class FractionalSDE(Model):
         data = SeriesData(tensors["times"], tensors["values"], tensors["mask"].bool())
         self._see(data, meta["max_step"])
         self.load_state_dict(state)
-        self.likelihood.learned = bool(meta["learned_noise"])
+        self.likelihood.learn(bool(meta["learned_noise"]))
         self._method = str(meta["method"])
-        groups = [
-            {n.removeprefix(g): v for n, v in tensors.items() if n.startswith(g)} for g in ("samples/", "stats/")
-        ]
+        groups = [{n.removeprefix(g): v for n, v in tensors.items() if n.startswith(g)} for g in ("samples/", "stats/")]
         self.result = FractionalSDEResult(self, self._method, None, *groups)

@@ -1,5 +1,6 @@
 """Drifts and diffusions, by name or the user's own, each a function of time and state."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -112,7 +113,7 @@ class DiagonalNeuralDiffusion(nn.Module):
     def __init__(self, state_size: int, hidden: Sequence[int]) -> None:
         super().__init__()
         sizes = [1, *hidden, 1]
-        pairs = list(zip(sizes[:-1], sizes[1:], strict=True))
+        pairs = list(itertools.pairwise(sizes))
         self.weights = nn.ParameterList(
             [nn.Parameter(torch.randn(state_size, m, n) / math.sqrt(m) * (i < len(pairs) - 1))
              for i, (m, n) in enumerate(pairs)]

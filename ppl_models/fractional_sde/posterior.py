@@ -213,7 +213,7 @@ class PathPosterior(nn.Module):
     def plan(self, system: FractionalSystem, grid: SolverGrid, evidence: Evidence) -> "Plan":
         """What the draws of one call share: the noise, the linear part, and the features of each step."""
         dtype = system.start_mean.dtype
-        transitions = info = control = guide = linear = None
+        transitions = start = control = guide = linear = None
         if self.mode != "neural":
             linear = self.stand_in(system)
             transitions = linear.euler_transitions(grid.steps)
@@ -223,8 +223,8 @@ class PathPosterior(nn.Module):
                 guide = step_guide(transitions, *data, information=info)
             else:
                 control, _ = frozen_control(transitions, linear.start(), *data)
-            info = self._at_zero(info, evidence) if int(grid.positions[0]) == 0 else (info.factor[0], info.vector[0])
-        return Plan(system.noise.current(), linear, info, guide, control, self._ahead(grid, evidence, dtype))
+            start = self._at_zero(info, evidence) if int(grid.positions[0]) == 0 else (info.factor[0], info.vector[0])
+        return Plan(system.noise.current(), linear, start, guide, control, self._ahead(grid, evidence, dtype))
 
     def start_law(self, system: FractionalSystem, evidence: Evidence, plan: "Plan") -> "StartLaw":
         """q of xi, ``(B, D, K + 1)``, for which (X(0), V(0)) = m + L xi and the prior is standard normal."""

@@ -11,9 +11,10 @@ from inference.results.export import to_arviz
 from inference.runtime.generators import generator
 
 if TYPE_CHECKING:
+    from ppl_models.fractional_sde.latent import LatentFractionalSDE
     from ppl_models.fractional_sde.model import FractionalSDE
 
-__all__ = ["FractionalSDEResult", "PathPrediction"]
+__all__ = ["FractionalSDEResult", "LatentResult", "PathPrediction"]
 
 _LOG_2PI = 1.8378770664093453
 
@@ -46,9 +47,7 @@ class PathPrediction:
     def observations(self, seed: int = 0) -> Tensor:
         """Draws of observations, X with their noise, ``(num_samples, N, T, D)``."""
         source = generator(seed, "observations", device=self.samples.device)
-        noise = torch.randn(
-            self.samples.shape, generator=source, dtype=self.samples.dtype, device=self.samples.device
-        )
+        noise = torch.randn(self.samples.shape, generator=source, dtype=self.samples.dtype, device=self.samples.device)
         return self.samples + self.noise_std.to(self.samples) * noise
 
 
@@ -113,4 +112,33 @@ class FractionalSDEResult:
             {"x": prediction.samples.unsqueeze(0)},
             posterior_predictive={"y": prediction.observations(seed).unsqueeze(0)},
             observed_data={"y": y}, dims=dims, coords=coords, attrs=attrs, **groups,
+        )  # fmt: skip
+
+
+class LatentResult:
+    """What ``LatentFractionalSDE.fit`` returns.
+
+    Attributes:
+        model: the fitted model.
+        history: losses (negative bound per series), None of a model from a file.
+    """
+
+    def __init__(self, model: "LatentFractionalSDE", history: FitResult | None) -> None:
+        self.model, self.history = model, history
+
+    def summary(self) -> str:
+        """One line: what H is and how the fit went."""
+        hurst = ", ".join(f"{h:.3f}" for h in self.model.hurst.reshape(-1).tolist())
+        return f"H {hurst}" if self.history is None else f"H {hurst}; {self.history.summary()}"
+
+    def to_arviz(self, num_samples: int = 20, seed: int = 0) -> Any:
+        """ArviZ object: posterior (means of frames, ``frame``), observed_data (``y``, NaN where masked)."""
+        data = self.model.data
+        prediction = self.model.reconstruct(num_samples, seed)
+        inner = [f"axis{i}" for i in range(data.values.ndim - 2)]
+        y = torch.where(data.mask, data.values, torch.nan)
+        dims = {name: ["series", "time", *inner] for name in ("frame", "y")}
+        return to_arviz(
+            {"frame": prediction.samples.unsqueeze(0)}, observed_data={"y": y}, dims=dims,
+            coords={"time": data.times.cpu().numpy()},
         )  # fmt: skip

@@ -28,6 +28,9 @@ class HurstNoise(nn.Module):
 
     def __init__(self, state_size: int, noise: Any, hurst: Any, settings: dict[str, Any]) -> None:
         super().__init__()
+        # A file holds tensors among the settings as lists.
+        settings = {k: _tensor(v) for k, v in settings.items()}
+        hurst = _tensor(hurst)
         self.state_size, self.settings = state_size, settings
         self.given = noise if isinstance(noise, MarkovNoise) else None
         self.brownian = isinstance(noise, str) and noise == "brownian"
@@ -69,6 +72,11 @@ class HurstNoise(nn.Module):
         return self.net is None
 
     @property
+    def ready(self) -> bool:
+        """Whether the horizon is set."""
+        return self.horizon < float("inf")
+
+    @property
     def num_processes(self) -> int:
         """K."""
         if self.given is not None:
@@ -100,8 +108,9 @@ class HurstNoise(nn.Module):
             return self.given
         if self.brownian:
             noise = BrownianMotion(horizon=self.horizon)
-            noise.loadings, noise.gains = noise.loadings.to(self.raw_hurst.device), noise.gains.to(
-                self.raw_hurst.device
+            noise.loadings, noise.gains = (
+                noise.loadings.to(self.raw_hurst.device),
+                noise.gains.to(self.raw_hurst.device),
             )
             noise.initial_factor = noise.initial_factor.to(self.raw_hurst.device)
             return noise
@@ -122,6 +131,8 @@ class FractionalSystem(nn.Module):
         initial: ``"learn"``, or mean and standard deviation of X(0); 0 for a known start.
         hidden: widths of the networks.
     """
+
+    given_start_std: Tensor
 
     def __init__(
         self, state_size: int, drift: Any, diffusion: Any, noise: HurstNoise, initial: Any, hidden: Sequence[int]
@@ -150,8 +161,7 @@ class FractionalSystem(nn.Module):
     @property
     def start_std(self) -> Tensor:
         """Standard deviation of X(0), ``(D,)``."""
-        std: Tensor = self.log_start_std.exp() if self.learns_start else self.given_start_std
-        return std
+        return self.log_start_std.exp() if self.learns_start else self.given_start_std
 
     @property
     def linear(self) -> bool:
@@ -192,3 +202,7 @@ class FractionalSystem(nn.Module):
             v["start_mean"].double(),
             v["start_std"].double(),
         )
+
+
+def _tensor(value: Any) -> Any:
+    return torch.tensor(value["tensor"], dtype=torch.float64) if isinstance(value, dict) else value
