@@ -228,6 +228,18 @@ class ParameterModel:
         jitter = 1 + 0.02 * torch.rand_like(value)
         return torch.where(site["fn"].support.check(value * jitter), value * jitter, site["fn"].mean)
 
+    def units(self) -> dict[str, Any]:
+        """Transforms of the real-valued sites to units near their posterior deviation, so that no long warm-up has to
+        find them: of the constant scale T^(H - 1), the deviation of the noise's mean over the span T.
+        """
+        span, now = float(self.times[-1]), self.fixed
+        sizes = {"constant": now["scale"] * span ** (now["hurst"] - 1), "theta": torch.full_like(now["scale"], 3 / span)}
+        return {
+            name: dist.transforms.AffineTransform(now[name], sizes[name]).inv
+            for name in ("constant", "theta")
+            if name in self.priors
+        }
+
     def __call__(self) -> None:
         """The Pyro model."""
         draws = {}

@@ -404,6 +404,7 @@ class FractionalSDE(PathModel):
         mcmc = MCMC(
             NUTS(model, full_mass=True, init_strategy=model.near_the_maximum),
             num_samples, warmup, num_chains=chains, seed=seed, checkpoint=folder, progress=progress, compile=False,
+            transforms=model.units(),
         )  # fmt: skip
         mcmc.run()
         samples = mcmc.get_samples(group_by_chain=True)
