@@ -75,6 +75,9 @@ class MarginalRegression(nn.Module):
         rows: states to regress at ``(M, D)``; half of an update's rows are drawn from them.  Uniform rows by default.
     """
 
+    rows: Tensor | None
+    cardinalities: Tensor
+
     def __init__(
         self,
         marginals: nn.Module,
@@ -132,6 +135,8 @@ class AutoregressiveKL(nn.Module):
         monte_carlo: replace the sum over D terms by D times a random one, in score and reward by independent draws.
             Unbiased, and of a variance so large that it is of no use but to show that (the paper's ARM-MC).
     """
+
+    ranks: Tensor
 
     def __init__(
         self,

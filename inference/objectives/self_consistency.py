@@ -219,8 +219,9 @@ class SelfConsistency(nn.Module):
         log_f = from_marginals(self.marginals, self.cardinalities)(prefix, at, context)[:, 0]
         log_p = self._log_p(prefix, context)
         log_p = log_p.gather(1, at.unsqueeze(2).expand(-1, -1, log_p.shape[2])).squeeze(1)
-        p = log_p.exp()
-        return torch.where(p > 0, p * (log_p - log_f), torch.zeros_like(p)).sum(1)
+        impossible = log_p == -math.inf  # in both; their difference would be NaN
+        difference = log_p.masked_fill(impossible, 0) - log_f.masked_fill(impossible, 0)
+        return (log_p.exp() * difference).sum(1)
 
 
 class PathConsistency(nn.Module):
@@ -266,9 +267,7 @@ class PathConsistency(nn.Module):
         if context is not None:  # f(nothing | context): its own row each
             empty = empty.expand(from_nothing, -1)
         pieces = [after, before, empty]
-        contexts = (
-            None if context is None else torch.cat([context, context[from_nothing:], context[:from_nothing]])
-        )
+        contexts = None if context is None else torch.cat([context, context[from_nothing:], context[:from_nothing]])
         f = self.marginals(torch.cat(pieces), contexts)
         f_after, f_before, f_empty = f.split([len(after), len(before), len(empty)])
         f_start = torch.cat([f_empty.expand(from_nothing), f_before])
@@ -286,6 +285,8 @@ class Penalised(nn.Module):
         pool: rows ``(M, D)``, of which some are drawn.
         own_rows: whether consistency is asked of the batch itself too.
     """
+
+    pool: Tensor | None
 
     def __init__(
         self,

@@ -70,20 +70,22 @@ class DiscreteDensity:
             raise ValueError(f"site {site!r} is no latent site of the model; its latent sites are {latent}")
         if len(latent) > 1:
             others = [n for n in latent if n != site]
-            raise ValueError(f"the model has the latent sites {others} beside {site!r}: condition on them, or sum them out")
-        node = nodes[site]
-        if not node["fn"].has_enumerate_support:
-            raise ValueError(f"site {site!r} has a {type(node['fn']).__name__}, which has no finite list of values")
-        self.shape, self.dtype = node["value"].shape, node["value"].dtype
-        values = node["fn"].enumerate_support(expand=False)
-        fn = node["fn"]
-        if fn.event_dim or not torch.equal(values.flatten().long(), torch.arange(values.numel(), device=values.device)):
+            raise ValueError(
+                f"the model has the latent sites {others} beside {site!r}: condition on them, or sum them out"
+            )
+        fn: Any = nodes[site]["fn"]
+        value: Any = nodes[site]["value"]
+        if not fn.has_enumerate_support:
+            raise ValueError(f"site {site!r} has a {type(fn).__name__}, which has no finite list of values")
+        while fn.event_dim:
             fn = getattr(fn, "base_dist", None)
-            if fn is None or fn.event_dim:
-                raise ValueError(f"site {site!r} must hold integers 0, 1, ..., each with a law of its own")
-            values = fn.enumerate_support(expand=False)
-        size = math.prod(self.shape)
-        self.cardinalities = torch.full((size,), len(values), device=node["value"].device)
+            if fn is None:
+                raise ValueError(f"site {site!r} must hold integers, each with a law of its own")
+        levels = fn.enumerate_support(expand=False).flatten()
+        if not torch.equal(levels.long(), torch.arange(len(levels), device=levels.device)):
+            raise ValueError(f"site {site!r} must hold integers 0, 1, ..., its values are {levels.tolist()}")
+        self.shape, self.dtype = value.shape, value.dtype
+        self.cardinalities = torch.full((math.prod(self.shape),), len(levels), device=value.device)
 
     def __call__(self, x: Tensor) -> Tensor:
         """``(B, D)`` to ``(B,)``."""
@@ -91,7 +93,9 @@ class DiscreteDensity:
         def one(row: Tensor) -> Tensor:
             value = row.view(self.shape).to(self.dtype)
             traced = poutine.trace(_Fix(self.site, value)(self.model)).get_trace(*self.args, **self.kwargs)
-            return traced.log_prob_sum()
+            total = traced.log_prob_sum()
+            assert isinstance(total, Tensor)
+            return total
 
         with scoped_model(False):
             return vmap(one)(x)

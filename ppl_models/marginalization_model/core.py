@@ -68,7 +68,7 @@ class MarginalizationNetworks(Model):
             "shape": None if shape is None else list(shape),
             "seed": seed,
         }
-        self.context_features = context_features
+        self.context_features, self._width = context_features, hidden
         self.register_buffer("cardinalities", torch.tensor(counts), persistent=False)
         self.log_states = float(sum(math.log(k) for k in counts))
         settings: dict[str, Any] = {
@@ -215,7 +215,7 @@ class MarginalizationNetworks(Model):
     def _in_chunks(self, function: Callable[..., Any], *parts: Tensor | None) -> Any:
         """``function`` of rows, a tensor or several, in chunks that fit into memory."""
         first = next(part for part in parts if part is not None)
-        width = self._config["hidden"] * (1 if self._config["network"] == "mlp" else 4 * self.num_variables)
+        width = self._width * (1 if self._config["network"] == "mlp" else 4 * self.num_variables)
         size = max(1, _VALUES_AT_ONCE // width)
         if len(first) <= size:
             return function(*parts)
@@ -250,7 +250,5 @@ def _shape(shape: Any, size: int) -> tuple[int, int]:
         side = math.isqrt(size)
         shape = (side, side)
     if len(shape) != 2 or shape[0] * shape[1] != size or min(shape) < 3:
-        raise ValueError(
-            f"shape must be (height, width) of the {size} variables, at least 3 each, got {tuple(shape)}"
-        )
+        raise ValueError(f"shape must be (height, width) of the {size} variables, at least 3 each, got {tuple(shape)}")
     return int(shape[0]), int(shape[1])

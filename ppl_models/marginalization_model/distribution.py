@@ -33,9 +33,9 @@ class _PartlyObserved(constraints.Constraint):
 
 def all_values(cardinalities: Tensor) -> Tensor:
     """Every complete row, ``(prod K_j, D)``; the last variable changes fastest."""
-    return torch.cartesian_prod(
-        *(torch.arange(int(k), device=cardinalities.device) for k in cardinalities)
-    ).view(-1, len(cardinalities))
+    return torch.cartesian_prod(*(torch.arange(int(k), device=cardinalities.device) for k in cardinalities)).view(
+        -1, len(cardinalities)
+    )
 
 
 class MarginalizationDistribution(TorchDistribution):
@@ -81,7 +81,7 @@ class MarginalizationDistribution(TorchDistribution):
         return _PartlyObserved(self.model.cardinalities)
 
     @property
-    def has_enumerate_support(self) -> bool:
+    def has_enumerate_support(self) -> bool:  # type: ignore[override]
         """Whether there are at most 2^20 complete vectors."""
         return self.model.log_states <= torch.log(torch.tensor(_MOST_STATES + 0.5)).item()
 

@@ -22,7 +22,7 @@ def pearson(a: Tensor, b: Tensor) -> float:
 
 def ranks_of(x: Tensor) -> Tensor:
     """Ranks from 1; ties share their mean rank."""
-    ordered, inverse, counts = x.unique(return_inverse=True, return_counts=True)
+    _, inverse, counts = x.unique(return_inverse=True, return_counts=True)
     return (counts.cumsum(0) - (counts - 1) / 2)[inverse]
 
 

@@ -12,23 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from inference.any_order import ancestral, as_proposal, block_gibbs, chain_rule, random_ranks
-from inference.fit import FitResult, fit
 from inference.objectives.energy_consistency import EnergyConsistency
 from inference.objectives.masked import MaskedCompletion
-from inference.objectives.persistent_chains import PersistentChains, uniform_values
+from inference.objectives.persistent_chains import uniform_values
 from inference.objectives.reverse_kl import AutoregressiveKL, MarginalKL, MarginalRegression
-from inference.objectives.self_consistency import PathConsistency, Penalised, SelfConsistency
+from inference.objectives.self_consistency import PathConsistency
 from inference.results.evidence import LogPartition, from_weights, sandwich
 from inference.runtime.generators import generator
 from ppl_models.base import check_batch_size, check_count
 from ppl_models.marginalization_model.evaluation import compare, group_correlation
 from ppl_models.marginalization_model.pairwise import find_pairwise
-from ppl_models.marginalization_model.queries import Queries
 from ppl_models.marginalization_model.results import Evaluation, MarginalizationResult
 from ppl_models.marginalization_model.target import EnergyTarget, make_target
+from ppl_models.marginalization_model.training import CHECK_ORDERS, Progress, Training, present
 
 __all__ = ["MarginalizationModel"]
 
@@ -37,15 +35,11 @@ _LOSSES = ("path", "pair", "segment", "sum_rule", "kl")
 _ROWS = ("data", "model", "mixture", "uniform")
 _OBJECTIVES = ("consistency", "kl", "fm", "arm", "arm_mc")
 _PARTITIONS = ("importance", "bridge", "network")
-_CHECK_ROWS = 256
-_CHECK_ORDERS = 5
 _DEFAULT_BATCH = 512
 _SWEEPS = 8  # of Metropolis blocks, from resampled draws to draws of the target
 
-Progress = bool | Callable[[dict[str, Any]], None]
 
-
-class MarginalizationModel(Queries):
+class MarginalizationModel(Training):
     """A discrete distribution that answers marginals of any subset in one pass, learned from data or from an energy.
 
     The object is a Pyro model: ``mam(x)`` observes rows ``x`` (-1 where missing) at the site ``x`` in the plate
@@ -78,8 +72,6 @@ class MarginalizationModel(Queries):
         >>> mam.log_prob([[1, -1, -1, -1], [-1, -1, -1, -1]]).exp().round(decimals=1)
         tensor([0.5000, 1.0000])
     """
-
-    _target: EnergyTarget | None = None
 
     # ------------------------------------------------------------------ from data
     def fit(
@@ -160,153 +152,31 @@ class MarginalizationModel(Queries):
             raise ValueError("a joint fit of a model with context takes rows='data'")
         kind = "pair" if loss == "path" else loss
         path = None if checkpoint is None else Path(checkpoint)
-        settings = {"batch": size, "lr": lr, "weight_decay": weight_decay, "patience": patience, "progress": progress}
+        settings: dict[str, Any] = {"batch": size, "lr": lr, "weight_decay": weight_decay}
+        settings |= {"patience": patience, "progress": progress}
         self._start("data", None)
         self.marginals.learn_base(values)
-        data, held = _present(values, c), _present(held_out, held_c)
+        data, held = present(values, c), present(held_out, held_c)
+        judged = (values, c) if held_out is None else (held_out, held_c)
         likelihood = MaskedCompletion(self.conditionals)
         if method == "joint":
             consistency = self._consistency(kind, depth, children, True)
-            joint: nn.Module = self._penalised(likelihood, consistency, penalty, rows if own is None else own, size, seed)
+            joint: nn.Module = self._penalised(
+                likelihood, consistency, penalty, rows if own is None else own, size, seed
+            )
             history, second = self._train(joint, data, held, num_steps, seed, path, **settings), None
-            return self._result(history, second, values if held_out is None else held_out, c if held_out is None else held_c, seed)
+            return self._result(history, second, *judged, seed)
         history = self._train(likelihood, data, held, num_steps, seed, path, **settings)
         steps = num_steps if marginal_steps is None else check_count("marginal_steps", marginal_steps)
         pool, pool_c, paths = self._pool(values, c, rows if own is None else own, num_rows, seed, loss == "path")
         stage: nn.Module = PathConsistency(self.marginals) if paths else self._consistency(kind, depth, children, False)
         if held_out is not None and paths:
             few = held_out[:num_rows]
-            held = _present(few, *self._paths(few, None if held_c is None else held_c[:num_rows], seed), held_c)
+            held = present(few, *self._paths(few, None if held_c is None else held_c[:num_rows], seed), held_c)
         second_path = None if path is None else path.with_name(path.name + ".marginals")
         settings["batch"] = min(size, len(pool))
-        second = self._train(stage, _present(pool, *paths, pool_c), held, steps, seed, second_path, **settings)
-        return self._result(history, second, values if held_out is None else held_out, c if held_out is None else held_c, seed)
-
-    def _training_rows(self, name: str, x: Any) -> Tensor:
-        values = self._check_values(name, x)
-        empty = (values < 0).all(1)
-        if bool(empty.any()):
-            raise ValueError(
-                f"{name} has {int(empty.sum())} rows in which all is missing, the first is row "
-                f"{int(empty.nonzero()[0])}: drop them"
-            )
-        return values
-
-    def _start(self, kind: str, target: EnergyTarget | None) -> None:
-        """Forget a former fit's structure; a shared or watched trunk learns from f in one-stage training only."""
-        self.marginals.kind = kind
-        self._target = target
-        self.marginals.freeze_trunk = True
-
-    def _consistency(self, loss: str, depth: str, children: int, learn: bool) -> SelfConsistency:
-        self.marginals.freeze_trunk = not learn
-        return SelfConsistency(
-            self.marginals,
-            self.conditionals,
-            self.cardinalities,
-            loss=loss,
-            learn_conditionals=learn,
-            depth=depth,
-            children=children,
-        )
-
-    def _penalised(
-        self, likelihood: MaskedCompletion, consistency: SelfConsistency, weight: float, rows: Any, size: int, seed: int
-    ) -> Penalised:
-        chains, pool = None, None
-        draw = generator(seed, "rows", device=self._weight.device)
-        uniform = uniform_values(self.cardinalities, max(size, 4096), draw)
-        if isinstance(rows, Tensor):
-            pool = rows
-        elif rows in ("model", "mixture"):
-            chains = PersistentChains(self.cardinalities, size, 4).to(self._weight.device)
-            chains.start(uniform[:size])
-        elif rows == "uniform":
-            pool = uniform
-        own_rows = isinstance(rows, str) and rows in ("data", "mixture")
-        return Penalised(likelihood, consistency, weight, chains=chains, pool=pool, own_rows=own_rows)
-
-    @torch.no_grad()
-    def _pool(
-        self, values: Tensor, context: Tensor | None, rows: Any, count: int, seed: int, with_paths: bool
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        """Rows for the second stage, their context, and their orders and chain rules."""
-        draw = generator(seed, "rows", device=values.device)
-        if isinstance(rows, Tensor):
-            pool = rows
-        elif rows == "uniform":
-            pool = uniform_values(self.cardinalities, count, draw)
-        else:
-            pool = values
-        order = torch.randperm(len(pool), generator=draw, device=pool.device)
-        drawn = {"model": count, "mixture": count // 2}.get(rows, 0) if isinstance(rows, str) else 0
-        index = order[torch.arange(count - drawn, device=pool.device) % len(pool)]
-        kept = pool[index]
-        # Rows that are not the data's own take contexts from the data in turn.
-        source = index if pool is values else torch.arange(len(index), device=pool.device) % len(values)
-        c = None if context is None else context[source]
-        paths = self._paths(kept, c, seed) if with_paths else ()
-        if not drawn:
-            return kept, c, paths
-        empty = torch.full((drawn, self.num_variables), -1, device=pool.device)
-        ranks = random_ranks(empty, draw, missing_first=True)
-        drawn_c = None if context is None else context[torch.arange(drawn, device=pool.device) % len(context)]
-
-        def fill(v: Tensor, r: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor]:
-            found = ancestral(as_proposal(self.conditionals), v, r, k, generator=draw)
-            return found.values, found.path
-
-        filled, path = self._in_chunks(fill, empty, ranks, drawn_c)
-        if with_paths:
-            paths = (torch.cat([paths[0], ranks]), torch.cat([paths[1], path]))
-        return torch.cat([kept, filled]), None if c is None or drawn_c is None else torch.cat([c, drawn_c]), paths
-
-    @torch.no_grad()
-    def _paths(self, values: Tensor, context: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:
-        ranks = random_ranks(values, generator(seed, "paths", device=values.device))
-        path = self._in_chunks(lambda v, r, c: chain_rule(self.conditionals, v, r, c), values, ranks, context)
-        return ranks, path
-
-    def _train(
-        self,
-        objective: nn.Module,
-        data: tuple[Tensor, ...] | None,
-        held_out: tuple[Tensor, ...] | None,
-        num_steps: int,
-        seed: int,
-        checkpoint: Path | None,
-        *,
-        batch: int | None,
-        lr: float,
-        weight_decay: float,
-        patience: int | None,
-        progress: Progress,
-    ) -> FitResult:
-        objective.train()
-        try:
-            return fit(
-                objective,
-                data or None,
-                num_steps=num_steps,
-                batch_size=batch,
-                optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay),
-                scheduler=lambda optimizer: CosineAnnealingLR(optimizer, num_steps),
-                validation=held_out or None,
-                patience=(num_steps if patience is None else patience) if held_out else None,
-                seed=seed,
-                checkpoint=checkpoint,
-                progress=progress,
-            )
-        finally:
-            self.eval()
-            self.marginals.freeze_trunk = True
-
-    def _result(
-        self, first: FitResult, second: FitResult | None, values: Tensor, context: Tensor | None, seed: int
-    ) -> MarginalizationResult:
-        few = None if context is None else context[:_CHECK_ROWS]
-        check = compare(self, values[:_CHECK_ROWS], few, _CHECK_ORDERS, seed)
-        return MarginalizationResult(self, first, second, check)
+        second = self._train(stage, present(pool, *paths, pool_c), held, steps, seed, second_path, **settings)
+        return self._result(history, second, *judged, seed)
 
     # ------------------------------------------------------------------ from an energy
     def fit_energy(
@@ -436,7 +306,7 @@ class MarginalizationModel(Queries):
         )
         if objective.startswith("arm"):
             return MarginalizationResult(self, history, None, None)
-        check = compare(self, self.sample(_CHECK_ROWS, seed=seed), None, _CHECK_ORDERS, seed)
+        check = compare(self, self.sample(self._check_count(), seed=seed), None, CHECK_ORDERS, seed)
         return MarginalizationResult(self, history, None, check, int(chains.restarts) if chains is not None else 0)
 
     def _energy(self, values: Tensor) -> Tensor:
@@ -528,13 +398,10 @@ class MarginalizationModel(Queries):
     ) -> tuple[float, float, int]:
         """The paper's measure: mean Pearson and Spearman correlation between versions of a row, and the number of rows.
 
-        Of each complete row there are versions with ``hidden`` many variables drawn anew; those closer than ``threshold``
-        nats to another are dropped.  A weak test: a few points far apart correlate easily; see ``evaluate``.
+        Of each complete row there are versions with ``hidden`` many variables drawn anew; those closer than
+        ``threshold`` nats to another are dropped.  A weak test, as a few points far apart correlate easily: see
+        ``evaluate``.
         """
         values = self._check_values("x", x, missing=False)
         counts = tuple(check_count("hidden", h) for h in hidden)
         return group_correlation(self, values, counts, float(threshold), check_count("orders", orders), seed)
-
-
-def _present(*parts: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple(part for part in parts if part is not None)

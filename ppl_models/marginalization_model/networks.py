@@ -7,7 +7,7 @@ others), and can be told the features of another body.  ``ConditionalNetwork`` g
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,8 @@ class Body(nn.Module):
 
 class _FirstLayer(nn.Module):
     """A linear layer of one-hot values; gathered where the one-hot vector is long."""
+
+    offsets: Tensor
 
     def __init__(self, size: int, levels: int, width: int) -> None:
         super().__init__()
@@ -134,9 +136,7 @@ class Transformer(_Tokens):
     ) -> None:
         super().__init__(size, levels, width, context, extra)
         self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                width, num_heads, 4 * width, dropout, "gelu", batch_first=True, norm_first=True
-            )
+            nn.TransformerEncoderLayer(width, num_heads, 4 * width, dropout, "gelu", batch_first=True, norm_first=True)
             for _ in range(depth)
         )
 
@@ -150,7 +150,7 @@ class Transformer(_Tokens):
 class _ResidualConvolution(nn.Module):
     """Two convolutions around a skip; the number of observed variables shifts and scales in between."""
 
-    def __init__(self, width: int, dropout: float, padding_mode: str) -> None:
+    def __init__(self, width: int, dropout: float, padding_mode: Literal["zeros", "circular"]) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(math.gcd(8, width), width)
         self.first = nn.Conv2d(width, width, 3, padding=1, padding_mode=padding_mode)
@@ -288,8 +288,8 @@ class ConditionalNetwork(nn.Module):
 class MarginalNetwork(nn.Module):
     """``f(x_S)``, by a base that is known and a network's correction.
 
-    * Data: ``sum_{j in S} log u_j(x_j) + sqrt(|S| / D) mean_{j in S} h_j(x_S)``: the independence model u, corrected, and
-      exactly 0 where nothing is observed.
+    * Data: ``sum_{j in S} log u_j(x_j) + sqrt(|S| / D) mean_{j in S} h_j(x_S)``: the independence model u, corrected,
+      and exactly 0 where nothing is observed.
     * Energies: ``energy terms inside S + sum_{j not in S} (log K_j + h_j(x_S) / sqrt(D))`` where the terms are known:
       exactly the energy at complete states; else ``sum_{j not in S} log K_j + sum_j h_j(x_S) / sqrt(D)``.
 

@@ -112,7 +112,7 @@ def find_pairwise(
     tables = torch.zeros(len(pairs), levels, levels, dtype=torch.float64, device=device)
     tables[index, value[first[keep]], value[second[keep]]] = two[keep]
     constant = zero[0]
-    # Each table to zero mean over either variable; what is taken out goes to the unary terms, and theirs to the constant.
+    # Each table to zero mean over either variable; what is taken out goes to the unary terms, theirs to the constant.
     left, right = possible[pairs[:, 0]], possible[pairs[:, 1]]
     over_left = (tables * left.unsqueeze(2)).sum(1) / left.sum(1, keepdim=True)
     tables = (tables - over_left.unsqueeze(1)) * left.unsqueeze(2) * right.unsqueeze(1)

@@ -55,7 +55,14 @@ class Queries(MarginalizationNetworks):
 
     @torch.no_grad()
     def log_prob_with_error(
-        self, x: Any, context: Any = None, *, num_steps: int = 16, refine: int = 0, refine_above: float = 0.0, seed: int = 0
+        self,
+        x: Any,
+        context: Any = None,
+        *,
+        num_steps: int = 16,
+        refine: int = 0,
+        refine_above: float = 0.0,
+        seed: int = 0,
     ) -> MarginalEstimate:
         """log p of the observed part with an error bar.
 
@@ -122,7 +129,9 @@ class Queries(MarginalizationNetworks):
         return torch.where((values >= 0).unsqueeze(2), known, log_p)
 
     @torch.no_grad()
-    def log_prob_autoregressive(self, x: Any, orders: int = 5, context: Any = None, seed: int = 0) -> AutoregressiveLogProb:
+    def log_prob_autoregressive(
+        self, x: Any, orders: int = 5, context: Any = None, seed: int = 0
+    ) -> AutoregressiveLogProb:
         """log p of the observed part by the chain rule along random orders: as many passes as variables are observed.
 
         Args:
@@ -150,7 +159,9 @@ class Queries(MarginalizationNetworks):
 
     # ------------------------------------------------------------------ trust
     @torch.no_grad()
-    def consistency_report(self, x: Any, context: Any = None, *, num_steps: int = 16, seed: int = 0) -> ConsistencyReport:
+    def consistency_report(
+        self, x: Any, context: Any = None, *, num_steps: int = 16, seed: int = 0
+    ) -> ConsistencyReport:
         """How far f is from consistent at these rows: the sum rule over each missing variable, and the gap to the chain
         rule.
 
@@ -212,8 +223,8 @@ class Queries(MarginalizationNetworks):
             seed: same seed, same draws.
             block: variables drawn in one pass, as if independent given the rest.
             candidates: proposals of a block, of which one is taken by its one-pass weight: mends what ``block`` breaks.
-            source: ``"conditional"``, or ``"marginal"`` for the conditionals that f implies, of which each takes as many
-                evaluations as the variable has values.
+            source: ``"conditional"``, or ``"marginal"`` for the conditionals that f implies, of which each takes as
+                many evaluations as the variable has values.
 
         Raises:
             TypeError, ValueError: bad arguments.
@@ -279,7 +290,9 @@ class Queries(MarginalizationNetworks):
         )
 
     @torch.no_grad()
-    def gibbs(self, x: Any, steps: int, block: int = 4, context: Any = None, seed: int = 0, *, free: Any = None) -> Tensor:
+    def gibbs(
+        self, x: Any, steps: int, block: int = 4, context: Any = None, seed: int = 0, *, free: Any = None
+    ) -> Tensor:
         """Complete rows after so many blocks of Gibbs sampling by the conditionals, ``(B, D)``.
 
         Args:

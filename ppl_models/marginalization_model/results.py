@@ -11,7 +11,7 @@ from inference.fit import FitResult
 from inference.results.export import to_arviz
 
 if TYPE_CHECKING:
-    from ppl_models.marginalization_model.model import MarginalizationModel
+    from ppl_models.marginalization_model.queries import Queries
 
 __all__ = ["AutoregressiveLogProb", "ConsistencyReport", "Evaluation", "MarginalEstimate", "MarginalizationResult"]
 
@@ -98,8 +98,8 @@ class Evaluation(NamedTuple):
     def summary(self) -> str:
         """One line, with the warning that belongs to it."""
         return (
-            f"{self.num_rows} rows: log p {self.ensemble:.4g} by {self.orders} orders, {self.one_order:.4g} by one; one "
-            f"pass {self.one_pass:.4g} (bias {self.bias:+.3g}, mean absolute difference {self.mae:.3g}, Pearson "
+            f"{self.num_rows} rows: log p {self.ensemble:.4g} by {self.orders} orders, {self.one_order:.4g} by one; "
+            f"one pass {self.one_pass:.4g} (bias {self.bias:+.3g}, mean absolute difference {self.mae:.3g}, Pearson "
             f"{self.pearson:.3f}; not normalised, so not a likelihood), sum rule off by {self.sum_rule:.2g}"
         )
 
@@ -116,7 +116,7 @@ class MarginalizationResult:
         restarts: chains that disagreed and were drawn anew (energy training).
     """
 
-    model: "MarginalizationModel"
+    model: "Queries"
     conditionals: FitResult
     marginals: FitResult | None
     check: Evaluation | None

@@ -66,8 +66,8 @@ class EnergyTarget:
         self.floor = float(possible.min()) - _BELOW
         if len(possible) < len(found):
             warnings.warn(
-                f"log_density is minus infinity at {len(found) - len(possible)} of {len(found)} random rows; such states "
-                f"are given {self.floor:.4g}, {_BELOW:g} nats below the lowest finite value there",
+                f"log_density is minus infinity at {len(found) - len(possible)} of {len(found)} random rows; such "
+                f"states are given {self.floor:.4g}, {_BELOW:g} nats below the lowest finite value there",
                 SamplerWarning,
                 stacklevel=4,
             )
