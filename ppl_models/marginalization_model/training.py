@@ -1,4 +1,4 @@
-"""How a marginalization model is trained: rows and orders of the second stage, the shared loop, the check at the end."""
+"""How a marginalization model is trained: rows and orders of stage two, the shared loop, the check at the end."""
 
 from collections.abc import Callable
 from pathlib import Path
