@@ -114,12 +114,13 @@ def as_proposal(conditionals: Conditionals) -> Proposal:
     return propose
 
 
-def from_marginals(marginals: Marginals, cardinalities: Tensor) -> Proposal:
+def from_marginals(marginals: Marginals, cardinalities: Tensor, levels: int | None = None) -> Proposal:
     """Conditionals read off the marginals, ``p(x_j = k | x_S) = exp f(x_S, k) / sum_l exp f(x_S, l)``: K evaluations.
 
-    (Liu, Ramadge and Adams, "Generative marginalization models", ICML 2024, equation 6.)
+    (Liu, Ramadge and Adams, "Generative marginalization models", ICML 2024, equation 6.)  ``levels`` is the largest
+    cardinality, where it is known; else it is read from the device.
     """
-    largest = int(cardinalities.max())
+    largest = int(cardinalities.max()) if levels is None else levels
 
     def propose(values: Tensor, positions: Tensor, context: Tensor | None) -> Tensor:
         rows, n = positions.shape

@@ -113,10 +113,19 @@ def segment_residuals(
 
 
 def sum_rule_residuals(
-    marginals: Marginals, cardinalities: Tensor, values: Tensor, positions: Tensor, context: Tensor | None = None
+    marginals: Marginals,
+    cardinalities: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    context: Tensor | None = None,
+    levels: int | None = None,
 ) -> Tensor:
-    """``log sum_k exp f(x_S, x_j = k) - f(x_S)`` at one missing variable j of each row, ``(B,)``; no conditionals."""
-    grown, impossible = _all_values(cardinalities, values, positions)
+    """``log sum_k exp f(x_S, x_j = k) - f(x_S)`` at one missing variable j of each row, ``(B,)``; no conditionals.
+
+    ``levels`` is the largest cardinality, where it is known; else it is read from the device.
+    """
+    largest = int(cardinalities.max()) if levels is None else levels
+    grown, impossible = _all_values(cardinalities, values, positions, largest)
     repeats = grown.shape[1]
     repeated = None if context is None else torch.cat([context, context.repeat_interleave(repeats, 0)])
     f = marginals(torch.cat([values, grown.flatten(0, 1)]), repeated)
@@ -124,9 +133,9 @@ def sum_rule_residuals(
     return children.logsumexp(1) - f[: len(values)]
 
 
-def _all_values(cardinalities: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def _all_values(cardinalities: Tensor, values: Tensor, positions: Tensor, largest: int) -> tuple[Tensor, Tensor]:
     """Each row with every value at one position, ``(B, K, D)``, and which of them do not exist, ``(B, K)``."""
-    levels = torch.arange(int(cardinalities.max()), device=values.device)
+    levels = torch.arange(largest, device=values.device)
     impossible = levels >= cardinalities.to(values.device)[positions].unsqueeze(1)
     grown = values.unsqueeze(1).expand(-1, len(levels), -1).clone()
     level = levels.expand(len(values), -1).masked_fill(impossible, 0)
@@ -181,6 +190,7 @@ class SelfConsistency(nn.Module):
         self.learn_conditionals = learn_conditionals
         self.loss, self.depth, self.length, self.num_children, self.anchor = loss, depth, length, children, anchor
         self.register_buffer("cardinalities", cardinalities, persistent=False)
+        self._levels = int(cardinalities.max())
 
     def forward(self, values: Tensor, context: Tensor | None = None) -> Tensor:
         """Scalar loss of the rows ``(B, D)``; fresh orders at each call."""
@@ -197,7 +207,9 @@ class SelfConsistency(nn.Module):
         else:
             prefix = hide(values, ranks < depth.unsqueeze(1))
             position = ranks.argsort(1).gather(1, depth.unsqueeze(1)).squeeze(1)
-            squared = sum_rule_residuals(self.marginals, self.cardinalities, prefix, position, context).square()
+            squared = sum_rule_residuals(
+                self.marginals, self.cardinalities, prefix, position, context, self._levels
+            ).square()
             if self.loss == "kl":
                 squared = squared + self._divergence(prefix, position, context)
         total = values.shape[1] * squared.mean()
@@ -216,7 +228,7 @@ class SelfConsistency(nn.Module):
     def _divergence(self, prefix: Tensor, position: Tensor, context: Tensor | None) -> Tensor:
         """KL(p(x_j | x_S) || softmax_k f(x_S, k)) of each row."""
         at = position.unsqueeze(1)
-        log_f = from_marginals(self.marginals, self.cardinalities)(prefix, at, context)[:, 0]
+        log_f = from_marginals(self.marginals, self.cardinalities, self._levels)(prefix, at, context)[:, 0]
         log_p = self._log_p(prefix, context)
         log_p = log_p.gather(1, at.unsqueeze(2).expand(-1, -1, log_p.shape[2])).squeeze(1)
         impossible = log_p == -math.inf  # in both; their difference would be NaN

@@ -75,12 +75,12 @@ class DiscreteDensity:
             )
         fn: Any = nodes[site]["fn"]
         value: Any = nodes[site]["value"]
-        if not fn.has_enumerate_support:
-            raise ValueError(f"site {site!r} has a {type(fn).__name__}, which has no finite list of values")
         while fn.event_dim:
             fn = getattr(fn, "base_dist", None)
             if fn is None:
                 raise ValueError(f"site {site!r} must hold integers, each with a law of its own")
+        if not fn.has_enumerate_support:
+            raise ValueError(f"site {site!r} has a {type(fn).__name__}, which has no finite list of values")
         levels = fn.enumerate_support(expand=False).flatten()
         if not torch.equal(levels.long(), torch.arange(len(levels), device=levels.device)):
             raise ValueError(f"site {site!r} must hold integers 0, 1, ..., its values are {levels.tolist()}")

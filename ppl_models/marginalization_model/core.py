@@ -86,10 +86,10 @@ class MarginalizationNetworks(Model):
             raise ValueError(f"shape is for the networks 'unet' and 'lattice', and network is {network!r}")
         with scoped_seed(seed):
             trunk = build_body(network, **settings)
-            self.conditionals = ConditionalNetwork(trunk, self.cardinalities)
+            self.conditionals = ConditionalNetwork(trunk, counts)
             reads = marginal in ("trunk", "shared")
             own = None if marginal == "shared" else build_body(network, extra=hidden * reads, **settings)
-            self.marginals = MarginalNetwork(own, trunk if reads else None, self.cardinalities, hidden)
+            self.marginals = MarginalNetwork(own, trunk if reads else None, counts, hidden)
         self.eval()
 
     def config(self) -> dict[str, Any]:

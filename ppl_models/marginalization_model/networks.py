@@ -6,7 +6,7 @@ others), and can be told the features of another body.  ``ConditionalNetwork`` g
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -266,17 +266,17 @@ class ConditionalNetwork(nn.Module):
 
     Args:
         body: reads the values.
-        cardinalities: ``(D,)``.
+        cardinalities: of the D variables.
     """
 
-    levels: Tensor
+    impossible: Tensor
 
-    def __init__(self, body: Body, cardinalities: Tensor) -> None:
+    def __init__(self, body: Body, cardinalities: Sequence[int]) -> None:
         super().__init__()
         self.body = body
-        largest = int(cardinalities.max())
+        largest = max(cardinalities)
         self.head = body.head(len(cardinalities), largest)
-        impossible = torch.arange(largest) >= cardinalities.unsqueeze(1)
+        impossible = torch.arange(largest) >= torch.tensor(cardinalities).unsqueeze(1)
         self.register_buffer("impossible", impossible, persistent=False)
 
     def forward(self, values: Tensor, context: Tensor | None = None) -> Tensor:
@@ -298,17 +298,17 @@ class MarginalNetwork(nn.Module):
     Args:
         own: a body of its own, or None.
         trunk: the body of the conditionals, whose features h reads; not a part of this module.  None: it reads none.
-        cardinalities: ``(D,)``.
+        cardinalities: of the D variables.
         width: of the hidden layer of a head without body.
     """
 
     base: Tensor
     log_cardinalities: Tensor
-    impossible: Tensor
 
-    def __init__(self, own: Body | None, trunk: Body | None, cardinalities: Tensor, width: int) -> None:
+    def __init__(self, own: Body | None, trunk: Body | None, cardinalities: Sequence[int], width: int) -> None:
         super().__init__()
-        size, levels = len(cardinalities), int(cardinalities.max())
+        size, levels = len(cardinalities), max(cardinalities)
+        logs = torch.tensor(cardinalities).float().log()
         self.own = own
         self._trunk = (trunk,)  # in a tuple: its parameters are the conditionals'
         self.freeze_trunk = True
@@ -324,8 +324,8 @@ class MarginalNetwork(nn.Module):
         last = next(m for m in reversed(list(self.head.modules())) if isinstance(m, nn.Linear))
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-        self.register_buffer("base", -cardinalities.float().log().unsqueeze(1).repeat(1, levels))
-        self.register_buffer("log_cardinalities", cardinalities.float().log(), persistent=False)
+        self.register_buffer("base", -logs.unsqueeze(1).repeat(1, levels))
+        self.register_buffer("log_cardinalities", logs, persistent=False)
         self.pairwise = PairwiseEnergy(size, levels)
 
     def forward(self, values: Tensor, context: Tensor | None = None) -> Tensor:
