@@ -113,12 +113,13 @@ def test_joint_training_and_the_other_losses_learn() -> None:
         {"loss": "pair", "rows": "data"},
         {"loss": "sum_rule", "rows": "model"},
     ):
-        mam = MarginalizationModel(
-            [2] * 8, hidden=48, depth=2, marginal="shared" if "method" in options else "separate"
-        )
-        mam.fit(ROWS, num_steps=250, lr=3e-3, batch_size=128, num_rows=1000, progress=False, **options)
+        kind = "shared" if "method" in options else "separate"
+        mam = MarginalizationModel([2] * 8, hidden=48, depth=2, marginal=kind)
+        mam.marginals.learn_base(ROWS)
+        independent = (mam.log_prob(rows) - MIXTURE.log_prob(rows)).abs().mean()
+        mam.fit(ROWS, num_steps=150, lr=4e-3, batch_size=128, num_rows=500, progress=False, **options)
         error = (mam.log_prob(rows) - MIXTURE.log_prob(rows)).abs().mean()
-        assert error < 0.3, options  # 1.3 of the untrained f
+        assert error < 0.6 * independent, options
         assert mam.log_prob_autoregressive(HELD_OUT, orders=1).mean.mean() > MIXTURE.log_prob(HELD_OUT).mean() - 0.3
 
 
@@ -370,8 +371,6 @@ def test_a_guide_along_an_order_gives_the_evidence() -> None:
     estimate = objective.evaluate(num_samples=2000)
     assert abs(estimate.elbo - float(evidence)) < 0.05
     assert estimate.log_evidence == pytest.approx(float(evidence), abs=0.03)
-        float(evidence), abs=0.03
-    )
 
 
 # ---------------------------------------------------------------- devices
