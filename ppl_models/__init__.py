@@ -2,5 +2,11 @@
 
 from ppl_models.fractional_sde import FractionalSDE, LatentFractionalSDE
 from ppl_models.functional_prior_bnn import FunctionalPriorBNN
+from ppl_models.marginalization_model import MarginalizationModel
 
-__all__ = ["FractionalSDE", "FunctionalPriorBNN", "LatentFractionalSDE"]
+__all__ = [
+    "FractionalSDE",
+    "FunctionalPriorBNN",
+    "LatentFractionalSDE",
+    "MarginalizationModel",
+]
