@@ -233,7 +233,10 @@ class ParameterModel:
         find them: of the constant scale T^(H - 1), the deviation of the noise's mean over the span T.
         """
         span, now = float(self.times[-1]), self.fixed
-        sizes = {"constant": now["scale"] * span ** (now["hurst"] - 1), "theta": torch.full_like(now["scale"], 3 / span)}
+        sizes = {
+            "constant": now["scale"] * span ** (now["hurst"] - 1),
+            "theta": torch.full_like(now["scale"], 3 / span),
+        }
         return {
             name: dist.transforms.AffineTransform(now[name], sizes[name]).inv
             for name in ("constant", "theta")

@@ -13,7 +13,7 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 
 from inference.fit import fit
 from inference.objectives.elbo import ELBO
-from inference.objectives.masked import MaskedCompletion
+from inference.objectives.masked_completion import MaskedCompletion
 from inference.runtime.generators import scoped_seed
 from ppl_models import MarginalizationModel
 from ppl_models.marginalization_model import LatticeIsing, MarginalizationResult
