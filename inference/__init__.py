@@ -3,7 +3,9 @@ diagnostics.
 """
 
 from inference._errors import CaptureWarning, CheckpointError, CurvatureError, NonFiniteError, RankError, SamplerWarning
+from inference.discrete_ais import discrete_ais
 from inference.fit import FitResult, fit
+from inference.fixed_point import FixedPoint, fixed_point, implicit_gradient
 from inference.kernels import (
     HMC,
     MCLMC,
@@ -15,6 +17,7 @@ from inference.kernels import (
     AdjustedMCLMC,
     ChEES,
     CyclicalSchedule,
+    DiscreteGibbs,
     ParallelTempering,
     PolynomialSchedule,
     ScaleGibbs,
@@ -51,7 +54,9 @@ __all__ = [
     "CheckpointError",
     "CurvatureError",
     "CyclicalSchedule",
+    "DiscreteGibbs",
     "FitResult",
+    "FixedPoint",
     "ImportanceEstimate",
     "Laplace",
     "LaplaceResult",
@@ -71,7 +76,10 @@ __all__ = [
     "ais_sandwich",
     "annealed_log_weights",
     "bridge_sampling",
+    "discrete_ais",
     "fit",
+    "fixed_point",
+    "implicit_gradient",
     "importance",
     "log_likelihood",
     "rhat_nested",

@@ -185,6 +185,11 @@ class MCMC:
 
     def _potential(self) -> Potential:
         kernel = self.kernel
+        own = kernel.own_potential(self._args, self._kwargs)
+        if own is not None:
+            if self.in_dims is not None:
+                raise ValueError(f"in_dims is for kernels in unconstrained space, {type(kernel).__name__} is none")
+            return own
         transforms = self.transforms or kernel.transforms
         if kernel.potential_fn is not None:
             if self.initial_params is None:

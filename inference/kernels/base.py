@@ -97,6 +97,10 @@ class Kernel(ABC):
         self.model, self.potential_fn = model, potential_fn
         self.transforms, self.max_plate_nesting, self.init_strategy = transforms, max_plate_nesting, init_strategy
 
+    def own_potential(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Potential | None:
+        """The target of a kernel that does not move in unconstrained space, at the arguments of ``run``; else None."""
+        return None
+
     @abstractmethod
     def noise(self, potential: Potential) -> Noise:
         """The random numbers that one step of one chain consumes."""
