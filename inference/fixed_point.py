@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from inference.kernels.base import count, positive
 
-__all__ = ["FixedPoint", "attach_gradient", "fixed_point", "implicit_gradient"]
+__all__ = ["FixedPoint", "attach_gradient", "cheap_to_read", "fixed_point", "implicit_gradient"]
 
 _METHODS = ("picard", "anderson")
 Function = Callable[..., Tensor | tuple[Tensor, Tensor]]
@@ -122,6 +122,11 @@ def evaluate(function: Function, z: Tensor, args: tuple[Tensor, ...]) -> tuple[T
             f"and {tuple(residual.shape)}"
         )
     return following, torch.nan_to_num(residual, nan=math.inf)
+
+
+def cheap_to_read(value: Tensor) -> bool:
+    """Whether reading a number back costs nothing: the tensor is in the processor's own memory."""
+    return value.device.type == "cpu"
 
 
 def attach_gradient(explicit: Tensor, adjoint: Callable[[Tensor], Tensor]) -> Tensor:

@@ -39,9 +39,7 @@ from inference.runtime.streams import Streams
 
 __all__ = ["MCMC"]
 
-_NOISE_PER_BLOCK = (
-    1 << 18
-)  # random numbers a chain draws at once; bounds memory, and is no function of the number of chains
+_NOISE_PER_BLOCK = 1 << 18  # random numbers a chain draws at once; bounds memory, whatever the number of chains
 _STEPS_PER_BLOCK = 128
 _INIT_TRIES = 100
 _SHOWN = ("acceptance_rate", "step_size", "kinetic_temperature")
@@ -185,10 +183,8 @@ class MCMC:
 
     def _potential(self) -> Potential:
         kernel = self.kernel
-        own = kernel.own_potential(self._args, self._kwargs)
+        own = kernel.own_potential(self._args, self._kwargs, self.in_dims)
         if own is not None:
-            if self.in_dims is not None:
-                raise ValueError(f"in_dims is for kernels in unconstrained space, {type(kernel).__name__} is none")
             return own
         transforms = self.transforms or kernel.transforms
         if kernel.potential_fn is not None:

@@ -16,7 +16,7 @@ import torch
 from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 
-from inference.potential import Potential, Program
+from inference.potential import InDims, Potential, Program
 from inference.runtime.streams import Streams
 
 __all__ = ["Kernel", "Lift", "Noise", "StepInputs", "Transition", "count", "nonnegative", "positive"]
@@ -97,7 +97,9 @@ class Kernel(ABC):
         self.model, self.potential_fn = model, potential_fn
         self.transforms, self.max_plate_nesting, self.init_strategy = transforms, max_plate_nesting, init_strategy
 
-    def own_potential(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Potential | None:
+    def own_potential(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], in_dims: InDims
+    ) -> Potential | None:
         """The target of a kernel that does not move in unconstrained space, at the arguments of ``run``; else None."""
         return None
 

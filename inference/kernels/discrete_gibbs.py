@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from inference.kernels.base import Info, Kernel, Noise, StepInputs
-from inference.potential import Potential
+from inference.potential import InDims, Potential
 from inference.potential.discrete import DiscreteEnergy, DiscretePotential, EnergyPotential, gibbs_sweep
 
 __all__ = ["DiscreteGibbs", "DiscreteGibbsState"]
@@ -66,8 +66,10 @@ class DiscreteGibbs(Kernel):
             raise TypeError(f"model must be callable, got {type(model).__name__}")
         self.model, self.energy = model, energy
 
-    def own_potential(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Potential:
+    def own_potential(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], in_dims: InDims) -> Potential:
         """Over state numbers."""
+        if in_dims is not None:
+            raise ValueError("in_dims is for kernels in unconstrained space, and this one moves over states")
         if self.energy is not None:
             if args or kwargs:
                 raise ValueError("a kernel built on an energy takes no model arguments in run(...)")

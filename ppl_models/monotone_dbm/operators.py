@@ -62,7 +62,6 @@ class PairwiseOperator(nn.Module):
     Attributes:
         groups: the layout.
         monotone: whether mean field has one fixed point whatever the parameters.
-        relaxation: added to the bound, 0 except while training anneals it.
     """
 
     monotone: bool = True
@@ -87,20 +86,18 @@ class PairwiseOperator(nn.Module):
 class ScaledOperator(PairwiseOperator):
     """An operator whose columns are scaled to the bound."""
 
-    bound: Tensor
+    share: Tensor | float = 1.0  # of the bound that is used; below one only while a fit anneals it
 
     def __init__(self, groups: Groups, monotonicity: float | None, curvature: int) -> None:
         super().__init__(groups)
-        bound = math.inf if monotonicity is None else check_bound(monotonicity, curvature)
+        self.bound = math.inf if monotonicity is None else check_bound(monotonicity, curvature)
         self.monotone, self.centred = monotonicity is not None, curvature == 2
-        # A buffer, so that training can anneal it.
-        self.register_buffer("bound", torch.tensor(bound), persistent=False)
 
     def scale(self, gram: Tensor) -> Tensor:
         """s of Gram matrices ``(..., k, k)``: ``(...)``, differentiable."""
         if not self.monotone:
             return gram.new_ones(gram.shape[:-2])
-        bound = self.bound.to(gram.dtype)
+        bound = torch.as_tensor(self.bound * self.share, dtype=gram.dtype, device=gram.device)
         # A margin of rounding: eigenvalues are found to a few units in the last place of the largest.
         largest = torch.linalg.eigvalsh(gram)[..., -1] * (1 + 8 * torch.finfo(gram.dtype).eps)
         return bound / torch.maximum(largest, bound)
