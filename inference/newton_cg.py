@@ -13,7 +13,7 @@ same solve gives the implicit gradient (``solve_adjoint``).
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -30,7 +30,9 @@ _FORCING = 0.1  # relative accuracy of the first linear solve; the square root o
 class SymmetricProblem(Protocol):
     """A batch of equations ``l = A q(l) + b``; all tensors ``(batch, n)``."""
 
-    bias: Tensor
+    @property
+    def bias(self) -> Tensor:
+        """b, ``(batch, n)`` or ``(1, n)``."""
 
     def response(self, logits: Tensor) -> Tensor:
         """q(l)."""
@@ -47,7 +49,7 @@ class SymmetricProblem(Protocol):
     def residual(self, q: Tensor, logits: Tensor) -> Tensor:
         """How far ``q(logits)`` is from ``q``, ``(batch,)``."""
 
-    def rows(self, index: Tensor) -> "SymmetricProblem":
+    def rows(self, index: Tensor) -> Self:
         """The equations of some samples."""
 
 

@@ -97,9 +97,7 @@ class Kernel(ABC):
         self.model, self.potential_fn = model, potential_fn
         self.transforms, self.max_plate_nesting, self.init_strategy = transforms, max_plate_nesting, init_strategy
 
-    def own_potential(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], in_dims: InDims
-    ) -> Potential | None:
+    def own_potential(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], in_dims: InDims) -> Potential | None:
         """The target of a kernel that does not move in unconstrained space, at the arguments of ``run``; else None."""
         return None
 

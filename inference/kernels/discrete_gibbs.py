@@ -35,8 +35,8 @@ class DiscreteGibbs(Kernel):
     ``move_rate``, the share of variables that changed.
 
     Args:
-        model: a Pyro model all of whose latent sites are discrete with a finite support (Categorical, OneHotCategorical,
-            Bernoulli, Binomial, ...).  Each conditional evaluates its joint in every state.
+        model: a Pyro model all of whose latent sites are discrete with a finite support (Categorical,
+            OneHotCategorical, Bernoulli, Binomial, ...).  Each conditional evaluates its joint in every state.
         energy: in its place, a ``DiscreteEnergy``, whose conditionals cost what they cost; its site is ``states``.
 
     Raises:

@@ -33,14 +33,16 @@ class DiscreteEnergy(Protocol):
 
     Attributes:
         sizes: number of states of each variable.
-        blocks: variables ``(n,)`` that are independent given all others, block by block.
         dtype, device: of log-densities.
     """
 
     sizes: tuple[int, ...]
-    blocks: Sequence[Tensor]
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def blocks(self) -> Sequence[Tensor]:
+        """Variables ``(n,)`` that are independent given all others, block by block."""
 
     def log_density(self, states: Tensor) -> Tensor:
         """log p~ of each row, ``(rows,)``, at state numbers ``(rows, dim)``."""
@@ -129,9 +131,9 @@ class _DiscreteDensity(LogDensity):
 
     def _nodes(self, seed: int, validate: bool) -> dict[str, Any]:
         devices = (v.device for v in [*self.args, *self.kwargs.values()] if isinstance(v, Tensor))
-        with scoped_seed(seed, next(devices, None)), scoped_model(validate=validate):
-            with poutine.trace() as recorder, torch.no_grad():
-                self.model(*self.args, **self.kwargs)
+        scopes = scoped_seed(seed, next(devices, None)), scoped_model(validate=validate)
+        with scopes[0], scopes[1], poutine.trace() as recorder, torch.no_grad():
+            self.model(*self.args, **self.kwargs)
         return {n: node for n, node in recorder.trace.nodes.items() if node["type"] == "sample"}
 
     def values(self, states: Tensor) -> dict[str, Tensor]:
@@ -143,9 +145,9 @@ class _DiscreteDensity(LogDensity):
 
     def joint(self, states: Tensor) -> Tensor:
         """log p of one configuration ``(dim,)``."""
-        with scoped_model(validate=False), torch.no_grad():
-            with poutine.trace() as recorder, _Unconstrained(self.values(states), {}, self._as_they_are):
-                self.model(*self.args, **self.kwargs)
+        given = _Unconstrained(self.values(states), {}, self._as_they_are)
+        with scoped_model(validate=False), torch.no_grad(), poutine.trace() as recorder, given:
+            self.model(*self.args, **self.kwargs)
         nodes = [node for node in recorder.trace.nodes.values() if node["type"] == "sample" and _has_density(node)]
         return torch.stack([_log_prob(node) for node in nodes]).sum()
 
@@ -202,7 +204,7 @@ class DiscretePotential(_States):
         self.energy = self
         tables = self._model_density.tables.values()
         self.sizes = tuple(len(t.values) for t in tables for _ in range(t.batch_shape.numel()))
-        self.blocks = [torch.tensor([j], device=self.device) for j in range(self.dim)]
+        self.blocks: Sequence[Tensor] = [torch.tensor([j], device=self.device) for j in range(self.dim)]
         example = torch.zeros(self.dim, dtype=torch.long, device=self.device)
         try:
             graph = trace(lambda x: self._model_density.joint(x), example)
@@ -213,8 +215,8 @@ class DiscretePotential(_States):
                 raise CaptureError("the model takes another path at other states")
         except (CaptureError, RuntimeError) as error:
             warnings.warn(
-                f"this model runs one configuration at a time, which is slow, because it cannot be recorded as a graph: "
-                f"{str(error).strip().splitlines()[0][:200]}",
+                "this model runs one configuration at a time, which is slow, because it cannot be recorded as a "
+                f"graph: {str(error).strip().splitlines()[0][:200]}",
                 CaptureWarning,
                 stacklevel=2,
             )

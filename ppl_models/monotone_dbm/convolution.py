@@ -110,14 +110,31 @@ class ConvOperator(ScaledOperator):
             taps = counts[edge.row] * edge.kernel**2 / edge.stride**2 * sum(e.layer == edge.layer for e in self.edges)
             weights.append(nn.Parameter(torch.randn(shape, generator=seed_generator) / math.sqrt(max(taps, 1.0))))
         self.weights = nn.ParameterList(weights)
-        self.periods = [
-            max((e.stride for e in self.edges if e.layer == j), default=1) for j in range(len(self.layers))
-        ]
+        self.periods = [max((e.stride for e in self.edges if e.layer == j), default=1) for j in range(len(self.layers))]
         for j, (layer, period) in enumerate(zip(self.layers, self.periods, strict=True)):
             if layer.height % period or layer.width % period:
                 raise ValueError(
                     f"layer {j} of {layer.height} x {layer.width} must be divisible by its strides' period {period}"
                 )
+
+    def colours(self, matrix: Tensor | None) -> list[Tensor]:
+        """As in the base class; of a large model, locations of one layer that no kernel spans together, group by
+        group.
+        """
+        if matrix is not None:
+            return super().colours(matrix)
+        start, device = 0, self.groups.group_of.device
+        found: list[Tensor] = []
+        for j, layer in enumerate(self.layers):
+            apart = max(e.kernel for e in self.edges if e.layer == j)
+            numbers = torch.arange(layer.height * layer.width * layer.groups, device=device)
+            lattice = (start + numbers).reshape(layer.height, layer.width, layer.groups)
+            start += len(numbers)
+            for down in range(min(apart, layer.height)):
+                for right in range(min(apart, layer.width)):
+                    places = lattice[down::apart, right::apart].flatten(0, 1)
+                    found.extend(places[:, g] for g in range(layer.groups))
+        return found
 
     # ------------------------------------------------------------------ layouts
     def _split(self, flat: Tensor) -> list[Tensor]:
@@ -222,7 +239,9 @@ class ConvOperator(ScaledOperator):
 
 def _edges(layers: Sequence[Layer], kernels: Sequence[Sequence[int]]) -> list[_Edge]:
     if any(len(row) != len(layers) for row in kernels):
-        raise ValueError(f"kernels must have {len(layers)} columns, one a layer; its rows have {[len(r) for r in kernels]}")
+        raise ValueError(
+            f"kernels must have {len(layers)} columns, one a layer; its rows have {[len(r) for r in kernels]}"
+        )
     edges = []
     for i, row in enumerate(kernels):
         present = [j for j, k in enumerate(row) if check_count(f"kernels[{i}]", k, 0)]

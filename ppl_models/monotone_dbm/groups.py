@@ -16,10 +16,10 @@ __all__ = ["Groups"]
 
 
 class Block(NamedTuple):
-    """``count`` groups of ``size`` states, from group ``first``, in entries ``start`` to ``stop`` of the flat vector."""
+    """``num`` groups of ``size`` states, from group ``first``, in entries ``start`` to ``stop``."""
 
     first: int
-    count: int
+    num: int
     size: int
     start: int
     stop: int
@@ -58,7 +58,7 @@ class Groups(nn.Module):
         for g, k in enumerate(self.sizes):
             last = self.blocks[-1] if self.blocks else None
             if last is not None and last.size == k:
-                self.blocks[-1] = last._replace(count=last.count + 1, stop=start + k)
+                self.blocks[-1] = last._replace(num=last.num + 1, stop=start + k)
             else:
                 self.blocks.append(Block(g, 1, k, start, start + k))
             start += k
@@ -71,8 +71,8 @@ class Groups(nn.Module):
         """``(..., N)`` as one view ``(..., count, size)`` a block."""
         if len(self.blocks) == 1:
             block = self.blocks[0]
-            return [flat.unflatten(-1, (block.count, block.size))]
-        return [flat[..., b.start : b.stop].unflatten(-1, (b.count, b.size)) for b in self.blocks]
+            return [flat.unflatten(-1, (block.num, block.size))]
+        return [flat[..., b.start : b.stop].unflatten(-1, (b.num, b.size)) for b in self.blocks]
 
     @staticmethod
     def join(parts: Sequence[Tensor]) -> Tensor:

@@ -23,7 +23,7 @@ count their products with Phi, and say of each query whether it converged:
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -99,7 +99,7 @@ class MeanFieldProblem:
         """Largest ``|softmax(logits) - q|`` over free entries, ``(B,)``."""
         return (self.response(logits) - q).abs().amax(1)
 
-    def rows(self, index: Tensor) -> "MeanFieldProblem":
+    def rows(self, index: Tensor) -> Self:
         """Some of the queries."""
         bias, clamped, free = (x if len(x) == 1 else x[index] for x in (self.bias, self.clamped, self.free))
         return replace(self, bias=bias, clamped=clamped, free=free)
@@ -146,10 +146,8 @@ def solve(
     counter = _Counter(problem.product)
     problem = replace(problem, product=counter)
     limit = max_iterations if max_iterations is not None else _MOST.get(solver, 2000)
-    if initial is None:
-        logits = problem.first_logits()
-    else:
-        logits = initial.clamp_min(torch.finfo(initial.dtype).tiny).log()
+    tiny = torch.finfo(problem.bias.dtype).tiny
+    logits = problem.first_logits() if initial is None else initial.clamp_min(tiny).log()
     if solver == "newton":
         options: dict[str, Any] = {"tolerance": tolerance, "max_iterations": limit, "callback": callback}
         found = newton_cg(problem, logits, **options)

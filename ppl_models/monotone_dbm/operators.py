@@ -20,7 +20,15 @@ from torch import Tensor, nn
 
 from ppl_models.monotone_dbm.groups import Groups
 
-__all__ = ["DenseOperator", "FreeOperator", "PairwiseMap", "PairwiseOperator", "check_bound", "factor_of"]
+__all__ = [
+    "DenseOperator",
+    "FreeOperator",
+    "PairwiseMap",
+    "PairwiseOperator",
+    "ScaledOperator",
+    "check_bound",
+    "factor_of",
+]
 
 _DENSE_LIMIT = 2000  # entries N up to which Phi is made a matrix: one product is then far cheaper than convolutions
 
@@ -73,6 +81,29 @@ class PairwiseOperator(nn.Module):
     def prepare(self) -> PairwiseMap:
         """Phi of the current parameters, with their graph where gradients are on."""
         raise NotImplementedError
+
+    def colours(self, matrix: Tensor | None) -> list[Tensor]:
+        """Groups that do not interact, colour by colour: greedy, in the order of the groups.
+
+        Args:
+            matrix: Phi, whose zeros say what interacts; without it nothing is known and every group is a colour.
+        """
+        count, where = self.groups.num_groups, self.groups.group_of
+        if matrix is None:
+            return [torch.tensor([g], device=where.device) for g in range(count)]
+        linked = torch.zeros(count, count, dtype=torch.bool, device=where.device)
+        rows, columns = (matrix != 0).nonzero(as_tuple=True)
+        linked[where[rows], where[columns]] = True
+        neighbours: list[set[int]] = [set() for _ in range(count)]
+        for g, h in linked.nonzero().tolist():
+            neighbours[g].add(h)
+        colour_of: dict[int, int] = {}
+        members: dict[int, list[int]] = {}
+        for g in range(count):
+            taken = {colour_of[h] for h in neighbours[g] if h < g}
+            colour_of[g] = next(c for c in range(count) if c not in taken)
+            members.setdefault(colour_of[g], []).append(g)
+        return [torch.tensor(members[c], device=where.device) for c in sorted(members)]
 
     def to_dense(self) -> Tensor:
         """Phi ``(N, N)``, however large."""

@@ -111,7 +111,9 @@ class PairwiseModel(Model):
         values = []
         with pyro.plate("batch", rows):
             for g, size in enumerate(self.groups.sizes):
-                base = dist.Categorical(logits=self.bias.new_zeros(rows, size)).mask(False)
+                # As a tensor: the bare False would make zeros of the default dtype.
+                nowhere = torch.zeros((), dtype=torch.bool, device=self.bias.device)
+                base = dist.Categorical(logits=self.bias.new_zeros(rows, size)).mask(nowhere)
                 options: dict[str, Any] = {}
                 if query is not None and bool(query.mask[:, g].all()):
                     options = {"obs": query.states[:, g]}
@@ -267,23 +269,8 @@ class PairwiseModel(Model):
         return attach_gradient(explicit, adjoint)
 
     def colours(self, matrix: Tensor | None) -> list[Tensor]:
-        """Groups that do not interact, colour by colour (greedy, in the order of the groups)."""
-        count = self.groups.num_groups
-        if matrix is None:
-            return [torch.tensor([g], device=self.bias.device) for g in range(count)]
-        where = self.groups.group_of
-        linked = torch.zeros(count, count, dtype=torch.bool, device=matrix.device)
-        rows, columns = (matrix != 0).nonzero(as_tuple=True)
-        linked[where[rows], where[columns]] = True
-        neighbours = linked.tolist()
-        colour_of: list[int] = []
-        for g in range(count):
-            taken = {colour_of[h] for h in range(g) if neighbours[g][h]}
-            colour_of.append(next(c for c in range(count) if c not in taken))
-        members: dict[int, list[int]] = {}
-        for g, c in enumerate(colour_of):
-            members.setdefault(c, []).append(g)
-        return [torch.tensor(members[c], device=self.bias.device) for c in sorted(members)]
+        """Groups that do not interact and may be updated at once, colour by colour."""
+        return self.operator.colours(matrix)
 
     def _clamped(self, query: Query) -> Tensor:
         x = self.groups.one_hot(query.states, self.bias.dtype)
@@ -297,7 +284,7 @@ class PairwiseModel(Model):
         if values.dim() != 3 or tuple(values.shape[1:]) != shape or len(values) not in (1, rows):
             raise ValueError(f"initial must be ({rows}, {shape[0]}, {shape[1]}), got {tuple(values.shape)}")
         wide = values.to(self.bias).expand(rows, -1, -1)
-        return self.groups.join([wide[:, b.first : b.first + b.count, : b.size] for b in self.groups.blocks])
+        return self.groups.join([wide[:, b.first : b.first + b.num, : b.size] for b in self.groups.blocks])
 
     def _query(self, observed: Any, mask: Any) -> Query:
         """Observations as checked tensors on the model's device."""
