@@ -82,14 +82,7 @@ class DiscreteGibbs(Kernel):
         return Noise(uniform=potential.dim)
 
     def init(self, position: Tensor, potential: Potential) -> DiscreteGibbsState:
-        """States as they are given.
-
-        Raises:
-            ValueError: they are no state numbers.
-        """
-        sizes = torch.tensor(self._law(potential).sizes, dtype=position.dtype, device=position.device)
-        if not bool(((position >= 0) & (position < sizes) & (position == position.floor())).all()):
-            raise ValueError("initial states must be integers from 0 to the number of states less one")
+        """States as they are given."""
         return DiscreteGibbsState(position)
 
     def step(

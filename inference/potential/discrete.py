@@ -56,9 +56,11 @@ class DiscreteEnergy(Protocol):
 def draw_states(logits: Tensor, uniform: Tensor) -> Tensor:
     """States ``(...)`` with these logits ``(..., K)`` by inversion of uniforms ``(...)``."""
     cumulative = logits.softmax(-1).cumsum(-1)
-    # The last positive probability may sum to a little less than one, and no state of probability zero may be drawn.
     below = (uniform.unsqueeze(-1) * cumulative[..., -1:] >= cumulative).sum(-1)
-    return torch.minimum(below, (logits > -math.inf).sum(-1) - 1)
+    # The last positive probability may sum to a little less than one, and no state of probability zero may be drawn.
+    places = torch.arange(logits.shape[-1], device=logits.device)
+    last = torch.where(logits > -math.inf, places, 0).amax(-1)
+    return torch.minimum(below, last)
 
 
 def gibbs_sweep(
@@ -173,7 +175,14 @@ class _States(Potential):
         self.captured = False
 
     def value_and_grad(self, z: Tensor, batch: Batch | None = None) -> tuple[Tensor, Tensor]:
-        """Minus the log-density of state numbers ``(chain, dim)``, and zeros."""
+        """Minus the log-density of state numbers ``(chain, dim)``, and zeros.
+
+        Raises:
+            ValueError: they are no state numbers.
+        """
+        sizes = torch.tensor(self.energy.sizes, dtype=z.dtype, device=z.device)
+        if not bool(((z >= 0) & (z < sizes) & (z == z.floor())).all()):
+            raise ValueError("initial states must be integers from 0 to the number of states less one")
         return -self.energy.log_density(z.long()).to(z.dtype), torch.zeros_like(z)
 
     def probe(self) -> float:

@@ -212,7 +212,7 @@ class ConvMonotoneDBM(BoltzmannModel):
         query = self.image_query(images, mask)
         return torch.cat([self.predictive(*part)[:, -1, : self.num_classes] for part in _chunks(query)])
 
-    def complete(self, images: Any, mask: Any = None, labels: Any = None) -> Tensor:
+    def complete(self, images: Any, mask: Any = None, labels: Any = None) -> Tensor:  # type: ignore[override]
         """Images whose unobserved pixels are their expected intensities, ``(N, C, H, W)``.
 
         Args:

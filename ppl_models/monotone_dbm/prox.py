@@ -68,22 +68,20 @@ def _solve(x: Tensor, alpha: float) -> Tensor:
     """
     x = x - x.amax(-1, keepdim=True)
     nu = torch.ones_like(x[..., :1])
-    if alpha < 1:
-        # Both are above the root, where Halley's iteration on a concave function comes down monotonically.
-        log_z = torch.minimum((x + nu) / alpha - 1, (x + nu) - 1)
-    else:
-        # alpha l + (1 - alpha) e^l rises on l <= 0 (where its slope is at least 1), and l >= (y - alpha) / alpha there.
-        log_z = ((x + nu) - 1).clamp(max=0.0)
-        log_z = torch.minimum(log_z, torch.zeros_like(log_z))
     for sweep in range(_SWEEPS):
         y = x + nu
+        # The root lies below: e^l > 0, and e^l >= 1 + l; for alpha > 1 below zero alone.
+        above = torch.minimum(y / alpha - 1, y - 1) if alpha < 1 else torch.zeros_like(y)
+        log_z = above if sweep == 0 else torch.minimum(log_z, above)
         for _ in range(_HALLEY_FIRST if sweep == 0 else _HALLEY):
             z = log_z.exp()
             h = alpha * log_z + (1 - alpha) * z - (y - alpha)
             slope = alpha + (1 - alpha) * z
-            log_z = log_z - h * slope / (slope * slope - 0.5 * h * (1 - alpha) * z)
-            log_z = log_z.clamp(max=0.0) if alpha > 1 else log_z
+            curved = (slope * slope - 0.5 * h * (1 - alpha) * z).maximum(0.5 * slope * slope)
+            log_z = torch.minimum(log_z - h * slope / curved, above)
         z = log_z.exp()
-        g = z / (alpha + (1 - alpha) * z)
-        nu = nu - (z.sum(-1, keepdim=True) - 1) / g.sum(-1, keepdim=True)
+        slope = alpha + (1 - alpha) * z
+        change = (z.sum(-1, keepdim=True) - 1) / (z / slope).sum(-1, keepdim=True)
+        nu = nu - change
+        log_z = log_z - change / slope  # along the tangent
     return z / z.sum(-1, keepdim=True)
