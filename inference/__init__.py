@@ -4,7 +4,9 @@ diagnostics.
 
 from inference._errors import CaptureWarning, CheckpointError, CurvatureError, NonFiniteError, RankError, SamplerWarning
 from inference.citation import cite
+from inference.discrete_ais import discrete_ais
 from inference.fit import FitResult, fit
+from inference.fixed_point import FixedPoint, fixed_point, implicit_gradient
 from inference.kernels import (
     HMC,
     MCLMC,
@@ -16,6 +18,7 @@ from inference.kernels import (
     AdjustedMCLMC,
     ChEES,
     CyclicalSchedule,
+    DiscreteGibbs,
     ParallelTempering,
     PolynomialSchedule,
     ScaleGibbs,
@@ -53,7 +56,9 @@ __all__ = [
     "CheckpointError",
     "CurvatureError",
     "CyclicalSchedule",
+    "DiscreteGibbs",
     "FitResult",
+    "FixedPoint",
     "ImportanceEstimate",
     "Laplace",
     "LaplaceResult",
@@ -76,7 +81,10 @@ __all__ = [
     "bridge_sampling",
     "check_model",
     "cite",
+    "discrete_ais",
     "fit",
+    "fixed_point",
+    "implicit_gradient",
     "importance",
     "log_likelihood",
     "rhat_nested",

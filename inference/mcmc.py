@@ -39,8 +39,7 @@ from inference.runtime.streams import Streams
 
 __all__ = ["MCMC"]
 
-# Random numbers that a chain draws at once: bounds memory, and is no function of the number of chains.
-_NOISE_PER_BLOCK = 1 << 18
+_NOISE_PER_BLOCK = 1 << 18  # random numbers a chain draws at once; bounds memory, whatever the number of chains
 _STEPS_PER_BLOCK = 128
 _INIT_TRIES = 100
 _SHOWN = ("acceptance_rate", "step_size", "kinetic_temperature")
@@ -184,6 +183,9 @@ class MCMC(Citable):
 
     def _potential(self) -> Potential:
         kernel = self.kernel
+        own = kernel.own_potential(self._args, self._kwargs, self.in_dims)
+        if own is not None:
+            return own
         transforms = self.transforms or kernel.transforms
         if kernel.potential_fn is not None:
             if self.initial_params is None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from inference._checks import count, nonnegative, positive
 from inference.citation import Citable
-from inference.potential import Potential, Program
+from inference.potential import InDims, Potential, Program
 from inference.runtime.streams import Streams
 
 __all__ = ["Kernel", "Lift", "Noise", "StepInputs", "Transition", "count", "nonnegative", "positive"]
@@ -97,6 +97,10 @@ class Kernel(Citable, ABC):
             raise TypeError("model (or potential_fn) must be callable")
         self.model, self.potential_fn = model, potential_fn
         self.transforms, self.max_plate_nesting, self.init_strategy = transforms, max_plate_nesting, init_strategy
+
+    def own_potential(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], in_dims: InDims) -> Potential | None:
+        """The target of a kernel that does not move in unconstrained space, at the arguments of ``run``; else None."""
+        return None
 
     @abstractmethod
     def noise(self, potential: Potential) -> Noise:
