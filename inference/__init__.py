@@ -2,7 +2,15 @@
 diagnostics.
 """
 
-from inference._errors import CaptureWarning, CheckpointError, CurvatureError, NonFiniteError, RankError, SamplerWarning
+from inference._errors import (
+    CaptureWarning,
+    CheckpointError,
+    CollapseError,
+    CurvatureError,
+    NonFiniteError,
+    RankError,
+    SamplerWarning,
+)
 from inference.fit import FitResult, fit
 from inference.kernels import (
     HMC,
@@ -23,6 +31,7 @@ from inference.laplace import ImportanceEstimate, Laplace, LaplaceResult
 from inference.log_partition import ais, ais_sandwich, annealed_log_weights, bridge_sampling, importance
 from inference.mcmc import MCMC
 from inference.objectives.elbo import ELBO, BoundEstimate
+from inference.objectives.unnormalised import CompositionalLikelihood
 from inference.potential import TemperedFunction, TemperedPotential
 from inference.results.diagnostics import rhat_nested, summary
 from inference.results.evidence import LogPartition
@@ -49,6 +58,8 @@ __all__ = [
     "CaptureWarning",
     "ChEES",
     "CheckpointError",
+    "CollapseError",
+    "CompositionalLikelihood",
     "CurvatureError",
     "CyclicalSchedule",
     "FitResult",
