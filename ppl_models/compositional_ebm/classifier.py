@@ -1,7 +1,7 @@
 """A classifier that is a density too: ``log p(x, y) = f(x)[y] + log b(x) - log Z`` (JEM).
 
-Grathwohl, Wang, Jacobsen, Duvenaud, Norouzi and Swersky, "Your Classifier is Secretly an Energy Based Model and You
-Should Treat it Like One", ICLR 2020, arXiv:1912.03263: the logits' logsumexp is the log-density of x.  Here that density
+Grathwohl et al., "Your Classifier is Secretly an Energy Based Model and You Should Treat it Like One", ICLR 2020,
+arXiv:1912.03263: the logits' logsumexp is the log-density of x.  Here that density
 is fitted by compositional maximum likelihood as the tilt of a mixture of normals, without chains, so that it is
 normalised and its log p(x) can be compared between models.
 """
@@ -80,8 +80,8 @@ class _Hybrid(nn.Module):
 class EnergyClassifier(Model):
     """A joint energy of inputs and labels.
 
-    The inputs are flattened and reduced to their first principal components, of unit variance, whose joint density with
-    the label is what is modelled.  ``classifier(z, y)`` is the Pyro model of components z with the sites ``x`` and
+    The inputs are flattened and reduced to their first principal components, of unit variance, whose joint density
+    with the label is what is modelled.  ``classifier(z, y)`` is the Pyro model of components z with the sites ``x`` and
     ``y`` in the plate ``data``.
 
     Args:
@@ -171,8 +171,8 @@ class EnergyClassifier(Model):
             y: labels ``(N,)``, integers from 0.
             noise: ``"auto"``: a mixture of normals fitted to the components, with a tenth of a wide normal; or as in
                 ``EnergyModel.fit``, over components.
-            method, noise_samples, batch_size, beta, num_steps, seed, lr, weight_decay, checkpoint, progress, options: as
-                in ``EnergyModel.fit``.
+            method, noise_samples, batch_size, beta, num_steps, seed, lr, weight_decay, checkpoint, progress, options:
+                as in ``EnergyModel.fit``.
             density_weight: weight of the negative log p(x) beside the cross-entropy.
             input_noise: standard deviation that is added to the components in training.
 
@@ -229,7 +229,8 @@ class EnergyClassifier(Model):
         if y.is_floating_point() and bool((y != y.round()).any()):
             raise ValueError("y must be integer labels, it holds fractions")
         if bool(((y < 0) | (y >= self.num_classes)).any()):
-            raise ValueError(f"y must hold labels from 0 to {self.num_classes - 1}, it holds {sorted(set(y.tolist()))[-1]}")
+            low, high = int(y.min()), int(y.max())
+            raise ValueError(f"y must hold labels from 0 to {self.num_classes - 1}, it holds {low} to {high}")
         return y.long()
 
     # ------------------------------------------------------------------ queries

@@ -24,7 +24,7 @@ from ppl_models.base import Model, Standardiser, check_count, to_tensor
 from ppl_models.compositional_ebm.distribution import EnergyDistribution, refuse_output_bias
 from ppl_models.compositional_ebm.methods import EnergyFit, build_objective, check_schedule, optimise
 from ppl_models.compositional_ebm.networks import EnergyNetwork
-from ppl_models.compositional_ebm.noise import as_noise, default_batch, whole_numbers
+from ppl_models.compositional_ebm.noise import as_noise, default_batch
 from ppl_models.compositional_ebm.normaliser import estimate, importance
 from ppl_models.compositional_ebm.sampling import sample
 
@@ -266,8 +266,8 @@ class EnergyModel(Model):
         """log Z with its error.
 
         Args:
-            method: ``"importance"`` from the noise; ``"ais"``: annealed importance sampling both ways, a bound on either
-                side; ``"bridge"``: from Markov chains; ``"quadrature"`` in one or two dimensions.
+            method: ``"importance"`` from the noise; ``"ais"``: annealed importance sampling both ways, a bound on
+                either side; ``"bridge"``: from Markov chains; ``"quadrature"`` in one or two dimensions.
             num_samples: noise draws, or points of the grid.
             seed: of the draws.
             options: of ``inference.ais_sandwich`` or ``inference.bridge_sampling``.
@@ -319,14 +319,9 @@ class EnergyModel(Model):
     def _check(self, x: Any, name: str) -> Tensor:
         x = to_tensor(name, x)
         if x.dim() != len(self.event_shape) + 1 or tuple(x.shape[1:]) != self.event_shape:
-            if tuple(x.shape) == self.event_shape:
-                hint = " (one datum alone: give x[None])"
-            else:
-                hint = ""
+            hint = " (one datum alone: give x[None])" if tuple(x.shape) == self.event_shape else ""
             wanted = ", ".join(map(str, ("N", *self.event_shape)))
             raise ValueError(f"{name} must have shape ({wanted}), got {tuple(x.shape)}{hint}")
-        if not x.is_floating_point() and self._base is not None and not whole_numbers(x):
-            raise ValueError(f"{name} must be numbers")
         if not x.is_floating_point():
             x = x.to(torch.get_default_dtype())
         if self._support is not None:

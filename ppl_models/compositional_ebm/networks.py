@@ -1,5 +1,6 @@
 """Energy networks.  None has an output bias: a constant in the energy is not identified."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -19,7 +20,7 @@ def mlp(sizes: Sequence[int], seed: int, output_bias: bool = False) -> nn.Sequen
     """Linear layers with SiLU between, without output bias, from initial weights that ``seed`` names."""
     with scoped_seed(seed):
         layers: list[nn.Module] = []
-        for i, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        for i, (a, b) in enumerate(itertools.pairwise(sizes)):
             last = i == len(sizes) - 2
             layers.append(nn.Linear(a, b, bias=output_bias or not last))
             if not last:

@@ -9,10 +9,10 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
+from inference.objectives.unnormalised.bounded import BoxNoise, HalfLineNoise
 from inference.objectives.unnormalised.mixture import MixtureNoise
 from inference.objectives.unnormalised.noise import (
     BernoulliNoise,
-    BoxNoise,
     DefensiveMixture,
     DistributionNoise,
     FlowNoise,
@@ -32,6 +32,7 @@ __all__ = [
     "DistributionNoise",
     "FlowNoise",
     "GaussianNoise",
+    "HalfLineNoise",
     "KernelNoise",
     "MixtureNoise",
     "Noise",
@@ -116,12 +117,7 @@ def auto_noise(x: Tensor, support: Any = None, seed: int = 0) -> Noise:
         edges = [torch.as_tensor(e, dtype=x.dtype, device=x.device).expand(shape) for e in (low, high)]
         return BoxNoise(edges[0], edges[1])
     if low is not None:
-        mean = 1.5 * (x - low).mean(0)
-        law = torch.distributions.Exponential(1 / mean.clamp(min=torch.finfo(x.dtype).tiny))
-        shifted: Distribution = law
-        if bool(torch.as_tensor(low) != 0):
-            shifted = torch.distributions.TransformedDistribution(law, torch.distributions.AffineTransform(low, 1.0))
-        return DistributionNoise(torch.distributions.Independent(shifted, mean.dim()) if mean.dim() else shifted)
+        return HalfLineNoise.fit(x, float(low))
     if high is not None or inner not in (None, constraints.real):
         raise ValueError(f"there is no automatic noise for the support {support}: give noise=")
     wide = GaussianNoise.fit(x, _INFLATION)
@@ -157,8 +153,8 @@ def as_noise(noise: Any, x: Tensor, support: Any = None, seed: int = 0) -> Noise
     discrete = whole_numbers(x)
     if discrete and not is_discrete(found.support):
         raise ValueError(
-            "the data are whole numbers and the noise is continuous: a density has no maximum there. Give discrete noise "
-            "(PoissonNoise, BernoulliNoise, noise='auto'), or add noise of a unit's width to the data"
+            "the data are whole numbers and the noise is continuous: a density has no maximum there. Give discrete "
+            "noise (PoissonNoise, BernoulliNoise, noise='auto'), or add noise of a unit's width to the data"
         )
     if not discrete and is_discrete(found.support):
         raise ValueError("the data are continuous and the noise is discrete: give continuous noise")

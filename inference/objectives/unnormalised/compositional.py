@@ -117,6 +117,11 @@ class CompositionalLikelihood(UnnormalisedObjective):
         adapt: str = "none",
         on_collapse: str = "raise",
     ) -> None:
+        if guide is None:
+            raise ValueError(
+                "an unnormalised model needs noise to estimate its constant: give a guide that draws the site that the "
+                "model observes"
+            )
         super().__init__(model, guide, noise_samples, on_collapse=on_collapse)
         if correction not in _CORRECTIONS:
             raise ValueError(f"correction must be one of {_CORRECTIONS}, got {correction!r}")
@@ -162,7 +167,7 @@ class CompositionalLikelihood(UnnormalisedObjective):
     def _follow(self, log_g: Tensor, share: Tensor, draws: Any, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """log u_t and beta_t; keeps the parameters for the next step's correction."""
         before = self.log_u
-        if self.correction == "ratio":
+        if self.correction == "ratio" and self.pair.learned:
             current = self.pair.learned
             kept = {n: self._buffers.get(_key(n)) for n in current}
             if any(v is None for v in kept.values()):

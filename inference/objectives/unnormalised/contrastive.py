@@ -135,10 +135,12 @@ class NormalisedSGD(Optimizer):
         super().__init__(params, {"lr": positive("lr", lr)})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update."""
+    def step(self, closure: Any = None) -> Any:
+        """One update; the loss, if ``closure`` makes it and the gradients."""
+        loss = None
         if closure is not None:
-            raise ValueError("NormalisedSGD takes no closure")
+            with torch.enable_grad():
+                loss = closure()
         found = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.grad) for p in found]))
         tiny = torch.finfo(norm.dtype).tiny
@@ -146,3 +148,4 @@ class NormalisedSGD(Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     p.sub_(group["lr"] * p.grad / norm.clamp(min=tiny))
+        return loss

@@ -21,7 +21,6 @@ from inference.runtime.generators import scoped_seed
 
 __all__ = [
     "BernoulliNoise",
-    "BoxNoise",
     "DefensiveMixture",
     "DistributionNoise",
     "FlowNoise",
@@ -182,39 +181,6 @@ class GaussianNoise(Noise):
         """As in ``Noise``."""
         z = (_rows(x) - self.mean) @ self.inverse.T
         return -0.5 * z.square().sum(1) - 0.5 * z.shape[1] * _LOG_2PI + self.inverse.diagonal().log().sum()
-
-
-class BoxNoise(Noise):
-    """Uniform on a box; ``fit`` takes the data's range, wider by ``margin`` of it on each side."""
-
-    low: Tensor
-    high: Tensor
-
-    def __init__(self, low: Tensor, high: Tensor) -> None:
-        if low.shape != high.shape or not bool((low < high).all()):
-            raise ValueError("low must be below high, in the same shape")
-        super().__init__(low.shape)
-        self.register_buffer("low", low.detach().clone().reshape(-1))
-        self.register_buffer("high", high.detach().clone().reshape(-1))
-
-    @classmethod
-    def fit(cls, x: Tensor, margin: float = 0.1) -> Self:
-        """The box around data ``(row, *event)``."""
-        low, high = x.amin(0), x.amax(0)
-        width = torch.where(high > low, high - low, torch.ones_like(low))
-        return cls(low - margin * width, high + margin * width)
-
-    def draw(self, num: int) -> Tensor:
-        """As in ``Noise``."""
-        u = torch.rand(num, len(self.low), dtype=self.low.dtype, device=self.low.device)
-        return (self.low + u * (self.high - self.low)).reshape(num, *self.event_shape)
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """As in ``Noise``; minus infinity outside."""
-        flat = _rows(x)
-        inside = ((flat >= self.low) & (flat <= self.high)).all(1)
-        value = -(self.high - self.low).log().sum()
-        return torch.where(inside, value, torch.full_like(value, -math.inf))
 
 
 class KernelNoise(Noise):
@@ -472,6 +438,7 @@ def noise_from_config(kind: str, config: Mapping[str, Any], state: Mapping[str, 
     Raises:
         ValueError: there is no noise of this name.
     """
+    from inference.objectives.unnormalised.bounded import BoxNoise, HalfLineNoise
     from inference.objectives.unnormalised.mixture import MixtureNoise
 
     known: dict[str, type[Noise]] = {
@@ -479,6 +446,7 @@ def noise_from_config(kind: str, config: Mapping[str, Any], state: Mapping[str, 
         for c in (
             GaussianNoise,
             BoxNoise,
+            HalfLineNoise,
             KernelNoise,
             PoissonNoise,
             BernoulliNoise,

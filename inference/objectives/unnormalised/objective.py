@@ -183,10 +183,7 @@ class UnnormalisedObjective(nn.Module):
     def _write(self, *values: Tensor) -> None:
         """Record a step. The counters are read back every few hundred calls, when room is made and the guard looks."""
         if self._calls % _LOOK_EVERY == 0:
-            if torch._guards.detect_fake_mode([self.step]) is None:
-                done = self.look()
-            else:
-                done = 0
+            done = self.look() if torch._guards.detect_fake_mode([self.step]) is None else 0
             if len(self.record) < done + 2 * _LOOK_EVERY:
                 extra = max(2 * _LOOK_EVERY, len(self.record))
                 self.record = torch.cat([self.record, self.record.new_zeros(extra, self.record.shape[1])])
