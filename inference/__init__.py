@@ -2,7 +2,15 @@
 diagnostics.
 """
 
-from inference._errors import CaptureWarning, CheckpointError, CurvatureError, NonFiniteError, RankError, SamplerWarning
+from inference._errors import (
+    CaptureWarning,
+    CheckpointError,
+    CollapseError,
+    CurvatureError,
+    NonFiniteError,
+    RankError,
+    SamplerWarning,
+)
 from inference.citation import cite
 from inference.discrete_ais import discrete_ais
 from inference.fit import FitResult, fit
@@ -28,6 +36,7 @@ from inference.log_partition import ais, ais_sandwich, annealed_log_weights, bri
 from inference.mcmc import MCMC
 from inference.model_check import ModelCheck, check_model
 from inference.objectives.elbo import ELBO, BoundEstimate
+from inference.objectives.unnormalised import CompositionalLikelihood
 from inference.potential import TemperedFunction, TemperedPotential
 from inference.results.diagnostics import rhat_nested, summary
 from inference.results.evidence import LogPartition
@@ -54,6 +63,8 @@ __all__ = [
     "CaptureWarning",
     "ChEES",
     "CheckpointError",
+    "CollapseError",
+    "CompositionalLikelihood",
     "CurvatureError",
     "CyclicalSchedule",
     "DiscreteGibbs",

@@ -193,8 +193,12 @@ class Model(Citable, PyroModule):
         save_checkpoint(path, tensors, {"config": self.config(), "extra": meta}, kind=self.kind)
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path, **objects: Any) -> Self:
         """The model that ``save`` wrote, on the CPU. Nothing that the file holds is executed.
+
+        Args:
+            path: the file.
+            objects: constructor arguments that a file cannot hold, such as a module of the user's.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -207,7 +211,7 @@ class Model(Citable, PyroModule):
         state = {k.removeprefix("state/"): v for k, v in tensors.items() if k.startswith("state/")}
         extra = {k.removeprefix("extra/"): v for k, v in tensors.items() if k.startswith("extra/")}
         try:
-            model = cls(**meta["config"])
+            model = cls(**{**meta["config"], **objects})
             dtypes = {v.dtype for v in state.values() if v.is_floating_point()}
             if len(dtypes) == 1:
                 model.to(dtypes.pop())
