@@ -114,7 +114,7 @@ def estimate(
     return Propensity(check_scores(scores, len(t)), "logistic")
 
 
-def check_scores(scores: Any, num_rows: int, device: torch.device | None = None) -> Tensor:
+def check_scores(scores: Any, num_rows: int | None = None, device: torch.device | None = None) -> Tensor:
     """Propensity scores strictly inside (0, 1), float64 ``(N,)``.
 
     Raises:
@@ -125,7 +125,7 @@ def check_scores(scores: Any, num_rows: int, device: torch.device | None = None)
     if bool(outside.any()):
         where = int(outside.nonzero()[0])
         raise ValueError(
-            f"propensity must lie strictly between 0 and 1; {int(outside.sum())} of {num_rows} values do not, the first is "
+            f"propensity must lie strictly between 0 and 1; {int(outside.sum())} of {len(result)} values do not, the first is "
             f"{float(result[where])} at index {where}; leave out units whose treatment was certain"
         )
     return result
@@ -142,7 +142,7 @@ def trim(scores: Any, bounds: tuple[float, float] | Literal["crump"] = (0.05, 0.
     Raises:
         ValueError: bounds out of order or outside [0, 1], or no unit would stay.
     """
-    e = check_scores(scores, np.shape(scores)[0] if not isinstance(scores, Tensor) else len(scores))
+    e = check_scores(scores)
     if isinstance(bounds, str):
         if bounds != "crump":
             raise ValueError(f'bounds must be two numbers or "crump", got {bounds!r}')
@@ -272,13 +272,15 @@ def _check_arms(treatment: Tensor, fold: int) -> None:
 
 
 def _crump_bounds(scores: Tensor) -> tuple[float, float]:
-    """The smallest ``a`` with ``1 / (a (1 - a)) <= 2 mean of 1 / (e (1 - e)) over units with that at most 1 / (a (1 - a))``."""
+    """Scores between ``a`` and ``1 - a`` stay, where ``g = 1 / (a (1 - a))`` solves ``g = 2 E[v | v <= g]`` for
+    ``v = 1 / (e (1 - e))``.
+    """
     inverse = 1 / (scores * (1 - scores))
     ordered = inverse.sort().values
     means = ordered.cumsum(0) / torch.arange(1, len(ordered) + 1, dtype=ordered.dtype, device=ordered.device)
     if bool(ordered[-1] <= 2 * means[-1]):
         return 0.0, 1.0
-    # The largest threshold g with g <= 2 mean(inverse | inverse <= g) solves the equality between two order statistics.
+    # The conditional mean is constant between two order statistics; past the last that is at most twice it, g is above.
     threshold = float(2 * means[ordered <= 2 * means][-1])
-    a = 0.5 - (0.25 - 1 / max(threshold, 4.0)) ** 0.5
+    a = 0.5 - (0.25 - 1 / threshold) ** 0.5
     return a, 1 - a
