@@ -1,6 +1,7 @@
 """Can treated and control units be compared at all: overlap of propensities, balance of covariates.
 
-Austin (2009) for standardised differences after weighting; an absolute difference above 0.1 is the usual mark of imbalance.
+Austin (2009) for standardised differences after weighting; an absolute difference above 0.1 is the usual mark of
+imbalance.
 """
 
 from collections.abc import Sequence

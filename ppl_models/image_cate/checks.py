@@ -4,7 +4,8 @@ Statistics of a whole study are sums over thousands of units, so they are comput
 on the device of the input.
 """
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from ppl_models.base import to_tensor
 __all__ = ["Groups", "as_matrix", "as_treatment", "as_vector", "group_sums", "index_groups"]
 
 
-class Groups(NamedTuple):
+@dataclass(frozen=True)
+class Groups:
     """Units by group.
 
     Attributes:

@@ -1,7 +1,7 @@
 """Covariates that are the treatment in disguise.
 
-A design matrix that went through a regression may hold the treatment itself as a column, or its products with other columns.
-To adjust for these removes the effect that is to be estimated: they are found here before anything is fitted.
+A design matrix that went through a regression may hold the treatment itself as a column, or its products with other
+columns. To adjust for these removes the effect that is to be estimated: they are found here before anything is fitted.
 """
 
 import math
@@ -26,10 +26,10 @@ def check_covariates(
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Which covariates may be used, and what is wrong with the others.
 
-    Left out are columns that are constant; that equal the treatment or nearly do (absolute correlation of 0.99 and more, so
-    also 1 - T, 2 T - 1 and copies with a few errors); that are the product of the treatment, or of the treatment less a
-    number, with something else; and that give the treatment as a linear combination.  Missing values (NaN) are left out of
-    each check and reported.
+    Left out are columns that are constant; that equal the treatment or nearly do (absolute correlation of 0.99 and
+    more, so also 1 - T, 2 T - 1 and copies with a few errors); that are the product of the treatment, or of the
+    treatment less a number, with something else; and that give the treatment as a linear combination.  Missing values
+    (NaN) are left out of each check and reported.
 
     Args:
         covariates: ``(N, P)`` or ``(N,)``; NaN is a missing value.
@@ -129,8 +129,8 @@ def _varies_in_one_arm(column: Tensor, arm: Tensor) -> bool:
 
 
 def _products(x: Tensor, t: Tensor, keep: Tensor) -> list[tuple[int, int, float]]:
-    """Pairs ``(j, k, c)`` where column j is column k times ``(T - c)``, up to shift and scale: in each arm one is a linear
-    function of the other, with slopes that differ.  j is the one whose mean and spread differ more between arms.
+    """Pairs ``(j, k, c)`` where column j is column k times ``(T - c)``, up to shift and scale: in each arm one is a
+    linear function of the other, with slopes that differ.  j is the one whose mean and spread differ more between arms.
     """
     found = []
     columns = [j for j in range(x.shape[1]) if keep[j]]

@@ -1,8 +1,9 @@
 """Is the heterogeneity that a model claims there?  Checks on doubly robust scores, which need no true effects.
 
 Calibration: Chernozhukov, Demirer, Duflo, Fernandez-Val, Generic Machine Learning Inference on Heterogeneous Treatment
-Effects, Econometrica 93 (2025), section 3 (best linear predictor, grouped average effects).  Ranking: ``rate``.  Policy:
-Athey and Wager (2021), equation 3.  In all of them the predicted effects must come from data without the unit's group.
+Effects, Econometrica 93 (2025), section 3 (best linear predictor, grouped average effects).  Ranking: ``rate``.
+Policy: Athey and Wager (2021), equation 3.  In all of them the predicted effects must come from data without the unit's
+group.
 """
 
 import math
@@ -38,8 +39,8 @@ class Calibration:
 
     Attributes:
         mean: coefficient of the mean predicted effect; 1 if the average effect is right.
-        heterogeneity: coefficient of the deviation from it; 1 if calibrated, 0 if the prediction says nothing, below 1 if it
-            exaggerates.  NaN, with an error of NaN, if the prediction is constant.
+        heterogeneity: coefficient of the deviation from it; 1 if calibrated, 0 if the prediction says nothing, below 1
+            if it exaggerates.  NaN, with an error of NaN, if the prediction is constant.
     """
 
     mean: Estimate
@@ -189,13 +190,15 @@ def evaluate(
 def blp_calibration(
     outcome: Any, treatment: Any, propensity: Any, mean_outcome: Any, effect: Any, groups: Any = None
 ) -> Calibration:
-    """Regress ``Y - m`` on ``(T - e) mean(tau)`` and ``(T - e) (tau - mean(tau))`` without intercept; jackknife (CR3) errors.
+    """Regress ``Y - m`` on ``(T - e) mean(tau)`` and ``(T - e) (tau - mean(tau))`` without intercept; jackknife (CR3)
+    errors.
 
     Args:
         outcome: ``(N,)``.
         treatment: zeros and ones ``(N,)``.
         propensity: ``(N,)``.
-        mean_outcome: predicted outcome given images and covariates but not treatment, ``m = mu0 + e (mu1 - mu0)``, ``(N,)``.
+        mean_outcome: predicted outcome given images and covariates but not treatment, ``m = mu0 + e (mu1 - mu0)``,
+            ``(N,)``.
         effect: predicted effect ``(N,)``.
         groups: group of each unit.
 

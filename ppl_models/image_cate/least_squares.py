@@ -1,7 +1,7 @@
 """Least squares with errors that hold when units of a group are alike (cluster-robust).
 
-CR1 is Liang and Zeger's (1986) sandwich with the factor ``G / (G - 1) (N - 1) / (N - P)`` that Stata and statsmodels use;
-CR3 is the jackknife over groups (Bell and McCaffrey, 2002), safer with few or uneven groups.
+CR1 is Liang and Zeger's (1986) sandwich with the factor ``G / (G - 1) (N - 1) / (N - P)`` that Stata and statsmodels
+use; CR3 is the jackknife over groups (Bell and McCaffrey, 2002), safer with few or uneven groups.
 """
 
 import math

@@ -1,7 +1,8 @@
 """From outcomes and treatments to effects that need no model of the image: propensity, weighting, doubly robust scores.
 
-Robins, Rotnitzky, Zhao (1994) for the scores; Hajek (1971) for weights that sum to one in each arm; Crump, Hotz, Imbens,
-Mitnik (2009) for trimming; Chernozhukov et al. (2018) for cross-fitting.  Units of a group (an image, a site) share a fold.
+Robins, Rotnitzky, Zhao (1994) for the scores; Hajek (1971) for weights that sum to one in each arm; Crump, Hotz,
+Imbens, Mitnik (2009) for trimming; Chernozhukov et al. (2018) for cross-fitting.  Units of a group (an image, a site)
+share a fold.
 """
 
 from dataclasses import dataclass
@@ -83,8 +84,9 @@ def estimate(
 
     Args:
         treatment: zeros and ones ``(N,)``.
-        propensity: None takes the share of treated units (a trial with one probability); a number or ``(N,)`` numbers are
-            the design's own; ``"logistic"`` fits a ridge logistic regression on ``features``, cross-fitted by group.
+        propensity: None takes the share of treated units (a trial with one probability); a number or ``(N,)`` numbers
+            are the design's own; ``"logistic"`` fits a ridge logistic regression on ``features``, cross-fitted by
+            group.
         features: ``(N, P)``, for ``"logistic"``.
         groups: group of each unit, for the folds.
         num_folds: folds of the cross-fitting.
@@ -125,8 +127,8 @@ def check_scores(scores: Any, num_rows: int | None = None, device: torch.device 
     if bool(outside.any()):
         where = int(outside.nonzero()[0])
         raise ValueError(
-            f"propensity must lie strictly between 0 and 1; {int(outside.sum())} of {len(result)} values do not, the first is "
-            f"{float(result[where])} at index {where}; leave out units whose treatment was certain"
+            f"propensity must lie strictly between 0 and 1; {int(outside.sum())} of {len(result)} values do not, the "
+            f"first is {float(result[where])} at index {where}; leave out units whose treatment was certain"
         )
     return result
 
@@ -136,8 +138,8 @@ def trim(scores: Any, bounds: tuple[float, float] | Literal["crump"] = (0.05, 0.
 
     Args:
         scores: propensity ``(N,)``.
-        bounds: least and largest score that stays; ``"crump"`` takes the symmetric bounds of least variance (Crump et al.,
-            2009, corollary 1).
+        bounds: least and largest score that stays; ``"crump"`` takes the symmetric bounds of least variance (Crump et
+            al., 2009, corollary 1).
 
     Raises:
         ValueError: bounds out of order or outside [0, 1], or no unit would stay.
@@ -160,8 +162,8 @@ def trim(scores: Any, bounds: tuple[float, float] | Literal["crump"] = (0.05, 0.
 def aipw_scores(outcome: Any, treatment: Any, scores: Any, mu0: Any, mu1: Any) -> Tensor:
     """Doubly robust scores ``mu1 - mu0 + T (Y - mu1) / e - (1 - T) (Y - mu0) / (1 - e)``, float64 ``(N,)``.
 
-    Their mean estimates the average effect, and their mean over any set of units the effect there, if either the propensity
-    or the predicted outcomes are right.  The predictions must come from data without the unit's group.
+    Their mean estimates the average effect, and their mean over any set of units the effect there, if either the
+    propensity or the predicted outcomes are right.  The predictions must come from data without the unit's group.
 
     Args:
         outcome: ``(N,)``.
@@ -184,7 +186,8 @@ def aipw_scores(outcome: Any, treatment: Any, scores: Any, mu0: Any, mu1: Any) -
 def hajek(outcome: Any, treatment: Any, scores: Any, groups: Any = None) -> Estimate:
     """Difference of the arms' means, weighted by ``T / e`` and ``(1 - T) / (1 - e)`` normalised in each arm.
 
-    With a constant propensity it is the difference in means.  The error is CR1 by group and takes the propensity as known.
+    With a constant propensity it is the difference in means.  The error is CR1 by group and takes the propensity as
+    known.
 
     Raises:
         ValueError: as ``aipw_scores``.

@@ -1,6 +1,7 @@
 """Ridge regressions for nuisance functions: linear with a cross-validated penalty, and logistic.
 
-They are what is needed beside a model of images, and no more: a few columns, a few thousand units, no loop over penalties.
+They are what is needed beside a model of images, and no more: a few columns, a few thousand units, no loop over
+penalties.
 """
 
 import torch

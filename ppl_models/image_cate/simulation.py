@@ -1,9 +1,10 @@
 """Trials with images whose true effects are known.
 
-``stripes`` is the design of the method's paper (Jerzak, Johansson, Daoud, CLeaR 2023, section 4) as far as it is described:
-the direction of stripes is the effect type, their brightness drives the outcome without treatment, and the noise is swept.
-``trial_on_images`` puts a trial on images that the user has; ``village_trial`` makes a whole study (sites, several units a
-site, coordinates, covariates, tiles) without private data.
+``stripes`` is the design of the method's paper (Jerzak, Johansson, Daoud, CLeaR 2023, section 4) as far as it is
+described: the direction of stripes is the effect type, their brightness drives the outcome without treatment, and the
+noise is swept.
+``trial_on_images`` puts a trial on images that the user has; ``village_trial`` makes a whole study (sites, several
+units a site, coordinates, covariates, tiles) without private data.
 """
 
 import math
@@ -61,8 +62,8 @@ def stripes(
 ) -> SimulatedTrial:
     """Striped images, one a unit: vertical, horizontal and, with a third effect, diagonal stripes.
 
-    Phase and frequency (2 to 4 waves an image) are random; a brightness shift ``b ~ N(0, 0.5^2)`` moves all pixels and the
-    outcome without treatment is ``b / 0.5 * 0.5``.  Treatment is a fair coin.
+    Phase and frequency (2 to 4 waves an image) are random; a brightness shift ``b ~ N(0, 0.5^2)`` is added to all
+    pixels, and is the mean outcome without treatment.  Treatment is a fair coin.
 
     Args:
         num_units: N.
@@ -126,8 +127,8 @@ def trial_on_images(
 ) -> SimulatedTrial:
     """A semi-synthetic trial: real images, types by their roughness, everything else simulated.
 
-    Images are cut into types of equal size by ``laplacian_texture``; the outcome without treatment is half the standardised
-    brightness.
+    Images are cut into types of equal size by ``laplacian_texture``; the outcome without treatment is half the
+    standardised brightness.
 
     Args:
         images: ``(M, C, H, W)``, finite.
@@ -164,11 +165,13 @@ def village_trial(
     size: int = 32,
     seed: int = 0,
 ) -> SimulatedTrial:
-    """A made-up country: villages on a smooth terrain, whose tiles are rugged (small effects) or farmed (large effects).
+    """A made-up country: villages on a smooth terrain, whose tiles are rugged (small effects) or farmed (large
+    effects).
 
-    Ruggedness is a smooth field over longitude and latitude; in rugged tiles brightness is rough at all scales, in farmed
-    ones it is cut into bright rectangular fields.  Three channels (green, near infrared, short-wave infrared, as Landsat's)
-    are shifted copies with noise.  Villages share a shock.  Covariates: age, and years of school with a few missing values.
+    Ruggedness is a smooth field over longitude and latitude; in rugged tiles brightness is rough at all scales, in
+    farmed ones it is cut into bright rectangular fields.  Three channels (green, near infrared, short-wave infrared, as
+    Landsat's) are shifted copies with noise.  Villages share a shock.  Covariates: age, and years of school with a few
+    missing values.
 
     Args:
         num_sites: M villages, one tile each.
@@ -220,7 +223,8 @@ def _trial(
     effect = tau[types][index]
     baseline = 0.5 * brightness + site_shock * torch.randn(num_images, generator=g)
     outcome = baseline[index] + treatment * effect + noise * torch.randn(n, generator=g)
-    covariates, names = torch.empty(n, 0), ()
+    covariates = torch.empty(n, 0)
+    names: tuple[str, ...] = ()
     if lon_lat is not None:
         age = 18 + 20 * torch.rand(n, generator=g)
         school = torch.poisson(torch.full((n,), 6.0), generator=g)
@@ -252,7 +256,9 @@ def _tiles(types: Tensor, tone: Tensor, size: int, g: torch.Generator) -> Tensor
 
 
 def _both_arms(probability: Tensor, g: torch.Generator) -> Tensor:
-    """A coin for each unit; of an arm that stays empty, which happens in tiny trials only, the last unit changes sides."""
+    """A coin for each unit; of an arm that stays empty, which happens in tiny trials only, the last unit changes
+    sides.
+    """
     treatment = (torch.rand(len(probability), generator=g) < probability).to(probability.dtype)
     if float(treatment.sum()) in (0.0, float(len(treatment))):
         treatment[-1] = 1 - treatment[-1]
