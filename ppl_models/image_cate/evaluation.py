@@ -1,9 +1,9 @@
 """Is the heterogeneity that a model claims there?  Checks on doubly robust scores, which need no true effects.
 
 Calibration: Chernozhukov, Demirer, Duflo, Fernandez-Val, Generic Machine Learning Inference on Heterogeneous Treatment
-Effects, Econometrica 93 (2025), section 3 (best linear predictor, grouped average effects).  Ranking: ``rate``.
-Policy: Athey and Wager (2021), equation 3.  In all of them the predicted effects must come from data without the unit's
-group.
+Effects, Econometrica 93 (2025) (best linear predictor, grouped average effects).  Ranking: ``rate``.
+Policy: Athey and Wager, Econometrica 89 (2021).  In all of them the predicted effects must come from data without the
+unit's group.
 """
 
 import math

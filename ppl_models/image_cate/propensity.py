@@ -139,7 +139,7 @@ def trim(scores: Any, bounds: tuple[float, float] | Literal["crump"] = (0.05, 0.
     Args:
         scores: propensity ``(N,)``.
         bounds: least and largest score that stays; ``"crump"`` takes the symmetric bounds of least variance (Crump et
-            al., 2009, corollary 1).
+            al., 2009).
 
     Raises:
         ValueError: bounds out of order or outside [0, 1], or no unit would stay.

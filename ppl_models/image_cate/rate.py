@@ -1,11 +1,11 @@
 """Rank-weighted average treatment effects: does a ranking of units tell who gains (Yadlowsky et al., 2021)?
 
 With doubly robust scores sorted by a priority, largest first, the targeting operator characteristic at share ``j / n``
-is the mean of the top ``j`` less the mean of all.  AUTOC is its average over ``j``, QINI its average weighted by 
+is the mean of the top ``j`` less the mean of all.  AUTOC is its average over ``j``, QINI its average weighted by
 ``j / n``.  Units of equal priority share their mean score, so the order of rows never matters.
 
 Yadlowsky, Fleming, Shah, Brunskill, Wager: Evaluating Treatment Prioritization Rules via Rank-Weighted Average
-Treatment Effects, arXiv 2111.07966, equations 2.3 to 2.6 and section 3 (half-sampling bootstrap).
+Treatment Effects, arXiv 2111.07966.  The standard error is their half-sampling bootstrap.
 """
 
 import math
