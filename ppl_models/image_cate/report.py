@@ -20,6 +20,8 @@ from torch import Tensor
 
 from ppl_models.image_cate.balance import Balance, Overlap
 from ppl_models.image_cate.evaluation import Evaluation
+from ppl_models.image_cate.least_squares import Estimate
+from ppl_models.image_cate.rate import Rate
 from ppl_models.image_cate.refute import Refutation
 
 __all__ = [
@@ -145,7 +147,7 @@ def evaluation_tables(evaluation: Evaluation, names: Sequence[str] | None = None
         evaluation: of ``evaluate``.
         names: of the K types; None numbers them.
     """
-    shown = [
+    shown: list[tuple[str, Estimate | Rate]] = [
         ("Average effect (AIPW)", evaluation.ate),
         ("AUTOC of the predicted effect", evaluation.autoc),
         ("QINI of the predicted effect", evaluation.qini),
@@ -241,15 +243,15 @@ h2{font-size:1.2rem;margin:0 0 .6rem}
 section{background:#fff;border:1px solid #dfe3e8;border-radius:8px;padding:1rem 1.1rem;margin:0 0 1rem}
 section.warnings{border-left:5px solid #b45309;background:#fffaf0}
 ul{margin:.2rem 0;padding-left:1.2rem}
-li,p,td,th,figcaption,caption{overflow-wrap:anywhere}
+li,p,figcaption{overflow-wrap:anywhere}
 .scroll{overflow-x:auto;margin:.6rem 0 1rem}
 table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
-caption{text-align:left;color:#4b5560;padding:0 0 .4rem;font-size:.9rem}
-th,td{padding:.35rem .6rem;border-bottom:1px solid #e6e9ed;text-align:left;vertical-align:top;min-width:4.2rem}
+p.caption{color:#4b5560;margin:.8rem 0 .2rem;font-size:.9rem}
+th,td{max-width:26rem;overflow-wrap:break-word;padding:.35rem .6rem;border-bottom:1px solid #e6e9ed;text-align:left;vertical-align:top;min-width:4.2rem}
 td.number,th.number{text-align:right;white-space:nowrap}
 thead th{border-bottom:2px solid #b8c0c9}
 figure{margin:.6rem 0 1rem}
-img{max-width:100%;height:auto;display:block}
+img{width:auto;min-width:26rem;max-width:max(100%,26rem);height:auto;display:block}
 figcaption{color:#4b5560;font-size:.9rem;margin-top:.3rem}
 """
 
@@ -297,7 +299,7 @@ def _item(item: str | Table | Picture) -> str:
         caption = html.escape(item.caption)
         data = base64.b64encode(_png(item.figure)).decode()
         return (
-            f'<figure><img src="data:image/png;base64,{data}" alt="{caption}">'
+            f'<figure><div class="scroll"><img src="data:image/png;base64,{data}" alt="{caption}"></div>'
             f"<figcaption>{caption}</figcaption></figure>"
         )
     raise TypeError(f"an item of a section must be a text, a Table or a Picture, got {type(item).__name__}")
@@ -316,7 +318,8 @@ def _table(table: Table) -> str:
         for row in table.rows
     )
     return (
-        f'<div class="scroll"><table><caption>{html.escape(table.caption)}</caption>'
+        f'<p class="caption">{html.escape(table.caption)}</p>'
+        f'<div class="scroll"><table aria-label="{html.escape(table.caption)}">'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
