@@ -16,7 +16,7 @@ from ppl_models.image_cate.checks import as_treatment
 
 __all__ = ["check_covariates"]
 
-_NEAR = 0.99  # correlation with the treatment from which a column counts as a copy of it
+_NEAR = 0.95  # correlation with the treatment from which a column counts as a copy of it
 _EXACT = 1e-6  # share of a column's variance that may be left where it is said to follow from others
 _CHANCE = 1e-6  # probability below which a column that varies in one arm only is no accident
 
@@ -26,7 +26,7 @@ def check_covariates(
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Which covariates may be used, and what is wrong with the others.
 
-    Left out are columns that are constant; that equal the treatment or nearly do (absolute correlation of 0.99 and
+    Left out are columns that are constant; that equal the treatment or nearly do (absolute correlation of 0.95 and
     more, so also 1 - T, 2 T - 1 and copies with a few errors); that are the product of the treatment, or of the
     treatment less a number, with something else; and that give the treatment as a linear combination.  Missing values
     (NaN) are left out of each check and reported.

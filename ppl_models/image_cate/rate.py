@@ -73,8 +73,8 @@ def rate(
 
     The priority must come from data that the scores were not made of (cross-fitting, or a split by site); otherwise the
     estimate is optimistic.  Cross-fitting has a trap of its own: a fold with small effects leaves large ones to the fit
-    of the others, so that levels of predictions oppose those of effects; where predictions hardly vary within folds, take
-    each fold's mean off them first.  A constant priority ranks nobody: the estimate and its error are 0.
+    of the others, so that levels of predictions oppose those of effects; where predictions hardly vary within folds,
+    take each fold's mean off them first.  A constant priority ranks nobody: the estimate and its error are 0.
 
     Args:
         scores: doubly robust scores of the units' effects ``(N,)``, such as ``aipw_scores`` makes.

@@ -247,8 +247,10 @@ li,p,figcaption{overflow-wrap:anywhere}
 .scroll{overflow-x:auto;margin:.6rem 0 1rem}
 table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
 p.caption{color:#4b5560;margin:.8rem 0 .2rem;font-size:.9rem}
-th,td{max-width:26rem;overflow-wrap:break-word;padding:.35rem .6rem;border-bottom:1px solid #e6e9ed;text-align:left;vertical-align:top;min-width:4.2rem}
+th,td{max-width:26rem;min-width:4.2rem;padding:.35rem .6rem;overflow-wrap:break-word;text-align:left}
+th,td{border-bottom:1px solid #e6e9ed;vertical-align:top}
 td.number,th.number{text-align:right;white-space:nowrap}
+td.wide{min-width:11rem}
 thead th{border-bottom:2px solid #b8c0c9}
 figure{margin:.6rem 0 1rem}
 img{width:auto;min-width:26rem;max-width:max(100%,26rem);height:auto;display:block}
@@ -311,7 +313,8 @@ def _table(table: Table) -> str:
         if len(row) != width:
             raise ValueError(f"table {table.caption!r} has {width} columns, and a row of {len(row)} cells")
     numeric = [bool(table.rows) and all(_is_number(row[j]) for row in table.rows) for j in range(width)]
-    mark = [' class="number"' if n else "" for n in numeric]
+    wide = [any(len(str(row[j])) > 30 for row in table.rows) for j in range(width)]
+    mark = [' class="number"' if n else ' class="wide"' if w else "" for n, w in zip(numeric, wide, strict=True)]
     head = "".join(f'<th scope="col"{m}>{html.escape(str(h))}</th>' for h, m in zip(table.header, mark, strict=True))
     body = "".join(
         "<tr>" + "".join(f"<td{m}>{html.escape(_cell(v))}</td>" for v, m in zip(row, mark, strict=True)) + "</tr>"
