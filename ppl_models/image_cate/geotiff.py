@@ -92,8 +92,8 @@ def read_windows(
                 + (f"is of {acquired}" if acquired else "does not say when it was taken (TIFFTAG_DATETIME)")
             )
         x, y = transform("EPSG:4326", source.crs, places[:, 0].tolist(), places[:, 1].tolist())
-        columns, rows = ~source.transform * (np.asarray(x), np.asarray(y))
-        column, row = np.floor(columns).astype(int), np.floor(rows).astype(int)
+        east_north, to_pixel = np.asarray([x, y, np.ones(len(x))]), ~source.transform
+        column, row = np.floor(np.asarray(to_pixel).reshape(3, 3)[:2] @ east_north).astype(int)
         outside = (column < 0) | (column >= source.width) | (row < 0) | (row >= source.height)
         if outside.any():
             raise ValueError(

@@ -140,7 +140,7 @@ def test_half_samples_by_site_give_the_spread_of_repeated_trials() -> None:
         errors.append(found.standard_error)
         rejected += abs(rate(scores, void, "qini", site, 100, t).ratio) > 1.96
     # Priority explains 1 / (1 + 0.49) of the effect's variance, so AUTOC is 0.9032 / sqrt(1.49) = 0.74, less for few
-    # sites.  Units taken as independent would give a third of this error, and rescaled half-samples 0.7 or 1.4 times it.
+    # sites.  Units taken as independent would give a third of this error, rescaled half-samples 0.7 or 1.4 of it.
     assert np.mean(estimates) == pytest.approx(0.71, abs=0.05)
     assert np.mean(errors) == pytest.approx(np.std(estimates), rel=0.15)
     # 150 trials without any heterogeneity along the priority: 7.5 rejections at 5 %, and 17 or more with chance 0.001.

@@ -120,8 +120,8 @@ def test_it_is_well_formed_and_self_contained(page: Path) -> None:
 def test_every_text_is_escaped_and_there(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert "<script" not in text and "<img src=x" not in text
-    # Title twice, heading, summary, warning, type, covariate, setting and its value, caption below and beside its figure.
-    assert Page(text).text.count(EVIL) == 9
+    # Title twice, summary, warning, heading, covariate, type, a figure's caption, a setting and its value.
+    assert Page(text).text.count(EVIL) == 10
     words = Page(text).text
     for expected in (
         "Plain words.",

@@ -21,7 +21,7 @@ def test_stripes(effects: tuple[float, ...]) -> None:
     assert trial.images.shape == (4000, 1, 24, 24)
     for k, tau in enumerate(effects):
         assert arms_difference(trial, k) == pytest.approx(tau, abs=0.12)  # error of about 0.04
-    # The direction of the stripes is in the spectrum: along rows for vertical stripes, along columns for horizontal ones.
+    # The direction of the stripes is in the spectrum: along rows for vertical stripes, down for horizontal ones.
     power = torch.fft.fft2(trial.images[:, 0] - trial.images[:, 0].mean((1, 2), keepdim=True)).abs().square()
     across, down = power[:, 0, 1:6].sum(1), power[:, 1:6, 0].sum(1)
     clear = trial.types < 2
