@@ -66,10 +66,7 @@ def as_treatment(value: Any, num_rows: int | None = None, device: torch.device |
     Raises:
         ValueError: another value than 0 and 1, or one arm only.
     """
-    if isinstance(value, Tensor) or np.asarray(value).dtype != bool:
-        treatment = as_vector("treatment", value, num_rows, device)
-    else:
-        treatment = as_vector("treatment", np.asarray(value, dtype=np.float64), num_rows, device)
+    treatment = as_vector("treatment", value, num_rows, device)
     other = (treatment != 0) & (treatment != 1)
     if bool(other.any()):
         where = int(other.nonzero()[0])
@@ -95,7 +92,7 @@ def index_groups(groups: Any, num_rows: int, device: torch.device | None = None,
     if groups is None:
         result = Groups(torch.arange(num_rows, device=device), num_rows)
     else:
-        labels = np.asarray(groups.detach().tolist() if isinstance(groups, Tensor) else groups)
+        labels = groups.numpy(force=True) if isinstance(groups, Tensor) else np.asarray(groups)
         if labels.ndim == 2 and labels.shape[1] == 1:
             labels = labels[:, 0]
         if labels.shape != (num_rows,):

@@ -267,6 +267,19 @@ def test_bad_input_of_scores(change: dict[str, Any], message: str) -> None:
         aipw_scores(**arguments)
 
 
+def test_treatments_of_any_kind() -> None:
+    y = [1.0, 2.0, 3.0, 5.0]
+    expected = hajek(y, [0, 1, 0, 1], 0.5)
+    kinds = (
+        [False, True, False, True],
+        np.array([0, 1, 0, 1], np.int8),
+        torch.tensor([0, 1, 0, 1]).bool(),
+        [[0], [1]] * 2,
+    )
+    for t in kinds:
+        assert hajek(y, t, 0.5) == expected
+
+
 def test_bad_input_of_the_rest() -> None:
     t = [0, 1, 0, 1]
     with pytest.raises(ValueError, match='must be None, a number, an array or "logistic"'):
