@@ -22,7 +22,7 @@ from ppl_models.base import Standardiser
 from ppl_models.image_cate.backbones import RandomFeatures, build_backbone
 from ppl_models.image_cate.data import Trial, Units
 from ppl_models.image_cate.likelihoods import Likelihood, make_likelihood
-from ppl_models.image_cate.mixture import EffectMixture, TypeGuide
+from ppl_models.image_cate.mixture import EffectMixture, TypeGuide, type_log_likelihood
 from ppl_models.image_cate.towers import ImageEffectModel, PixelScale, Tower
 
 __all__ = ["Prepared", "Settings", "Trained", "build_networks", "make_backbone", "one_cycle", "prepare", "train"]
@@ -315,8 +315,6 @@ def train(
 @torch.no_grad()
 def held_out_loss(trained: Trained, prepared: Prepared, seed: int) -> float:
     """Negative ELBO without its prior terms, for each unit of images that were not trained on."""
-    from ppl_models.image_cate.mixture import type_log_likelihood
-
     model, units = trained.model, prepared.units
     found = model.predictions(prepared.images, units)
     drawn = point_values(trained.guide, found, units)
