@@ -3,6 +3,7 @@
 from ppl_models.compositional_ebm import ConditionalEnergyModel, EnergyClassifier, EnergyModel
 from ppl_models.fractional_sde import FractionalSDE, LatentFractionalSDE
 from ppl_models.functional_prior_bnn import FunctionalPriorBNN
+from ppl_models.image_cate import ImageCATE
 from ppl_models.marginalization_model import MarginalizationModel
 from ppl_models.monotone_dbm import ConvMonotoneDBM, MonotoneDBM
 
@@ -13,6 +14,7 @@ __all__ = [
     "EnergyModel",
     "FractionalSDE",
     "FunctionalPriorBNN",
+    "ImageCATE",
     "LatentFractionalSDE",
     "MarginalizationModel",
     "MonotoneDBM",
