@@ -113,11 +113,11 @@ def test_a_double_well_starts_near_the_evidence_and_learns() -> None:
         normalisation="gamma", horizon=1.0, initial=(-1.0, 0.0), hidden=(16, 16),
     )  # fmt: skip
     data = torch.zeros(1, 1, 1)
-    settings = {"noise_std": 0.3, "max_step": 0.02, "progress": False, "num_particles": 16}
-    result = model.fit([1.0], data, num_steps=25, lr=0.02, **settings)
+    settings = {"noise_std": 0.3, "max_step": 0.04, "progress": False, "num_particles": 8}
+    result = model.fit([1.0], data, num_steps=16, lr=0.02, **settings)
     assert result.history is not None
     losses = result.history.losses
-    assert float(losses[-5:].mean()) < float(losses[:3].mean())
+    assert float(losses[-4:].mean()) < float(losses[:3].mean())
     bound, weighted = float(model.elbo(1000)), float(model.log_evidence(1000))
     assert bound <= weighted
     assert -4.2 < bound < -3.40
@@ -235,10 +235,10 @@ def test_posterior_over_parameters_by_nuts() -> None:
     noise = FractionalBrownianMotion(0.7, kind="rl").sample(torch.arange(1, 26).double(), 1, seed=3).T.reshape(1, 25, 1)
     model = FractionalSDE(1, "none", "constant", initial=(0.0, 0.0), kind="rl", num_processes=5)
     result = model.fit(
-        torch.arange(1, 26), noise, noise_std=0.0, method="nuts", num_steps=30, num_chains=2, num_samples=60,
-        warmup_steps=30, progress=False,
+        torch.arange(1, 26), noise, noise_std=0.0, method="nuts", num_steps=30, num_chains=2, num_samples=40,
+        warmup_steps=25, progress=False,
     )  # fmt: skip
-    assert result.samples["hurst"].shape == (2, 60)
+    assert result.samples["hurst"].shape == (2, 40)
     parameters = model.parameter_model
     grid_h, grid_s = torch.linspace(0.02, 0.98, 40).double(), torch.linspace(math.log(0.4), math.log(3), 30).exp()
     log_density = torch.stack(
@@ -257,8 +257,8 @@ def test_posterior_over_parameters_by_nuts() -> None:
     weight = torch.softmax(log_density.flatten(), 0).reshape(log_density.shape)
     mean = float((weight.sum(1) * grid_h).sum())
     std = float((weight.sum(1) * (grid_h - mean) ** 2).sum().sqrt())
-    # the chains' centre of the prior is the fit's maximum, as for parameters: 120 draws, at least 25 effective
-    assert abs(float(result.samples["hurst"].mean()) - mean) < 4 * std / 5
+    # the chains' centre of the prior is the fit's maximum, as for parameters: 80 draws, at least 16 effective
+    assert abs(float(result.samples["hurst"].mean()) - mean) < 4 * std / 4
     assert 0.5 < float(result.samples["hurst"].std()) / std < 1.6
     prediction = model.predict([25.5, 30.0], num_samples=40)
     assert prediction.samples.shape == (40, 1, 2, 1)
@@ -314,9 +314,9 @@ def test_pyros_own_elbo_agrees(settings: dict[str, Any]) -> None:
     model.eval()
     pyro.clear_param_store()
     with torch.no_grad(), scoped_seed(0):
-        theirs = torch.tensor([-Trace_ELBO().loss(model, model.guide, TIMES, values, mask) for _ in range(40)])
+        theirs = torch.tensor([-Trace_ELBO().loss(model, model.guide, TIMES, values, mask) for _ in range(16)])
     pyro.clear_param_store()
-    error = float(theirs.std()) / math.sqrt(40)
+    error = float(theirs.std()) / math.sqrt(16)
     assert abs(float(theirs.mean()) - float(model.elbo(400))) < 4 * error + 0.05
 
 
