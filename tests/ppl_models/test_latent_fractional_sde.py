@@ -101,10 +101,9 @@ def test_files_seeds_and_arviz(tmp_path: Path) -> None:
 
 
 def test_own_networks() -> None:
-    encoder, decoder = (
-        nn.Sequential(nn.Flatten(), nn.Linear(6, 8)),
-        nn.Sequential(nn.Linear(3, 6), nn.Unflatten(1, (2, 3))),
-    )
+    with scoped_seed(0):
+        encoder = nn.Sequential(nn.Flatten(), nn.Linear(6, 8))
+        decoder = nn.Sequential(nn.Linear(3, 6), nn.Unflatten(1, (2, 3)))
     model = LatentFractionalSDE((2, 3), 1, 2, encoder=encoder, decoder=decoder, **SMALL)
     y = torch.zeros(2, 5, 2, 3)
     model.fit(TIMES, y, num_steps=1, progress=False)
