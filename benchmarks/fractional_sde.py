@@ -5,7 +5,7 @@
 Gradient steps: a posterior SDE of two 200-200 networks, batch 32, D = 4, K = 5, over [0, 1] with speeds up to 20, by
 ``sde.solve`` and by torchsde's solvers on the same augmented SDE (``sde.solve_torchsde``).  The weak error is that of
 Var X(1) with zero networks, for which it is known: a fast step that needs more steps for the same error is not faster.
-Memory: growth of the resident set over a gradient step with segment checkpointing. Cost: seconds a gradient step for
+Memory: growth of the resident set over a gradient step with segment checkpointing. Cost: seconds a gradient step over
 K, N and D.  Peers that are not installed are left out and named.
 """
 

@@ -100,9 +100,9 @@ print(f"largest relative error of the posterior deviation: {worst:.1%}")
 # %% [markdown]
 # ## The Nile
 #
-# H was invented for the floods of the Nile. Annual flows are a mean plus fractional Gaussian noise, so their running sum
-# follows dX = mean dt + scale dB and is seen without error. The evidence is exact; NUTS samples H, mean and scale with
-# the path integrated out.
+# H was invented for the floods of the Nile. Annual flows are a mean plus fractional Gaussian noise, so their running
+# sum follows dX = mean dt + scale dB and is seen without error. The evidence is exact; NUTS samples H, mean and scale
+# with the path integrated out.
 
 # %%
 try:
@@ -146,10 +146,8 @@ plt.figure(figsize=(6.5, 2.6))
 plt.plot(calendar, flows, color=GREY, lw=1, label="observed")
 forecast = (flows[1:] - error.flatten()[1:]).numpy()
 plt.plot(calendar[1:], forecast, color=ORANGE, lw=1, label="forecast from the years before")
-plt.fill_between(
-    calendar[1:], forecast - 1.645 * deviation.flatten()[1:].numpy(), forecast + 1.645 * deviation.flatten()[1:].numpy(),
-    color=ORANGE, alpha=0.15, lw=0,
-)  # fmt: skip
+half = 1.645 * deviation.flatten()[1:].numpy()
+plt.fill_between(calendar[1:], forecast - half, forecast + half, color=ORANGE, alpha=0.15, lw=0)
 plt.plot(1870 + ahead[1:], bands[1], color=BLUE, label="the next ten years, with 90 % band")
 plt.fill_between(1870 + ahead[1:], bands[0], bands[2], color=BLUE, alpha=0.2, lw=0)
 plt.xlabel("year")
@@ -161,8 +159,8 @@ show("nile")
 # ## Rough volatility
 #
 # Log-volatility of markets looks like a fractional Ornstein-Uhlenbeck process with H near 0.1 (Gatheral, Jaisson and
-# Rosenbaum, 2018). Here such a path is simulated exactly, seen with error, and H, reversion and scale are read off again
-# by maximum evidence. Assuming Brownian noise costs evidence.
+# Rosenbaum, 2018). Here such a path is simulated exactly, seen with error, and H, reversion and scale are read off
+# again by maximum evidence. Assuming Brownian noise costs evidence.
 
 # %%
 count = 60 if SMOKE else 250
@@ -181,10 +179,8 @@ fine = torch.linspace(float(clock[5]), float(clock[25]), 60)
 plt.figure(figsize=(6.5, 2.4))
 for name, colour in (("brownian", ORANGE), ("fractional", BLUE)):
     path = found[name][0].predict(fine, num_samples=50)
-    plt.fill_between(
-        fine, (path.mean - 2 * path.std).flatten(), (path.mean + 2 * path.std).flatten(), color=colour, alpha=0.25, lw=0,
-        label=f"{name}, 2 sd",
-    )  # fmt: skip
+    middle, half = path.mean.flatten(), 2 * path.std.flatten()
+    plt.fill_between(fine, middle - half, middle + half, color=colour, alpha=0.25, lw=0, label=f"{name}, 2 sd")
 plt.plot(clock[5:26], seen[0, 5:26, 0], ".", color=GREY, label="observed")
 plt.xlabel("time")
 plt.ylabel("log-volatility")
