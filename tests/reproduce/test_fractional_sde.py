@@ -168,7 +168,7 @@ def test_missing_points_are_interpolated_better_than_by_lines() -> None:
 
 
 def test_moving_digits() -> None:
-    """Reconstruction at least 2 dB above each series' mean frame, with learned H; Brownian noise is printed beside it."""
+    """Reconstruction at least 2 dB above each series' mean frame, with learned H; Brownian noise is beside it."""
     video = moving_digits(300, 15, side=32, seed=0)
     train, test = video[:260], video[260:]
     times = torch.arange(1, 16).float() / 10
