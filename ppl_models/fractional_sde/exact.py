@@ -170,17 +170,17 @@ class ExactEvidence(nn.Module):
         system: whose parameters are learned.
         log_noise_std: of the observations, a parameter or a buffer of the caller's, ``(D,)``.
         times: ``(T,)``, float64.
+        shared: whether all series miss the same.
     """
 
-    def __init__(self, system: FractionalSystem, noise_std: nn.Module, times: Tensor) -> None:
+    def __init__(self, system: FractionalSystem, noise_std: nn.Module, times: Tensor, shared: bool) -> None:
         super().__init__()
-        self.system, self.noise_std, self.times = system, noise_std, times
+        self.system, self.noise_std, self.times, self.shared = system, noise_std, times, shared
 
     def forward(self, observations: Tensor, mask: Tensor) -> Tensor:
         """Mean over series of -log p, from ``(B, T, D)`` and its mask."""
         here = mask.double().movedim(0, 1)
-        if bool((mask == mask[:1]).all()):
-            here = here[:, :1]
+        here = here[:, :1] if self.shared else here
         values = gaussian_log_likelihood(
             self.system.linear_sde(), self.times, observations.movedim(0, 1), here, self.noise_std()
         )
@@ -235,7 +235,7 @@ class ParameterModel:
         span, now = float(self.times[-1]), self.fixed
         sizes = {
             "constant": now["scale"] * span ** (now["hurst"] - 1),
-            "theta": torch.full_like(now["scale"], 3 / span),
+            "theta": now["scale"] * 0 + 3 / span,
         }
         return {
             name: dist.transforms.AffineTransform(now[name], sizes[name]).inv

@@ -173,14 +173,13 @@ class LatentFractionalSDE(PathModel):
         return self._plain(self._config)
 
     # ------------------------------------------------------------------ the parts
-    def _encode(self, times: Tensor, frames: Tensor, mask: Tensor, grid: SolverGrid) -> _Encoded:
-        """What q needs of ``(B, T, *shape)`` frames."""
+    def _encode(self, times: Tensor, frames: Tensor, mask: Tensor, grid: SolverGrid, shared: bool = False) -> _Encoded:
+        """What q needs of ``(B, T, *shape)`` frames; ``shared`` says that all series miss the same."""
         here = mask.flatten(2).any(-1)  # a frame counts where some of it is seen
         values = torch.where(mask, frames, 0.0)
         h = self.encoder(values.flatten(0, 1)).unflatten(0, here.shape)
         g = self.context(h, here, times)
         along = interpolate(g, times, grid.steps.times[:-1].to(times))
-        shared = bool(here.all())
         seen = here[:1, :, None] if shared else here.unsqueeze(-1)
         evidence = Evidence(
             self.stand_in(g).movedim(1, 0) * seen.movedim(1, 0),
@@ -225,7 +224,7 @@ class LatentFractionalSDE(PathModel):
     def _weigh(
         self, grid: SolverGrid, observations: Tensor, mask: Tensor, particles: int, seed: int | None
     ) -> tuple[Tensor, Draws]:
-        encoded = self._encode(self.data.times.to(observations), observations, mask, grid)
+        encoded = self._encode(self.data.times.to(observations), observations, mask, grid, self._shared)
         w, kl, ratio = self._contents(encoded, particles, seed)
         draws = self.posterior.draw(self.system, grid, encoded.evidence, particles, seed)
         raw = self._raw(w.unsqueeze(0), draws.x)  # (T, P B, *shape)
@@ -253,7 +252,7 @@ class LatentFractionalSDE(PathModel):
             path = pyro.sample("path", PriorPath(simulate, *_shapes(batch, len(clock), self.state_size)))
             raw = self._raw(w.unsqueeze(1), path)
             law: Any = (
-                dist.Bernoulli(logits=raw)
+                dist.Bernoulli(logits=raw, validate_args=False)
                 if self.family == "bernoulli"
                 else dist.Normal(torch.sigmoid(raw) if self.squash else raw, self.likelihood())
             )
@@ -408,7 +407,8 @@ class LatentFractionalSDE(PathModel):
         self._within(wanted, "new_times")
         grid = self._grid(fitted.times, wanted)
         values = data.values.to(self.system.start_mean)
-        encoded = self._encode(fitted.times.to(values), values, data.mask.to(values.device), grid)
+        alike = self._shared and observations is None
+        encoded = self._encode(fitted.times.to(values), values, data.mask.to(values.device), grid, alike)
         at_once, parts = particles_of(len(values)), []
         for i in range(0, num_samples, at_once):
             count, stream = min(at_once, num_samples - i), derive_seed(seed, "predict", i)

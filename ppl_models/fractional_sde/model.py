@@ -194,9 +194,9 @@ class FractionalSDE(PathModel):
             self.posterior.constant.copy_(b[0].detach() + theta * point)
 
     def _evidence(self, values: Tensor, mask: Tensor) -> Evidence:
-        """From ``(B, T, D)`` data; a mask that all share is held once."""
+        """From ``(B, T, D)`` data; a mask that all series share is held once."""
         here = mask.to(values.dtype).movedim(0, 1)
-        if bool((mask == mask[:1]).all()):
+        if self._shared:
             here = here[:, :1]
         return Evidence(values.movedim(0, 1), here, self.likelihood().detach())
 
@@ -239,7 +239,8 @@ class FractionalSDE(PathModel):
     def guide(self, times: Any, observations: Any, mask: Any = None, num_series: int = 1) -> None:
         """The Pyro guide of the same arguments: the posterior's start and path."""
         clock, values, here = self._arguments(times, observations, mask, num_series, (self.state_size,))
-        grid, evidence = self._grid(clock), self._evidence(values, here)
+        grid = self._grid(clock)
+        evidence = Evidence(values.movedim(0, 1), here.to(values.dtype).movedim(0, 1), self.likelihood().detach())
         plan = self.posterior.plan(self.system, grid, evidence)
         law = self.posterior.start_law(self.system, evidence, plan)
         covariance = law.factor @ law.factor.mT
@@ -345,7 +346,7 @@ class FractionalSDE(PathModel):
         steps = (400 if exact else 1000) if num_steps is None else check_count("num_steps", num_steps)
         objective: nn.Module
         if exact:
-            objective = ExactEvidence(self.system, self.likelihood, data.times)
+            objective = ExactEvidence(self.system, self.likelihood, data.times, data.shared)
         else:
             grid = self._grid(data.times, checkpoint=checkpoint_segments)
             objective = PathBound(self, grid, num_particles, bound, kl_warmup)

@@ -28,6 +28,7 @@ class PathModel(Model):
     horizon: float | None
     _data: SeriesData | None
     _max_step: float | None
+    _shared = False  # whether all series of the fit miss the same, so that their covariances are one; set by ``_see``
 
     def _weigh(
         self, grid: SolverGrid, observations: Tensor, mask: Tensor, particles: int, seed: int | None
@@ -102,7 +103,7 @@ class PathModel(Model):
             raise ValueError(f"max_step must be positive and finite, got {max_step}")
         self.to(device=data.values.device, dtype=data.values.dtype)
         self.system.noise.set_horizon(horizon)
-        self._data, self._max_step = data, max_step
+        self._data, self._max_step, self._shared = data, max_step, data.shared
 
     def _grid(self, times: Tensor, wanted: Tensor | None = None, checkpoint: int | str | None = None) -> SolverGrid:
         """Solver times that meet ``times`` (whose states are kept) or, if given, ``wanted`` as well (kept instead)."""

@@ -216,14 +216,16 @@ class PathPosterior(nn.Module):
         transitions = start = control = guide = linear = None
         if self.mode != "neural":
             linear = self.stand_in(system)
-            transitions = linear.euler_transitions(grid.steps)
+            transitions = linear.euler_transitions(grid.steps.to(system.start_mean.device, torch.float64))
             data = (grid.positions, evidence.values.double(), evidence.noise_std.double(), evidence.mask)
             info = backward_information(transitions, *data)
             if self.mode == "gaussian":
                 guide = step_guide(transitions, *data, information=info)
             else:
                 control, _ = frozen_control(transitions, linear.start(), *data)
-            start = self._at_zero(info, evidence) if int(grid.positions[0]) == 0 else (info.factor[0], info.vector[0])
+            start = (
+                self._at_zero(info, evidence) if grid.positions.tolist()[0] == 0 else (info.factor[0], info.vector[0])
+            )
         return Plan(system.noise.current(), linear, start, guide, control, self._ahead(grid, evidence, dtype))
 
     def start_law(self, system: FractionalSystem, evidence: Evidence, plan: "Plan") -> "StartLaw":
@@ -260,7 +262,7 @@ class PathPosterior(nn.Module):
         """Solve the posterior SDE from ``x0`` ``(P B, D)`` and ``v0`` ``(P B, D, K)``, particle first."""
         dtype, device = x0.dtype, x0.device
         particles = len(x0) // plan.ahead.shape[1]
-        reach = plan.noise.gains.detach().abs() * float(grid.steps.times[-1]) ** 0.5
+        reach = plan.noise.gains.detach().abs() * grid.steps.times.tolist()[-1] ** 0.5
         unit = reach.clamp_min(1e-6).to(device, dtype)
         u = (grid.steps.times[:-1] / grid.steps.times[-1]).to(device, dtype)
         clock = torch.stack([u, torch.sin(2 * math.pi * u), torch.cos(2 * math.pi * u)], -1)
@@ -295,9 +297,14 @@ class PathPosterior(nn.Module):
                 return base + residual(step.number, x, v, base)
 
             settings["control"] = controlled
+        if seed is None and grid.checkpoint is None:
+            shape = (len(grid.steps.steps), *x0.shape, grid.steps.rank)
+            settings["normals"] = torch.randn(shape, dtype=dtype, device=device)
+        # A look at the values makes an accelerator wait, so in training it is left to the loop's own guard there.
         return solve(
             system.drift, system.diffusion, plan.noise, grid.steps, x0, y0=v0, additive=system.additive,
-            keep=grid.keep, seed=seed, checkpoint_segments=grid.checkpoint, **settings,
+            keep=grid.keep, seed=seed, checkpoint_segments=grid.checkpoint,
+            check=x0.is_cpu or not torch.is_grad_enabled(), **settings,
         )  # fmt: skip
 
     def _at_zero(self, info: Information, evidence: Evidence) -> tuple[Tensor, Tensor]:

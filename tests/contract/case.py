@@ -73,7 +73,7 @@ class ModelCase:
     tolerance: float = 1e-4
     resumes: bool = True
     accelerator: bool = True
-    groups: frozenset[str] = frozenset({"posterior"})
+    groups: frozenset[str] = frozenset()
 
     def fitted(self, *, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Model, Any]:
         """A fitted model and what its ``fit`` returned."""

@@ -12,6 +12,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
 from inference._errors import CheckpointError
+from inference.runtime.generators import scoped_seed
 from ppl_models import FractionalSDE
 from ppl_models.fractional_sde.bound import PathBound
 from ppl_models.fractional_sde.exact import gaussian_log_likelihood, posterior_draws, posterior_law
@@ -112,11 +113,11 @@ def test_a_double_well_starts_near_the_evidence_and_learns() -> None:
         normalisation="gamma", horizon=1.0, initial=(-1.0, 0.0), hidden=(16, 16),
     )  # fmt: skip
     data = torch.zeros(1, 1, 1)
-    settings = {"noise_std": 0.3, "max_step": 0.02, "progress": False, "num_particles": 16}
-    result = model.fit([1.0], data, num_steps=25, lr=0.02, **settings)
+    settings = {"noise_std": 0.3, "max_step": 0.04, "progress": False, "num_particles": 8}
+    result = model.fit([1.0], data, num_steps=16, lr=0.02, **settings)
     assert result.history is not None
     losses = result.history.losses
-    assert float(losses[-5:].mean()) < float(losses[:3].mean())
+    assert float(losses[-4:].mean()) < float(losses[:3].mean())
     bound, weighted = float(model.elbo(1000)), float(model.log_evidence(1000))
     assert bound <= weighted
     assert -4.2 < bound < -3.40
@@ -230,14 +231,14 @@ def test_nile_forecasts_are_calibrated(nile_model: FractionalSDE, nile: Tensor) 
 
 
 def test_posterior_over_parameters_by_nuts() -> None:
-    """(H, scale) of 40 exact increments: NUTS against the grid's posterior of the same Pyro model."""
-    noise = FractionalBrownianMotion(0.7).sample(torch.arange(1, 26).double(), 1, seed=3).T.reshape(1, 25, 1)
-    model = FractionalSDE(1, "none", "constant", initial=(0.0, 0.0), num_processes=5)
+    """(H, scale) of 25 exact values: NUTS against the grid's posterior of the same Pyro model."""
+    noise = FractionalBrownianMotion(0.7, kind="rl").sample(torch.arange(1, 26).double(), 1, seed=3).T.reshape(1, 25, 1)
+    model = FractionalSDE(1, "none", "constant", initial=(0.0, 0.0), kind="rl", num_processes=5)
     result = model.fit(
-        torch.arange(1, 26), noise, noise_std=0.0, method="nuts", num_steps=40, num_chains=2, num_samples=60,
-        warmup_steps=40, progress=False,
+        torch.arange(1, 26), noise, noise_std=0.0, method="nuts", num_steps=30, num_chains=2, num_samples=40,
+        warmup_steps=25, progress=False,
     )  # fmt: skip
-    assert result.samples["hurst"].shape == (2, 60)
+    assert result.samples["hurst"].shape == (2, 40)
     parameters = model.parameter_model
     grid_h, grid_s = torch.linspace(0.02, 0.98, 40).double(), torch.linspace(math.log(0.4), math.log(3), 30).exp()
     log_density = torch.stack(
@@ -256,8 +257,8 @@ def test_posterior_over_parameters_by_nuts() -> None:
     weight = torch.softmax(log_density.flatten(), 0).reshape(log_density.shape)
     mean = float((weight.sum(1) * grid_h).sum())
     std = float((weight.sum(1) * (grid_h - mean) ** 2).sum().sqrt())
-    # the chains' centre of the prior is the fit's maximum, as for parameters: 120 draws, at least 25 effective
-    assert abs(float(result.samples["hurst"].mean()) - mean) < 4 * std / 5
+    # the chains' centre of the prior is the fit's maximum, as for parameters: 80 draws, at least 16 effective
+    assert abs(float(result.samples["hurst"].mean()) - mean) < 4 * std / 4
     assert 0.5 < float(result.samples["hurst"].std()) / std < 1.6
     prediction = model.predict([25.5, 30.0], num_samples=40)
     assert prediction.samples.shape == (40, 1, 2, 1)
@@ -312,16 +313,17 @@ def test_pyros_own_elbo_agrees(settings: dict[str, Any]) -> None:
     model.fit(TIMES, values, mask, noise_std=0.7, num_steps=2, method="variational", max_step=0.1, **QUICK)
     model.eval()
     pyro.clear_param_store()
-    with torch.no_grad():
-        theirs = torch.tensor([-Trace_ELBO().loss(model, model.guide, TIMES, values, mask) for _ in range(40)])
+    with torch.no_grad(), scoped_seed(0):
+        theirs = torch.tensor([-Trace_ELBO().loss(model, model.guide, TIMES, values, mask) for _ in range(16)])
     pyro.clear_param_store()
-    error = float(theirs.std()) / math.sqrt(40)
+    error = float(theirs.std()) / math.sqrt(16)
     assert abs(float(theirs.mean()) - float(model.elbo(400))) < 4 * error + 0.05
 
 
 def test_the_model_draws_from_its_prior() -> None:
     model = FractionalSDE(1, "none", 1.0, hurst=0.3, initial=(2.0, 0.0))
-    drawn = model(torch.tensor([0.5, 1.0]), num_series=2000).detach()
+    with scoped_seed(0):
+        drawn = model(torch.tensor([0.5, 1.0]), num_series=2000).detach()
     assert drawn.shape == (2000, 2, 1)
     paths = model.sample_prior([0.5, 1.0], 2000)
     for found in (drawn, paths):
@@ -368,9 +370,6 @@ def test_seeds_and_global_state() -> None:
 
 def test_a_fit_resumes_to_the_bit(tmp_path: Path) -> None:
     values, mask = series()
-
-    class Stop(Exception):
-        pass
 
     def interrupt(fields: dict[str, Any]) -> None:
         if fields["step"] >= 2:
@@ -444,18 +443,17 @@ def test_long_solves_can_be_checkpointed() -> None:
     torch.testing.assert_close(grads[0], grads[1])
 
 
-def test_forward_and_backward_on_an_accelerator() -> None:
+@pytest.mark.parametrize("settings", [{}, {"posterior": "control", "diffusion": "neural"}])
+def test_forward_and_backward_on_an_accelerator(settings: dict[str, Any]) -> None:
+    model = FractionalSDE(2, hidden=(8,), **settings)
+    model.system.noise.set_horizon(2.0)
+    grid = model._grid(TIMES.double())
     with fake_accelerator() as device:
-        for settings in ({}, {"posterior": "control", "diffusion": "neural"}):
-            model = FractionalSDE(2, hidden=(8,), **settings)  # type: ignore[arg-type]
-            model.to(device)
-            model.system.noise.set_horizon(2.0)
-            values, mask = torch.zeros(3, 5, 2, device=device), torch.ones(3, 5, 2, dtype=torch.bool, device=device)
-            objective = PathBound(model, model._grid(TIMES.double()), 2, "elbo", 0)
-            model._shared_mask = True
-            loss = objective(values, mask)
-            assert loss.device.type == device.type
-            loss.backward()
+        model.to(device)
+        values, mask = torch.zeros(3, 5, 2, device=device), torch.ones(3, 5, 2, dtype=torch.bool, device=device)
+        loss = PathBound(model, grid, 2, "elbo", 0)(values, mask)
+        assert loss.device.type == device.type
+        loss.backward()
 
 
 # ---------------------------------------------------------------- bad input
