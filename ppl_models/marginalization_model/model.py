@@ -20,7 +20,7 @@ from inference.objectives.persistent_chains import uniform_values
 from inference.objectives.reverse_kl import AutoregressiveKL, MarginalKL, MarginalRegression
 from inference.objectives.self_consistency import PathConsistency
 from inference.results.evidence import LogPartition, from_weights, sandwich
-from inference.runtime.generators import generator
+from inference.runtime.generators import derive_seed, generator
 from ppl_models.base import check_batch_size, check_count
 from ppl_models.marginalization_model.evaluation import compare, group_correlation
 from ppl_models.marginalization_model.pairwise import find_pairwise
@@ -125,12 +125,14 @@ class MarginalizationModel(Training):
             progress: progress bar, or a function that receives its fields.
 
         Returns:
-            Histories, and one pass compared with the chain rule on held-out rows.
+            Histories, and one pass compared with the chain rule on held-out rows.  A ``KeyboardInterrupt`` ends the fit
+            early; in the first stage f is then only the independence model.
 
         Raises:
             TypeError, ValueError: bad data or settings, before any work.
             NonFiniteError: the loss became non-finite.
         """
+        derive_seed(seed)  # refuses a seed that is no integer
         if isinstance(x, Tensor):
             self.to(x.device)
         for name, value, known in (("method", method, _METHODS), ("loss", loss, _LOSSES)):
@@ -167,6 +169,8 @@ class MarginalizationModel(Training):
             history, second = self._train(joint, data, held, num_steps, seed, path, **settings), None
             return self._result(history, second, *judged, seed)
         history = self._train(likelihood, data, held, num_steps, seed, path, **settings)
+        if history.interrupted:
+            return self._result(history, None, *judged, seed)
         steps = num_steps if marginal_steps is None else check_count("marginal_steps", marginal_steps)
         pool, pool_c, paths = self._pool(values, c, rows if own is None else own, num_rows, seed, loss == "path")
         stage: nn.Module = PathConsistency(self.marginals) if paths else self._consistency(kind, depth, children, False)
@@ -239,6 +243,7 @@ class MarginalizationModel(Training):
         Warns:
             SamplerWarning: some states have zero density.
         """
+        derive_seed(seed)
         if objective not in _OBJECTIVES:
             raise ValueError(f"objective must be one of {_OBJECTIVES}, got {objective!r}")
         if self.context_features:
