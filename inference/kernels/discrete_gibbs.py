@@ -10,7 +10,6 @@ lattice, are drawn at once: the energy's ``blocks``.
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from inference.kernels.base import Info, Kernel, Noise, StepInputs
