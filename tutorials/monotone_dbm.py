@@ -101,7 +101,7 @@ for J, name in ((0.5, "published\nbound"), (1.0, "relaxed\nbound")):
     axis.axvline(J, color=GREY, ls=":", lw=1)
     axis.text(J + 0.02, 0.04, name, fontsize=8, color=GREY)
 axis.set(xlabel="coupling J", ylabel="P(spin 1 up) by mean field", ylim=(0, 1))
-axis.legend(loc="upper left")
+axis.legend(loc="upper left", frameon=True, edgecolor="none", framealpha=1)
 show("two_starts")
 
 refused = []
@@ -116,7 +116,7 @@ print("refused (J, curvature):", refused)
 # %% [markdown]
 # ## Digits
 #
-# 1,797 handwritten digits of 8 x 8 pixels in four grey values; the last 360 are kept for the test. Pixels, 48 hidden
+# 1,797 handwritten digits of 8 x 8 pixels in four grey values; the last 360 are kept for the test. Pixels, 32 hidden
 # groups and the label are one model. Training shows 40% of the pixels of each image, never the label, and scores what
 # mean field says of the rest.
 
@@ -190,7 +190,7 @@ net = net.float()
 # %% [markdown]
 # ## How sure
 #
-# The bound keeps mean field flat, so predictions have temperatures of their own, learned in training. Temperature scaling
+# The bound keeps mean field flat, so predictions have temperatures of their own, learned in training. Scaling them
 # on held-out masks corrects the label's.
 
 # %%
@@ -212,7 +212,7 @@ for name, probabilities, colour, mark in (("as trained", before, ORANGE, "s"), (
     error = expected_calibration_error(probabilities, labels[test])
     axis.plot(*zip(*points, strict=True), marker=mark, color=colour, label=f"{name}, ECE {error:.3f}")
 axis.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
-axis.legend(loc="upper left")
+axis.legend(loc="lower right")
 show("calibration")
 calibrated_error = expected_calibration_error(after, labels[test])
 

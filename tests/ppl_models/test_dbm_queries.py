@@ -18,9 +18,9 @@ from tests.accelerator import fake_accelerator
 from tests.ppl_models.dbm_cases import D, example, random_starts
 
 
-def stiff(groups: int = 48, rows: int = 4) -> tuple[MonotoneDBM, Tensor, Tensor]:
-    """Half the groups of the sheet's problem, with all columns alike: Phi has an eigenvalue below -50."""
-    model = MonotoneDBM([4] * groups, rank=6, monotonicity=0.01, curvature=2).double()
+def stiff(groups: int = 60, rows: int = 3) -> tuple[MonotoneDBM, Tensor, Tensor]:
+    """Groups whose columns of A share a direction: Phi has one eigenvalue far below zero."""
+    model = MonotoneDBM([4] * groups, rank=6, monotonicity=0.01).double()
     noise = torch.Generator().manual_seed(0)
     tied = torch.tensor([1.5, 0.5, -0.5, -1.5], dtype=D).repeat(groups)
     with torch.no_grad():
