@@ -38,7 +38,7 @@ def stiff(strength: float, groups: int = 96, rows: int = 32, rank: int = 24) -> 
     with torch.no_grad():
         weight = torch.randn(rank, 4 * groups, generator=noise, dtype=_D) / rank**0.5
         weight[0] += strength * shared
-        model.operator.weight.copy_(weight)  # type: ignore[operator, union-attr]
+        model.operator.weight.copy_(weight)  # type: ignore[operator]
         phi = model.operator.prepare()
     bias = torch.randn(rows, 4 * groups, generator=noise, dtype=_D)
     free = torch.ones(rows, 4 * groups, dtype=torch.bool)
@@ -174,7 +174,7 @@ def marginals() -> list[Row]:
         noise = torch.Generator().manual_seed(seed)
         model = MonotoneDBM([3] * 7, rank=8, monotonicity=0.1).double()
         with torch.no_grad():
-            model.operator.weight.copy_(torch.randn(8, 21, generator=noise, dtype=_D))  # type: ignore[operator, union-attr]
+            model.operator.weight.copy_(torch.randn(8, 21, generator=noise, dtype=_D))  # type: ignore[operator]
             model.bias.copy_(torch.randn(21, generator=noise, dtype=_D))
         exact = model.exact_marginals()[0]
         found, better = model.marginals(tolerance=1e-6), model.correlations()

@@ -22,8 +22,8 @@
 # On the way: a pair of spins, where one sees what the bound does; a model of handwritten digits that completes,
 # classifies, draws from a label, and says how sure it is; Gibbs draws and log Z with its error.
 #
-# To run it: `pip install '.[plots,data]'`, then as a notebook (jupytext) or `python tutorials/monotone_dbm.py`. It takes
-# a few minutes on two cores. `PPL_MODELS_SMOKE=1` shortens it to seconds, with results that mean little, and
+# To run it: `pip install '.[plots,data]'`, then as a notebook (jupytext) or `python tutorials/monotone_dbm.py`. It
+# takes a few minutes on two cores. `PPL_MODELS_SMOKE=1` shortens it to seconds, with results that mean little, and
 # `PPL_MODELS_OUT=out` writes the figures to `out/tutorial/`.
 
 # %%
