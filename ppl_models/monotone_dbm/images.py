@@ -43,11 +43,11 @@ class ConvMonotoneDBM(BoltzmannModel):
         num_bins: equal bins of an intensity in [0, 1].
         num_classes: 0 for images without labels.
         hidden: hidden layers ``(channels, height, width, groups)``; by default ``(16, H/2, W/2, 4)`` and ``(32, H/4,
-            W/4, 8)``, two fifths of the published widths, or 48 groups of 4 states in a dense model.
+            W/4, 8)``, two fifths of the published widths, or 32 groups of 4 states in a dense model.
         kernels: ``kernels[i][j]``, the kernel from layer j (pixels, hidden layers, label) to row i; 0 for none.  By
             default 3 x 3 from each layer to its own row and those above, and for the label the whole of the last hidden
             layer.
-        rank: rows of a dense A instead of convolutions; by default 128 in small images if neither ``hidden`` nor
+        rank: rows of a dense A instead of convolutions; by default 96 in small images if neither ``hidden`` nor
             ``kernels`` is given.
         monotonicity, curvature: as in :class:`MonotoneDBM`.
         seed: of the initial potentials.
@@ -81,9 +81,9 @@ class ConvMonotoneDBM(BoltzmannModel):
         check_bound(monotonicity, curvature)
         channels, height, width = shape
         if rank is None and hidden is None and kernels is None and height * width <= _SMALL:
-            rank = 128
+            rank = 96
         if hidden is None and rank is not None:
-            hidden = [(4 * 48, 48)]
+            hidden = [(4 * 32, 32)]
         elif hidden is None:
             if height % 4 or width % 4:
                 raise ValueError(
@@ -182,6 +182,7 @@ class ConvMonotoneDBM(BoltzmannModel):
         if objective not in ("masked", "elbo", "pcd"):
             raise ValueError(f"objective must be masked, elbo or pcd, got {objective!r}")
         self._learn_levels(pixels)
+        self._start_bias(states[:, : self.num_pixels])
         loss = self._objective(
             objective,
             visible,
@@ -309,6 +310,17 @@ class ConvMonotoneDBM(BoltzmannModel):
         if int(whole.max()) >= self.num_classes or (low < 0 and not unknown):
             raise ValueError(f"labels must be 0 to {self.num_classes - 1}, they reach from {low} to {int(whole.max())}")
         return whole
+
+    def _start_bias(self, states: Tensor) -> None:
+        """Independent pixels' own frequencies, where the fit is the model's first."""
+        with torch.no_grad():
+            bias = self.bias[: self.num_pixels * self.num_bins]
+            if not bool((bias == 0).all()):
+                return
+            counts = torch.nn.functional.one_hot(states, self.num_bins).sum(0).to(bias.dtype)
+            frequency = (counts + 1) / (counts + 1).sum(1, keepdim=True)
+            factor = self.log_temperature[: self.num_pixels].exp()
+            bias.copy_(((frequency.log() - frequency.log().mean(1, keepdim=True)) / factor[:, None]).flatten())
 
     def _learn_levels(self, pixels: Tensor) -> None:
         """The mean intensity of each bin; an empty one keeps its place between 0 and 1."""

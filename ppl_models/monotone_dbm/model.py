@@ -110,7 +110,8 @@ class BoltzmannModel(PairwiseModel):
             found = self.marginals(query.states, query.mask)
             if method == "mean_field":
                 bound = float(-found.free_energy)
-                return _exact(torch.tensor([bound]))._replace(exact=False, upper=math.inf, method="mean field")
+                value = _exact(torch.tensor([bound], dtype=torch.float64))
+                return value._replace(exact=False, upper=math.inf, method="mean field")
         start = None if base == "uniform" else energy.base_logits(found.probabilities[0])
         return discrete_ais(
             energy,

@@ -68,11 +68,12 @@ def _solve(x: Tensor, alpha: float) -> Tensor:
     """
     x = x - x.amax(-1, keepdim=True)
     nu = torch.ones_like(x[..., :1])
+    log_z = torch.full_like(x, math.inf)
     for sweep in range(_SWEEPS):
         y = x + nu
         # The root lies below: e^l > 0, and e^l >= 1 + l; for alpha > 1 below zero alone.
         above = torch.minimum(y / alpha - 1, y - 1) if alpha < 1 else torch.zeros_like(y)
-        log_z = above if sweep == 0 else torch.minimum(log_z, above)
+        log_z = torch.minimum(log_z, above)
         for _ in range(_HALLEY_FIRST if sweep == 0 else _HALLEY):
             z = log_z.exp()
             h = alpha * log_z + (1 - alpha) * z - (y - alpha)
