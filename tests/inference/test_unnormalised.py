@@ -5,7 +5,7 @@ X1 to X6 are exact: formulas, an exact variance, quadrature, or an iteration mat
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyro
@@ -13,10 +13,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import constraints
+from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.nn import PyroModule
 from torch import Tensor
 
-from inference import CollapseError, CompositionalLikelihood, SamplerWarning, fit
+from inference import CaptureWarning, CollapseError, CompositionalLikelihood, SamplerWarning, fit
 from inference.objectives.unnormalised import (
     ContrastiveDivergence,
     Cosine,
@@ -78,26 +79,28 @@ class Quadratic(PyroModule):
         return -a / (2 * b), -1 / (2 * b), -(a**2) / (4 * b) + 0.5 * math.log(math.pi / -b)
 
 
-class Nodes(dist.Normal):  # type: ignore[misc]
+class Nodes(TorchDistribution):  # type: ignore[misc]
     """A quadrature as noise: its draws are the grid, its density makes the weights those of the rule."""
 
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    support = constraints.real
+    has_rsample = False
+
     def __init__(self, low: float, high: float, size: int) -> None:
-        super().__init__(torch.tensor(0.0, dtype=DOUBLE), torch.tensor(1.0, dtype=DOUBLE), validate_args=False)
         self.grid = torch.linspace(low, high, size, dtype=DOUBLE)
         self.value = -math.log((high - low) / (size - 1) * size)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "Nodes":
-        return self
-
-    @property
-    def batch_shape(self) -> torch.Size:
-        return self.grid.shape
+        super().__init__(self.grid.shape, torch.Size(), validate_args=False)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         return self.grid
 
     def log_prob(self, value: Tensor) -> Tensor:
         return torch.full_like(value, self.value)
+
+
+def grid_noise(low: float, high: float, size: int = 2001) -> Any:
+    law = Nodes(low, high, size)
+    return lambda: pyro.sample("x", law)
 
 
 def normal_noise(mean: float, scale: float, dtype: torch.dtype = DOUBLE) -> Any:
@@ -199,10 +202,9 @@ def test_where_the_running_estimate_lags_too_far() -> None:
     x = torch.full((4,), 16.0, dtype=DOUBLE)
     for eta in (0.008, 0.0085):
         model = Tilted(16.0 + 1e-6)
-        law = Nodes(4.0, 28.0, 2001)
         objective = CompositionalLikelihood(
             model,
-            lambda law=law: pyro.sample("x", law),
+            grid_noise(4.0, 28.0),
             beta=0.1,
             correction="none",
             warmup_steps=0,
@@ -230,10 +232,9 @@ def test_the_ratio_correction_removes_the_lag() -> None:
     errors = {}
     for correction in ("none", "ratio"):
         model = Tilted(15.0)
-        law = Nodes(0.0, 32.0, 2001)
         objective = CompositionalLikelihood(
             model,
-            lambda law=law: pyro.sample("x", law),
+            grid_noise(0.0, 32.0),
             beta=0.1,
             correction=correction,
             warmup_steps=0,
@@ -325,8 +326,7 @@ def test_other_schedules() -> None:
 
 def test_self_normalised_loss_is_the_likelihood_at_its_optimum() -> None:
     model, x = Tilted(1.2), data(50, 1.0, 1.0, 3)
-    law = Nodes(-12.0, 14.0, 4001)
-    objective = SelfNormalisedLikelihood(model, lambda: pyro.sample("x", law))
+    objective = SelfNormalisedLikelihood(model, grid_noise(-12.0, 14.0))
     objective(x)
     with torch.no_grad():
         objective.log_z.fill_(model.log_z())
@@ -470,6 +470,24 @@ def test_a_site_that_is_conditioned_and_two_sites() -> None:
     assert abs(alone.log_partition(20_000).value) < 0.05
 
 
+def test_gradients_that_the_model_stops_stay_stopped() -> None:
+    """A recording would lose the detach; the pair notices and runs in Python."""
+
+    class Stopped(Tilted):
+        def forward(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.ImproperUniform(constraints.real, (), ()), obs=x)
+                pyro.factor("energy", self.theta.detach() * x - self.theta.square() * x**2)
+
+    model, x = Stopped(1.0), torch.tensor([1.0, 2.0], dtype=DOUBLE)
+    objective = CompositionalLikelihood(model, normal_noise(0.0, 1.0), 4, correction="none")
+    with pytest.warns(CaptureWarning, match="stops gradients inside"):
+        objective(x)
+    values = objective.pair.log_density({"x": x}, (x,), record=True)
+    (gradient,) = torch.autograd.grad(values.sum(), model.theta)
+    assert gradient.item() == pytest.approx(-2 * 5.0)
+
+
 # ---------------------------------------------------------------- guards
 def plain_descent(parameters: Any) -> torch.optim.SGD:
     return torch.optim.SGD(parameters, lr=0.05)
@@ -533,7 +551,7 @@ def test_on_an_accelerator() -> None:
     with fake_accelerator() as device:
         x = torch.randn(16, device=device)
         model = Quadratic(device)
-        law = dist.Normal(torch.zeros((), device=device), torch.ones((), device=device))
+        law = dist.Normal(torch.zeros((), device=device), torch.ones((), device=device), validate_args=False)
         for kind in (CompositionalLikelihood, NoiseContrastive, SelfNormalisedLikelihood):
             objective = kind(model, lambda: pyro.sample("x", law), 8)
             for _ in range(2):

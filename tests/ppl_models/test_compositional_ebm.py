@@ -386,7 +386,7 @@ for v in (e.log_prob(x), e.sample(10, method="sir", seed=5), c.log_prob(z), r.lo
     with pytest.raises(CheckpointError, match="of the kind"):
         EnergyClassifier.load(tmp_path / "ebm")
     (tmp_path / "ebm").write_bytes((tmp_path / "ebm").read_bytes()[:-200])
-    with pytest.raises(CheckpointError, match="damaged|truncated"):
+    with pytest.raises(CheckpointError, match=r"damaged|truncated"):
         EnergyModel.load(tmp_path / "ebm")
 
 
@@ -510,7 +510,7 @@ def test_bad_input_of_the_others() -> None:
         reg.log_prob(torch.randn(4), torch.randn(4))
     with pytest.raises(ValueError, match="outside the model's support"):
         TruncatedNormal(0.0).fit(torch.randn(50))
-    with pytest.raises(ValueError, match="no draws|event_shape is needed"):
+    with pytest.raises(ValueError, match="event_shape is needed"):
         EnergyDistribution(lambda x: x)
     with pytest.raises(NotImplementedError, match="sampler"):
         EnergyDistribution(lambda x: x, ()).sample()

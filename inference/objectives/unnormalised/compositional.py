@@ -139,10 +139,9 @@ class CompositionalLikelihood(UnnormalisedObjective):
         self._prepare(batch)
         if not self._advances():
             return self.log_u - self.log_density(*batch).mean()
-        with torch.set_grad_enabled(self.adapt != "none"):
-            draws = self.pair.draw(self.noise_samples, batch, record=True)
+        draws = self.pair.draw(self.noise_samples, batch, record=True)
         at_data, at_noise = self._joined(batch, draws)
-        a = (at_noise.detach() - draws.log_q.detach()).double()
+        a = (at_noise.detach() - draws.log_q).double()
         log_g, log_second = _log_means(a)
         with torch.no_grad():
             share = (2 * log_g - log_second).exp()
@@ -151,7 +150,8 @@ class CompositionalLikelihood(UnnormalisedObjective):
             self.log_u.copy_(log_u)
         surrogate = positive_weights(weights, at_noise) - at_data.mean()
         if self.adapt == "cross_entropy":
-            surrogate = surrogate + torch.logsumexp(at_noise.detach() - draws.log_q, 0)
+            log_q = self.pair.log_q(draws.values, batch, record=True)
+            surrogate = surrogate + torch.logsumexp(at_noise.detach() - log_q, 0)
         elif self.adapt == "data":
             surrogate = surrogate - self.pair.log_q(self.pair.data(batch), batch, record=True).mean()
         self._write(log_u, log_g, share, beta)
@@ -175,7 +175,7 @@ class CompositionalLikelihood(UnnormalisedObjective):
                     self.register_buffer(_key(n), p.detach().clone())
             else:
                 old = self.pair.log_density(draws.values, self._covariates(batch, draws), record=True, parameters=kept)
-                change = log_g - _log_means((old - draws.log_q.detach()).double())[0]
+                change = log_g - _log_means((old - draws.log_q).double())[0]
                 before = before + torch.where(torch.isfinite(change), change, torch.zeros_like(change))
                 torch._foreach_copy_(list(kept.values()), [p.detach() for p in current.values()])
         if not isinstance(self.schedule, Constant):  # the schedule sees an average over some batches

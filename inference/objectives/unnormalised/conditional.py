@@ -126,8 +126,7 @@ class ConditionalCompositionalLikelihood(UnnormalisedObjective):
     def _weights(self, batch: tuple[Tensor, ...], draws_each: int) -> tuple[Tensor, Tensor, Tensor]:
         """log p~ at the data ``(row,)``; log p~ - log q ``(draw, row)`` and log p~ ``(draw, row)`` at the noise."""
         rows = len(batch[0])
-        with torch.no_grad():
-            draws = self.pair.draw(draws_each * rows, batch, record=self._advances())
+        draws = self.pair.draw(draws_each * rows, batch, record=self._advances())
         at_data, at_noise = self._joined(batch, draws)
         at_noise, log_q = at_noise.reshape(draws_each, rows), draws.log_q.reshape(draws_each, rows)
         return at_data, at_noise - log_q, at_noise

@@ -45,8 +45,7 @@ class _LearnedConstant(UnnormalisedObjective):
     def forward(self, *batch: Tensor) -> Tensor:
         """The loss on a batch, a scalar."""
         self._prepare(batch)
-        with torch.no_grad():
-            draws = self.pair.draw(self.noise_samples, batch, record=True)
+        draws = self.pair.draw(self.noise_samples, batch, record=True)
         at_data, at_noise = self._joined(batch, draws)
         if self.log_z is None:
             a = (at_noise - draws.log_q).detach()

@@ -41,7 +41,7 @@ Values = Mapping[str, Tensor]
 class Draws(NamedTuple):
     """Attributes:
     values: site -> noise ``(row, *event)``, detached.
-    log_q: their log-density ``(row,)``; differentiable in the guide's parameters.
+    log_q: their log-density ``(row,)``, detached too.
     """
 
     values: dict[str, Tensor]
@@ -81,6 +81,7 @@ class NoisePair(nn.Module):
         self._graphs: dict[Any, Callable[..., list[Tensor]]] = {}
         self._held: tuple[dict[str, nn.Parameter], list[Tensor]] = ({}, [])
         self._in_python = False
+        self._fake = False
 
     @property
     def model(self) -> Callable[..., Any]:
@@ -101,9 +102,10 @@ class NoisePair(nn.Module):
         if not batch:
             raise ValueError("the objective is called on a batch of data: give fit(objective, data, ...)")
         rows = len(batch[0])
+        self._fake = torch._guards.detect_fake_mode(list(batch)) is not None  # validation would read values
         if self._functions[1] is not None:
             self._inspect_guide(batch, rows)
-        with self._scope(validate=True):
+        with self._scope(validate=not self._fake):
             values = self._observed_values(batch)
             trace = poutine.trace(self._conditioned_model(values)).get_trace(*self._arguments(values, batch))
             self._check_model(trace, rows)
@@ -111,7 +113,7 @@ class NoisePair(nn.Module):
 
     def _inspect_guide(self, batch: tuple[Tensor, ...], rows: int) -> None:
         self._takes_batch = _accepts(self.guide, len(batch))
-        with self._scope(validate=True), torch.no_grad():
+        with self._scope(validate=not self._fake), torch.no_grad():
             trace = poutine.trace(self.guide).get_trace(*(batch if self._takes_batch else ()))
             drawn = {n: s for n, s in trace.nodes.items() if _is_drawn(s)}
             if not drawn:
@@ -209,18 +211,20 @@ class NoisePair(nn.Module):
 
     # ------------------------------------------------------------------ densities
     def draw(self, count: int, batch: tuple[Tensor, ...], record: bool = False) -> Draws:
-        """``count`` noise rows; a guide of the batch sees its rows in turn.
+        """``count`` noise rows, without gradient; a guide of the batch sees its rows in turn.
 
         With ``record`` the guide runs as a graph of tensor operations, of which there is one for each shape.
         """
 
+        @torch.no_grad()
         def run(*tensors: Tensor) -> list[Tensor]:
             with self._scope(), poutine.trace() as recorder:
                 self._run_guide(count, tensors)
             nodes = recorder.trace.nodes
-            return [self._sum(nodes, count, None), *(nodes[n]["value"].detach() for n in self.sites)]
+            return [self._sum(nodes, count, None), *(nodes[n]["value"] for n in self.sites)]
 
-        log_q, *values = self._run((f"draw {count}", torch.is_grad_enabled()), run, batch, record)
+        with torch.no_grad():
+            log_q, *values = self._run((f"draw {count}", False), run, batch, record)
         return Draws(dict(zip(self.sites, values, strict=True)), log_q)
 
     def log_q(self, values: Values, batch: tuple[Tensor, ...], record: bool = False) -> Tensor:
@@ -237,7 +241,7 @@ class NoisePair(nn.Module):
                 self._run_guide(count, tensors[len(self.sites) :])
             return [self._sum(recorder.trace.nodes, count, None)]
 
-        return self._run(("log q",), run, (*(values[n] for n in self.sites), *batch), record)[0]
+        return self._run(("log q", torch.is_grad_enabled()), run, (*(values[n] for n in self.sites), *batch), record)[0]
 
     def log_density(
         self,
@@ -298,7 +302,10 @@ class NoisePair(nn.Module):
             try:
                 with scoped_seed(0, inputs[0].device):
                     plain = [t.detach() for t in inputs]
-                    self._graphs[key] = trace(function, *plain, closed_over=held, random=True)
+                    graph = trace(function, *plain, closed_over=held, random=True)
+                if torch.is_grad_enabled():
+                    self._refuse_lost_gradients(function, graph, plain, held)
+                self._graphs[key] = graph
             except CaptureError as error:
                 self._in_python = True
                 text = (str(error).strip().splitlines() or ["it cannot be recorded"])[0][:200]
@@ -309,6 +316,27 @@ class NoisePair(nn.Module):
                 )
                 return None
         return self._graphs[key]
+
+    @staticmethod
+    def _refuse_lost_gradients(
+        function: Callable[..., list[Tensor]],
+        graph: Callable[..., list[Tensor]],
+        inputs: list[Tensor],
+        held: list[Tensor],
+    ) -> None:
+        """A graph does not know of ``detach`` and ``no_grad`` inside the model: compare the gradients once."""
+        learned = [t for t in held if t.requires_grad]
+        found = []
+        for run in (lambda: function(*inputs), lambda: graph(*inputs, *held)):
+            with scoped_seed(1, inputs[0].device):
+                value = run()[0]
+            loss = (value * torch.linspace(0.5, 1.5, len(value), dtype=value.dtype, device=value.device)).sum()
+            if not learned or not loss.requires_grad:
+                return
+            found.append(torch.autograd.grad(loss, learned, allow_unused=True, materialize_grads=True))
+        for eager, recorded in zip(*found, strict=True):
+            if not torch.allclose(eager, recorded, rtol=1e-2, atol=1e-3 * float(eager.abs().max()), equal_nan=True):
+                raise CaptureError("the model stops gradients inside (detach or no_grad), which a recording loses")
 
     def _settings(self) -> tuple[Any, ...]:
         """Python numbers and flags of the modules: a recording is of their values."""
