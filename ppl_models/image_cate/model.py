@@ -85,7 +85,7 @@ class ImageCATE(Model):
         num_folds: folds, by group, of all cross-fitting.
         num_restarts: starts of which the best by held-out loss is kept; by default 1, and 3 with more than two types.
         num_steps: updates of the networks.
-        batch_size: images in an update.
+        batch_size: units in an update, on average; whole images are drawn.
         lr, weight_decay: of AdamW, with one rise and fall of the rate.
         width, depth: of the backbone.
         scales: sides of central crops that are looked at beside each other; None for the image as it is.

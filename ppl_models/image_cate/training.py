@@ -423,6 +423,12 @@ def one_cycle(
     return optimizer, scheduler
 
 
+def images_of_batch(prepared: Prepared, settings: Settings, num_images: int) -> int:
+    """Images in an update of about ``batch_size`` units; at least two, for batch normalisation, where there are two."""
+    share = settings.batch_size * len(prepared.images) / prepared.num_units
+    return min(num_images, max(2, round(share)))
+
+
 def _fit(
     objective: nn.Module,
     prepared: Prepared,
@@ -438,7 +444,7 @@ def _fit(
         objective,
         rows,
         num_steps=num_steps,
-        batch_size=min(settings.batch_size, len(rows)),
+        batch_size=images_of_batch(prepared, settings, len(rows)),
         optimizer=optimizer,
         scheduler=scheduler,
         clip_norm=5.0,
