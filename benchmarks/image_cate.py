@@ -19,8 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.effect_learners import LEARNERS, Prediction, Trial, accuracy, image_summaries, pehe, two_means
+from benchmarks import effect_learners, effect_networks
+from benchmarks.effect_learners import Learner, Prediction, Trial, accuracy, image_summaries, pehe, two_means
 from benchmarks.record import markdown_table, one_core, save, spread
+from ppl_models import ImageCATE
 from ppl_models.image_cate.evaluation import blp_scores
 from ppl_models.image_cate.propensity import aipw_scores, cross_fit_outcomes, grouped_folds
 from ppl_models.image_cate.rate import rate
@@ -28,6 +30,40 @@ from ppl_models.image_cate.simulation import stripes
 
 PACKAGES = ("ppl-models", "torch", "econml", "causalml", "scikit-learn", "numpy")
 NOISES = (0.5, 1.0, 2.0, 3.0, 4.0)
+
+
+def image_cate(**options: Any) -> Learner:
+    """``ImageCATE`` with these options."""
+
+    def learner(trial: Trial, where: torch.Tensor, seed: int) -> Prediction:
+        model = ImageCATE(**options)
+        model.fit(
+            trial.outcome,
+            trial.treatment,
+            trial.images,
+            image_index=trial.image_index,
+            propensity=trial.propensity,
+            seed=seed,
+            progress=False,
+        )
+        target = trial.images[where]
+        return Prediction(
+            model.effect(target).double(), model.cluster_probs(target).argmax(1), model.effect_interval(target).double()
+        )
+
+    return learner
+
+
+LEARNERS: dict[str, Learner] = {
+    "ImageCATE gated": image_cate(num_clusters=2, objective="gated"),
+    "ImageCATE marginal": image_cate(num_clusters=2, objective="marginal"),
+    "TARNet, k-means": effect_networks.tarnet,
+    "a network an arm, k-means": effect_networks.separate_arms,
+    "ridge R-learner, summaries": effect_learners.ridge_r,
+    "T-learner forest, summaries": effect_learners.forest_t,
+    "econml CausalForestDML, summaries": effect_learners.causal_forest,
+    "causalml X-learner, summaries": effect_learners.x_learner,
+}
 
 
 def run(name: str, trial: Trial, where: torch.Tensor, seed: int) -> tuple[Prediction, float] | None:
