@@ -51,7 +51,13 @@ class ViT(nn.Module):
     """
 
     def __init__(
-        self, channels: int, image_size: tuple[int, int], patch: int = 8, width: int = 32, depth: int = 2, heads: int = 4
+        self,
+        channels: int,
+        image_size: tuple[int, int],
+        patch: int = 8,
+        width: int = 32,
+        depth: int = 2,
+        heads: int = 4,
     ) -> None:
         super().__init__()
         self.patch = min(patch, *image_size)
@@ -198,7 +204,7 @@ def build_backbone(
         sides = [int(s) for s in scales]
         if not sides or min(sides) < _LEAST_SIDE or max(sides) > min(shape[1:]):
             raise ValueError(
-                f"scales must be sides from {_LEAST_SIDE} to {min(shape[1:])} pixels, which the images have; got {scales}"
+                f"scales must be sides from {_LEAST_SIDE} to {min(shape[1:])} pixels, as the images have; got {scales}"
             )
         if isinstance(backbone, nn.Module):
             raise ValueError("scales go with a named backbone; crop inside your own module")
@@ -236,7 +242,9 @@ class _Own(nn.Module):
             m.training = mode
         if not isinstance(found, Tensor) or found.ndim != 2 or found.shape[0] != 2:
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise ValueError(f"backbone must map (N, {', '.join(map(str, shape))}) to (N, F), it returned {got} for N = 2")
+            raise ValueError(
+                f"backbone must map (N, {', '.join(map(str, shape))}) to (N, F), it returned {got} for N = 2"
+            )
         self.out_features = found.shape[1]
 
     def forward(self, images: Tensor) -> Tensor:

@@ -172,7 +172,7 @@ def make_trial(
     if image_index is None:
         if len(pixels) != n:
             raise ValueError(
-                f"images holds {len(pixels)} rows and outcome {n}: give image_index (N,), the image of each unit, where "
+                f"images holds {len(pixels)} rows and outcome {n}: give image_index (N,), each unit's image, where "
                 "units share images"
             )
         index = torch.arange(n, device=device)
@@ -267,7 +267,9 @@ def _numeric(name: str, value: Any) -> Tensor:
         try:
             value = torch.as_tensor(np.asarray(value))
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"{name} must be a tensor or a numeric array, got {type(value).__name__} ({error})") from error
+            raise TypeError(
+                f"{name} must be a tensor or a numeric array, got {type(value).__name__} ({error})"
+            ) from error
     if value.numel() == 0 and value.ndim < 2:
         raise ValueError(f"{name} is empty")
     return value.detach() if value.is_floating_point() else value.to(torch.float64)

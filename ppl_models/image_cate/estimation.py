@@ -60,9 +60,7 @@ def find_propensity(trial: Trial, propensity: Any, settings: Settings, folds: Te
         shown = prepare(trial, settings, trial.sample_weight)
         likelihood = make_likelihood("bernoulli").to(trial.outcome)
         rate = trial.treatment.mean()
-        target = shown.units._replace(
-            outcome=shown.units.treatment, treatment=torch.zeros_like(shown.units.treatment)
-        )
+        target = shown.units._replace(outcome=shown.units.treatment, treatment=torch.zeros_like(shown.units.treatment))
         shown = replace(
             shown,
             units=target,
@@ -93,8 +91,11 @@ def with_baseline(trial: Trial, prepared: Prepared, propensity: Tensor, offset: 
     return replace(prepared, units=units)
 
 
-def doubly_robust(trial: Trial, prepared: Prepared, fitted: CrossFit, propensity: Tensor, folds: Tensor) -> Tensor:
-    """AIPW scores ``(N,)`` from the cross-fitted baseline and its constant effect."""
+def doubly_robust(
+    trial: Trial, prepared: Prepared, fitted: CrossFit, propensity: Tensor, folds: Tensor
+) -> tuple[Tensor, Tensor]:
+    """AIPW scores ``(N,)`` from the cross-fitted baseline and its constant effect; and mean outcomes given the
+    image."""
     models = [m for m in fitted.models if isinstance(m, Baseline)]
     fold = folds[trial.image_index]
     effect = torch.stack([m.effect.detach() for m in models])[fold]
@@ -102,7 +103,8 @@ def doubly_robust(trial: Trial, prepared: Prepared, fitted: CrossFit, propensity
     b, e, law = _per_unit(fitted.offset, trial), propensity.unsqueeze(-1), prepared.likelihood
     with torch.no_grad():
         mu0, mu1 = law.mean(b - e * effect, noise[:, 0]), law.mean(b + (1 - e) * effect, noise[:, 1])
-    return aipw_scores(trial.outcome, trial.treatment, propensity, mu0, mu1)
+    scores = aipw_scores(trial.outcome, trial.treatment, propensity, mu0, mu1)
+    return scores, mu0 + propensity * (mu1 - mu0)
 
 
 def likelihood_weights(trial: Trial, propensity: Tensor, settings: Settings) -> Tensor:
@@ -138,7 +140,7 @@ def estimate_trial(
     weight = likelihood_weights(trial, e, settings)
     prepared = with_baseline(trial, prepare(trial, settings, weight), e, None)
     crossed = cross_fit_baseline(prepared, settings, folds, derive_seed(seed, "baselines"))
-    scores = doubly_robust(trial, prepared, crossed, e, folds)
+    scores, mean_outcome = doubly_robust(trial, prepared, crossed, e, folds)
     offset = _per_unit(crossed.offset, trial)
     prepared = with_baseline(trial, prepared, e, offset)
     if settings.baseline == "joint":
@@ -164,6 +166,7 @@ def estimate_trial(
         weight=weight,
         offset=offset,
         scores=scores,
+        mean_outcome=mean_outcome,
         folds=folds,
         feature_scale=scale,
         settings=settings,
@@ -212,9 +215,7 @@ def _few(found: Any, trial: Trial, order: Tensor) -> tuple[str, ...]:
         for arm, name in ((1, "treated"), (0, "control")):
             count = float(probs[trial.treatment == arm, k].sum())
             if count < _FEW and probs.shape[1] > 1:
-                messages.append(
-                    f"type {k} has {count:.1f} {name} units, fewer than {_FEW}: its effect rests on little; use fewer types"
-                )
+                messages.append(f"type {k} has {count:.1f} {name} units, fewer than {_FEW}: its effect rests on little")
     return tuple(messages)
 
 
@@ -253,6 +254,4 @@ def _point_effects(trained: Trained, part: Prepared, law: Any) -> tuple[Tensor, 
 
 
 def _all(units: Units, treatment: float) -> Units:
-    return units._replace(
-        treatment=torch.full_like(units.treatment, treatment), site=torch.zeros_like(units.site)
-    )
+    return units._replace(treatment=torch.full_like(units.treatment, treatment), site=torch.zeros_like(units.site))

@@ -54,6 +54,7 @@ class Fitted:
         weight: of the log-likelihood, ``(N,)``.
         offset: cross-fitted predictors, ``(N, L)``.
         scores: doubly robust scores from the cross-fitted baseline, ``(N,)``.
+        mean_outcome: expected outcome given the image, cross-fitted, ``(N,)``.
         folds: fold of each image, ``(S,)``.
         feature_scale: mean and standard deviation of the gate's features, ``(2, F)``.
         settings: of the fit.
@@ -75,6 +76,7 @@ class Fitted:
     weight: Tensor
     offset: Tensor
     scores: Tensor
+    mean_outcome: Tensor
     folds: Tensor
     feature_scale: Tensor
     settings: Settings
@@ -155,7 +157,8 @@ class Fitted:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Standardised features that support is judged by, ``(N, F)``: the gate's, and each channel's mean and spread."""
+        """Standardised features that support is judged by, ``(N, F)``: the gate's, and each channel's mean and
+        spread."""
         x = self.columns.pixels(images)
         parts = []
         if self.network.gate is not None:

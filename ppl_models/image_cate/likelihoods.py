@@ -193,7 +193,10 @@ class Hurdle(Likelihood):
     def link(self, standardised: Tensor) -> Tensor:
         above = standardised > -math.inf
         return torch.stack(
-            [4 * (above.to(standardised.dtype) - 0.5), torch.where(above, standardised, torch.zeros_like(standardised))],
+            [
+                4 * (above.to(standardised.dtype) - 0.5),
+                torch.where(above, standardised, torch.zeros_like(standardised)),
+            ],
             -1,
         )
 

@@ -6,8 +6,10 @@ Heterogeneity, CLeaR 2023, arXiv 2206.06417, Schema 1),
     mu_k ~ N(m, s^2),   rho_{t,k} ~ N,   Z_i ~ Categorical(pi_i),   Y_i ~ law(f0_i + T_i mu_{Z_i}, rho_{T_i, Z_i}),
     f0_i = b_i - e_i sum_k pi_ik mu_k;
 
-the baseline ``b`` is the outcome without treatment where e is 0 (the paper's form), and the outcome at average treatment
-where e is the propensity: then errors of b are orthogonal to those of mu (Nie and Wager, arXiv:1712.04912).  The spread of effects inside a type is part of the treated arm's noise, from which data cannot tell it apart.  The model
+the baseline ``b`` is the outcome without treatment where e is 0 (the paper's form), and the outcome at average
+treatment
+where e is the propensity: then errors of b are orthogonal to those of mu (Nie and Wager, arXiv:1712.04912).  The
+spread of effects inside a type is part of the treated arm's noise, from which data cannot tell it apart.  The model
 is one; the guide of Z decides on the objective, and Z is summed out exactly under each:
 
     guide Z ~ pi_i                      E_pi[log p(y | Z)]       image types ("gated", the paper's)
@@ -38,7 +40,8 @@ class EffectMixture(PyroModule):
     """The mixture, a Pyro model of the units of some images.
 
     Sites: ``mu`` ``(K, L)``, ``rho`` ``(2, P, K)`` if the law has noise, ``intercept`` and ``slope`` ``(L,)`` of a
-    cross-fitted baseline, ``site_scale`` and ``site`` with a site effect, ``z`` and ``y`` in the plates ``image`` (dim -2) and ``unit`` (dim -1); or, with
+    cross-fitted baseline, ``site_scale`` and ``site`` with a site effect, ``z`` and ``y`` in the plates ``image``
+    (dim -2) and ``unit`` (dim -1); or, with
     ``summed``, one factor ``y`` of all images in place of both.
 
     Args:
@@ -146,9 +149,7 @@ class EffectMixture(PyroModule):
         with self.plates(units):
             z = self.draw_types(logits, units, guide=False)
             chosen = z if self.objective == "relaxed" else nn.functional.one_hot(z, self.num_clusters).to(eta.dtype)
-            law = self.likelihood.law(
-                (chosen.unsqueeze(-1) * eta).sum(-2), (chosen.unsqueeze(-1) * noise).sum(-2)
-            )
+            law = self.likelihood.law((chosen.unsqueeze(-1) * eta).sum(-2), (chosen.unsqueeze(-1) * noise).sum(-2))
             pyro.sample("y", law, obs=units.outcome)
 
     def plates(self, units: Units) -> Any:
@@ -190,8 +191,11 @@ class TypeGuide(PyroModule):
         start: Callable[..., Any] = init_to_value(values=values)
         joint = [name for name in ("mu", "rho", "intercept", "slope", "site_scale") if name in values]
         self.joint = AutoMultivariateNormal(poutine.block(mixture, expose=joint), start, init_scale=scale)
-        self.site = AutoNormal(poutine.block(mixture, expose=["site"]), init_loc_fn=start, init_scale=scale) \
-            if mixture.num_sites else None
+        self.site = (
+            AutoNormal(poutine.block(mixture, expose=["site"]), init_loc_fn=start, init_scale=scale)
+            if mixture.num_sites
+            else None
+        )
 
     def forward(self, logits: Tensor, baseline: Tensor, deviation: Tensor | None, units: Units) -> None:
         """Draw all latent sites."""

@@ -52,13 +52,15 @@ _TENSORS = (
 class ImageCATE(Model):
     """Treatment effects by image: K image types, their effects, and every image's membership.
 
-    A gate network gives each image its probabilities of the types, each type has an effect, and a baseline network takes
+    A gate network gives each image its probabilities of the types, each type has an effect, and a baseline network
+    takes
     up what images say about the outcome itself:
 
         Y = f0(M) + T mu_Z + noise,   Z | M ~ Categorical(pi(M)),   effect at an image tau(M) = sum_k pi_k(M) mu_k.
 
     After ``fit``, calling the object with standardised images and ``Units`` runs its Pyro model.  ``fit`` trains the
-    networks by the exact ELBO (types summed out), then takes the joint posterior of effects, noise scales and the gate's
+    networks by the exact ELBO (types summed out), then takes the joint posterior of effects, noise scales and the
+    gate's
     last layer with the features held.  Estimates follow scikit-learn's conventions (``get_params``, ``set_params``,
     ``sklearn.base.clone``).
 
@@ -68,10 +70,12 @@ class ImageCATE(Model):
 
     Args:
         num_clusters: types K; 1 is a constant effect. ``choose_num_clusters`` compares several.
-        objective: ``"gated"``, image types (the paper's: a hard partition of images where it can); ``"marginal"``, types
+        objective: ``"gated"``, image types (the paper's: a hard partition of images where it can); ``"marginal"``,
+            types
             of units whose shares depend on the image; ``"relaxed"``, the paper's sampled relaxation, to reproduce it.
         outcome: law of the outcome: normal, student_t, lognormal, bernoulli, hurdle, poisson or negative_binomial.
-        backbone: ``"cnn"``, ``"vit"``, ``"random"`` (frozen convolutions), ``"embedding"`` (images are given as features
+        backbone: ``"cnn"``, ``"vit"``, ``"random"`` (frozen convolutions), ``"embedding"`` (images are given as
+            features
             ``(N, F)``), or a ``torch.nn.Module`` from ``(N, C, H, W)`` to ``(N, F)``, which is copied.
         effects: ``"cluster"``, one effect a type; ``"network"``, each type's effect is a network of the image.
         baseline: ``"crossfit"``: fitted on other folds beforehand, with a centred treatment, so that its mistakes do
@@ -226,7 +230,8 @@ class ImageCATE(Model):
     ) -> ImageCATEResult:
         """Fit a trial, or an observational study with a propensity.
 
-        Images must be from before the treatment.  Equal images are one image; each is looked at once, however many units
+        Images must be from before the treatment.  Equal images are one image; each is looked at once, however many
+        units
         share it.  Folds and standard errors go by ``groups``, and by image without them.
 
         Args:
@@ -250,7 +255,15 @@ class ImageCATE(Model):
         """
         settings = self.settings()
         trial = make_trial(
-            outcome, treatment, images, image_index, covariates, controls, groups, sample_weight, self._params["missing"]
+            outcome,
+            treatment,
+            images,
+            image_index,
+            covariates,
+            controls,
+            groups,
+            sample_weight,
+            self._params["missing"],
         )
         if self._params["num_clusters"] > trial.num_images:
             raise ValueError(
@@ -331,11 +344,14 @@ class ImageCATE(Model):
             )
         bad = ~torch.isfinite(pixels.flatten(1)).all(1)
         if bool(bad.any()):
-            raise ValueError(f"images hold NaN or infinite pixels in {int(bad.sum())} rows, the first {int(bad.nonzero()[0])}")
+            raise ValueError(
+                f"images hold NaN or infinite pixels in {int(bad.sum())} rows, the first {int(bad.nonzero()[0])}"
+            )
         return pixels
 
     def effect(self, images: Any, covariates: Any = None) -> Tensor:
-        """Mean effect at each image in outcome units, ``(N,)``; covariates ``(N, M)`` at their training means if None."""
+        """Mean effect at each image in outcome units, ``(N,)``; covariates ``(N, M)`` at their training means if
+        None."""
         return self._at("effect", images, covariates)[1].effect.mean(0)
 
     def effect_interval(self, images: Any, alpha: float = 0.1, covariates: Any = None) -> Tensor:
@@ -373,14 +389,13 @@ class ImageCATE(Model):
         state = self._fitted("ate")
         return float(clustered_mean(state.scores, state.trial.groups, state.trial.sample_weight).estimate)
 
-    def ate_interval(
-        self, alpha: float = 0.1, population: str = "sample", images: Any = None
-    ) -> tuple[float, float]:
+    def ate_interval(self, alpha: float = 0.1, population: str = "sample", images: Any = None) -> tuple[float, float]:
         """Interval of the average effect.
 
         Args:
             alpha: one minus the coverage.
-            population: ``"sample"``, the units of the study; ``"super"``, the population that its sites were drawn from;
+            population: ``"sample"``, the units of the study; ``"super"``, the population that its sites were drawn
+                from;
                 ``"target"``, the places of ``images``, by transport.
             images: of the target.
 
@@ -518,7 +533,9 @@ class ImageCATE(Model):
         """The constructor's arguments, as plain data."""
         plain = dict(self._params)
         if isinstance(plain["backbone"], nn.Module):
-            raise ValueError("a model with a backbone of your own cannot be saved: its class is code; save embeddings instead")
+            raise ValueError(
+                "a model with a backbone of your own cannot be saved: its class is code; save embeddings instead"
+            )
         plain["scales"] = None if plain["scales"] is None else [int(s) for s in plain["scales"]]
         return plain
 
@@ -538,6 +555,7 @@ class ImageCATE(Model):
             "weight": state.weight,
             "offset": state.offset,
             "scores": state.scores,
+            "mean_outcome": state.mean_outcome,
             "folds": state.folds,
             "feature_scale": state.feature_scale,
             "cross_fitted": None if state.cross_fitted is None else list(state.cross_fitted),
@@ -576,6 +594,7 @@ class ImageCATE(Model):
             weight=held["weight"],
             offset=held["offset"],
             scores=held["scores"],
+            mean_outcome=held["mean_outcome"],
             folds=held["folds"],
             feature_scale=held["feature_scale"],
             settings=settings,

@@ -76,7 +76,9 @@ class ImageCATEResult:
     def summary(self) -> str:
         """One line on how it went."""
         effects = ", ".join(f"{v:.4g}" for v in self.type_effects.mean((0, 1)).tolist())
-        tail = self.losses[-max(1, len(self.losses) // 10) :].double().mean().item() if len(self.losses) else float("nan")
+        tail = (
+            self.losses[-max(1, len(self.losses) // 10) :].double().mean().item() if len(self.losses) else float("nan")
+        )
         return f"types' effects {effects}; {len(self.losses)} steps in {self.seconds:.3g} s, loss a unit {tail:.4g}"
 
 

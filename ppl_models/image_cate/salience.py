@@ -1,4 +1,5 @@
-"""Which pixels matter: derivatives of a type's log odds, or of the effect, by the pixels; and images that show a type."""
+"""Which pixels matter: derivatives of a type's log odds, or of the effect, by the pixels; and images that show a
+type."""
 
 import math
 from typing import NamedTuple

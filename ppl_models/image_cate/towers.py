@@ -1,5 +1,5 @@
-"""The networks of the model: a tower for the gate and one for the baseline, and the Pyro model of both and the mixture.
-"""
+"""The networks of the model: a tower for the gate and one for the baseline, and the Pyro model of both and the
+mixture."""
 
 from typing import NamedTuple
 
@@ -93,7 +93,9 @@ class ImageEffectModel(PyroModule):
         mixture: the rest of the model.
     """
 
-    def __init__(self, gate: Tower | None, baseline: Tower | None, effects: Tower | None, mixture: EffectMixture) -> None:
+    def __init__(
+        self, gate: Tower | None, baseline: Tower | None, effects: Tower | None, mixture: EffectMixture
+    ) -> None:
         super().__init__()
         self.gate, self.baseline, self.effects, self.mixture = gate, baseline, effects, mixture
 

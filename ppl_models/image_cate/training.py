@@ -363,9 +363,7 @@ def _once(
     return Trained(model, guide, history, _collapse(model, guide, prepared, centres))
 
 
-def _warm(
-    model: ImageEffectModel, prepared: Prepared, settings: Settings, seed: int, centres: Tensor
-) -> Tensor:
+def _warm(model: ImageEffectModel, prepared: Prepared, settings: Settings, seed: int, centres: Tensor) -> Tensor:
     """Start the towers at a regression of the effect, the types at one-dimensional k-means of it."""
     regression = EffectRegression(model, prepared, settings, seed)
     steps = math.ceil(_WARM_SHARE * settings.num_steps)
@@ -377,7 +375,15 @@ def _warm(
         each = (tau * prepared.units.mask).sum(1) / prepared.units.mask.sum(1)
         means, labels = kmeans_1d(each, settings.num_clusters)
     regression.train()
-    _fit(GateLabels(model, prepared, labels), prepared, settings, max(1, steps // 2), derive_seed(seed, "gate"), False, None)
+    _fit(
+        GateLabels(model, prepared, labels),
+        prepared,
+        settings,
+        max(1, steps // 2),
+        derive_seed(seed, "gate"),
+        False,
+        None,
+    )
     shifted = centres.clone()
     shifted[:, 0] = means
     return shifted

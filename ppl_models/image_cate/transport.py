@@ -79,7 +79,8 @@ class Transported:
 
 
 def support_scores(features: Tensor, training: Tensor, sites: Tensor) -> Tensor:
-    """Support of rows of ``features`` by ``training`` rows ``(S, F)`` whose ``sites`` are ``(S,)``: the share of training
+    """Support of rows of ``features`` by ``training`` rows ``(S, F)`` whose ``sites`` are ``(S,)``: the share of
+    training
     rows whose distance to other sites' rows (mean of the nearest five) is as large or larger.
     """
     count = min(_NEIGHBOURS, len(training) - 1)
