@@ -19,14 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import effect_learners, effect_networks
+from benchmarks import effect_learners
 from benchmarks.effect_learners import Learner, Prediction, Trial, accuracy, image_summaries, pehe, two_means
 from benchmarks.record import markdown_table, one_core, save, spread
 from ppl_models import ImageCATE
+from ppl_models.image_cate.baselines import fit_arm_networks
 from ppl_models.image_cate.evaluation import blp_scores
 from ppl_models.image_cate.propensity import aipw_scores, cross_fit_outcomes, grouped_folds
 from ppl_models.image_cate.rate import rate
 from ppl_models.image_cate.simulation import stripes
+from ppl_models.image_cate.training import Settings
 
 PACKAGES = ("ppl-models", "torch", "econml", "causalml", "scikit-learn", "numpy")
 COVERAGE = "coverage of image effects, 90 %"
@@ -55,11 +57,31 @@ def image_cate(**options: Any) -> Learner:
     return learner
 
 
+def arm_networks(shared: bool) -> Learner:
+    """TARNet, or one network an arm, with types by k-means; the library's, at as many updates as ``ImageCATE``."""
+
+    def learner(trial: Trial, where: torch.Tensor, seed: int) -> Prediction:
+        settings = Settings(num_clusters=2, num_steps=ImageCATE().get_params()["num_steps"])
+        model = fit_arm_networks(
+            trial.outcome,
+            trial.treatment,
+            trial.images,
+            trial.image_index,
+            shared=shared,
+            settings=settings,
+            seed=seed,
+        ).model
+        target = trial.images[where]
+        return Prediction(model.effect(target).double(), model.cluster(target))
+
+    return learner
+
+
 LEARNERS: dict[str, Learner] = {
     "ImageCATE gated": image_cate(num_clusters=2, objective="gated"),
     "ImageCATE marginal": image_cate(num_clusters=2, objective="marginal"),
-    "TARNet, k-means": effect_networks.tarnet,
-    "a network an arm, k-means": effect_networks.separate_arms,
+    "TARNet, k-means": arm_networks(shared=True),
+    "a network an arm, k-means": arm_networks(shared=False),
     "ridge R-learner, summaries": effect_learners.ridge_r,
     "T-learner forest, summaries": effect_learners.forest_t,
     "econml CausalForestDML, summaries": effect_learners.causal_forest,
