@@ -7,14 +7,14 @@ numbers an image.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-__all__ = ["LEARNERS", "Prediction", "Trial", "image_summaries", "two_means"]
+__all__ = ["Learner", "Prediction", "Trial", "accuracy", "image_summaries", "pehe", "two_means"]
 
 
 @dataclass(frozen=True)
@@ -195,41 +195,6 @@ def x_learner(trial: Trial, where: Tensor, seed: int) -> Prediction:
     target = trial.summaries[where].double().numpy()
     effect = model.predict(target, p=np.full(len(target), trial.propensity))
     return Prediction(torch.from_numpy(np.asarray(effect).reshape(-1)))
-
-
-def _image_cate(**options: Any) -> Learner:
-    def learner(trial: Trial, where: Tensor, seed: int) -> Prediction:
-        from ppl_models import ImageCATE
-
-        model = ImageCATE(**options)
-        model.fit(
-            trial.outcome,
-            trial.treatment,
-            trial.images,
-            image_index=trial.image_index,
-            propensity=trial.propensity,
-            seed=seed,
-            progress=False,
-        )
-        target = trial.images[where]
-        probs = model.cluster_probs(target)
-        return Prediction(
-            model.effect(target).double(),
-            types=probs.argmax(1) if probs.shape[1] > 1 else None,
-            interval=model.effect_interval(target, alpha=0.1).double(),
-        )
-
-    return learner
-
-
-LEARNERS: dict[str, Learner] = {
-    "ridge R-learner, summaries": ridge_r,
-    "T-learner forest, summaries": forest_t,
-    "econml CausalForestDML, summaries": causal_forest,
-    "causalml X-learner, summaries": x_learner,
-    "ImageCATE gated": _image_cate(num_clusters=2, objective="gated"),
-    "ImageCATE marginal": _image_cate(num_clusters=2, objective="marginal"),
-}
 
 
 def accuracy(types: Tensor, truth: Tensor) -> float:

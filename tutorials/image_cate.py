@@ -15,14 +15,14 @@
 # # Whom does a programme help? An applied study with satellite images
 #
 # A trial gives the average effect. Where it was larger or smaller is often written on the ground: roads, relief,
-fields.
+# fields.
 # `ImageCATE` (after Jerzak, Johansson and Daoud, CLeaR 2023) sorts pre-treatment images into a few types with
-effects of
+# effects of
 # their own, says how sure it is, shows what in the images matters, and maps effects to places without a trial.
 #
 # This study goes from trial data to a report: overlap and balance, the average effect, types, whether they are real,
 # whom to treat, and where the result may be carried to. The country is made up, so that the truth is known; the last
-part
+# part
 # runs the Uganda youth trial if its data are there (`PPL_MODELS_DATA`).
 #
 # To run it: `pip install '.[plots,data]'`, then as a notebook (jupytext) or `python tutorials/image_cate.py`. It takes

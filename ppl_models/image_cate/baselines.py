@@ -10,7 +10,16 @@ from inference import fit
 from inference.runtime.generators import derive_seed, scoped_seed
 from ppl_models.image_cate.data import Units, make_trial
 from ppl_models.image_cate.towers import Tower
-from ppl_models.image_cate.training import Prepared, Settings, flipped, kmeans_1d, make_backbone, one_cycle, prepare
+from ppl_models.image_cate.training import (
+    Prepared,
+    Settings,
+    flipped,
+    images_of_batch,
+    kmeans_1d,
+    make_backbone,
+    one_cycle,
+    prepare,
+)
 
 __all__ = ["ArmNetworks", "fit_arm_networks"]
 
@@ -86,7 +95,7 @@ def fit_arm_networks(
         model,
         rows,
         num_steps=settings.num_steps,
-        batch_size=min(settings.batch_size, len(rows)),
+        batch_size=images_of_batch(prepared, settings, len(rows)),
         optimizer=optimizer,
         scheduler=scheduler,
         clip_norm=5.0,

@@ -235,9 +235,9 @@ def _blp(target: Tensor, factor: Tensor, effect: Tensor, groups: Any) -> Calibra
     mean = effect.mean()
     deviation = effect - mean
     size = float(effect.abs().max())
-    flat = float(deviation.abs().max()) <= 1e-12 * size
+    flat = float(deviation.abs().max()) <= 1e-6 * size  # rounding in single precision is no heterogeneity
     nothing = Estimate(math.nan, math.nan)
-    if abs(float(mean)) <= 1e-12 * size:  # a mean prediction of 0 has no multiple; the level is left free
+    if abs(float(mean)) <= 1e-6 * size:  # a mean prediction of 0 has no multiple; the level is left free
         result = (
             None if flat else least_squares(torch.stack([factor, factor * deviation], 1), target, groups, None, "CR3")
         )

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from inference import FitResult
+from inference.runtime.generators import generator
+from ppl_models.image_cate.bayesian import kernel_names, with_kernels
 from ppl_models.image_cate.data import Trial, Units
 from ppl_models.image_cate.nuisance import Baseline
 from ppl_models.image_cate.posterior import HeadDesign, HeadsModel
@@ -17,6 +19,7 @@ from ppl_models.image_cate.training import Columns, Prepared, Settings, Trained,
 
 __all__ = ["AtImages", "Fitted", "design_of", "rebuild"]
 
+_KERNEL_DRAWS = 20
 _CHUNK = 2048  # images at once in the networks
 
 
@@ -110,7 +113,9 @@ class Fitted:
         m, c = self.columns.modifiers(modifiers).unsqueeze(1), self.columns.controls(controls).unsqueeze(1)
         draws = {n: v.flatten(0, 1) for n, v in self.samples.items()}
         dtype = draws["mu"].dtype
-        if "gate" in draws:
+        if "gate" in draws and self.network.kernel_scale is not None:
+            draws, logits = self._over_kernels(x, m, draws)
+        elif "gate" in draws:
             design = gate_design(self.network, x, m, self.feature_scale).to(dtype)[:, 0]
             logits = nn.functional.pad(torch.einsum("nf,dkf->dnk", design, draws["gate"]), (1, 0))
         else:
@@ -130,6 +135,25 @@ class Fitted:
         low = _mean(law, base.unsqueeze(-2).expand(*base.shape[:2], *effect.shape[-2:]), noise[:, 0].unsqueeze(1))
         high = _mean(law, base.unsqueeze(-2) + effect, noise[:, 1].unsqueeze(1))
         return AtImages(probs, high - low + self.shift)
+
+    def _over_kernels(
+        self, x: Tensor, m: Tensor, draws: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Draws in another order, and logits ``(D, N, K)`` with as many draws of the gate's kernels as are affordable."""
+        gate, scale = self.network.gate, self.network.kernel_scale
+        assert gate is not None and scale is not None
+        own = dict(gate.backbone.named_parameters())
+        mean = torch.cat([own[n].flatten() for n in kernel_names(gate)])
+        noise = torch.randn(_KERNEL_DRAWS, len(mean), generator=generator(self.seed, "kernels"), dtype=mean.dtype)
+        count, order, parts = len(draws["mu"]), [], []
+        for j, shift in enumerate(noise.to(mean.device)):
+            features = with_kernels(gate, mean + scale * shift, x)
+            design = gate_design(self.network, x, m, self.feature_scale, features).to(draws["gate"].dtype)[:, 0]
+            rows = torch.arange(j, count, _KERNEL_DRAWS, device=design.device)
+            order.append(rows)
+            parts.append(torch.einsum("nf,dkf->dnk", design, draws["gate"][rows]))
+        index = torch.cat(order)
+        return {n: v[index] for n, v in draws.items()}, nn.functional.pad(torch.cat(parts), (1, 0))
 
     def _baseline(self, x: Tensor, m: Tensor, c: Tensor, draws: Mapping[str, Tensor]) -> Tensor:
         """Predictors ``b`` of each draw, ``(D, N, L)``."""
@@ -178,10 +202,13 @@ def _mean(law: Any, eta: Tensor, noise: Tensor) -> Tensor:
     return found
 
 
-def gate_design(network: ImageEffectModel, x: Tensor, modifiers: Tensor, feature_scale: Tensor) -> Tensor:
-    """Standardised features, columns and a one: ``(N, U or 1, F + M + 1)``."""
+def gate_design(
+    network: ImageEffectModel, x: Tensor, modifiers: Tensor, feature_scale: Tensor, raw: Tensor | None = None
+) -> Tensor:
+    """Standardised features, columns and a one: ``(N, U or 1, F + M + 1)``; ``raw`` features of x if they are known."""
     assert network.gate is not None
-    features = ((network.gate.backbone(x) - feature_scale[0]) / feature_scale[1]).unsqueeze(1)
+    raw = network.gate.backbone(x) if raw is None else raw
+    features = ((raw - feature_scale[0]) / feature_scale[1]).unsqueeze(1)
     if modifiers.shape[-1]:
         features = torch.cat([features.expand(-1, modifiers.shape[1], -1), modifiers], -1)
     return torch.cat([features, torch.ones_like(features[..., :1])], -1)

@@ -85,13 +85,14 @@ class ImageCATE(Model):
         num_folds: folds, by group, of all cross-fitting.
         num_restarts: starts of which the best by held-out loss is kept; by default 1, and 3 with more than two types.
         num_steps: updates of the networks.
-        batch_size: images in an update.
+        batch_size: units in an update, on average; whole images are drawn.
         lr, weight_decay: of AdamW, with one rise and fall of the rate.
         width, depth: of the backbone.
         scales: sides of central crops that are looked at beside each other; None for the image as it is.
         aggregation: of image sequences: transformer, concatenate, difference or variance.
         augment: mirror training images at random.
         site_effect: random effect of each group in the baseline.
+        bayesian_layers: posterior of the gate's kernels as well, by staged empirical Bayes; twice the time.
         calibrate: shift effects so that their mean over the sample is the doubly robust average effect.
         missing: ``"raise"`` on NaN, or ``"drop"`` the rows and report them.
 
@@ -133,6 +134,7 @@ class ImageCATE(Model):
         aggregation: str = "transformer",
         augment: bool = True,
         site_effect: bool = False,
+        bayesian_layers: bool = False,
         calibrate: bool = True,
         missing: str = "raise",
     ) -> None:
@@ -202,6 +204,7 @@ class ImageCATE(Model):
             scales=None if p["scales"] is None else tuple(p["scales"]),
             augment=bool(p["augment"]),
             site_effect=bool(p["site_effect"]),
+            bayesian_layers=bool(p["bayesian_layers"]),
             lr=p["lr"],
             weight_decay=p["weight_decay"],
             baseline_steps=p["num_steps"],

@@ -17,7 +17,7 @@ from inference import fit
 from inference.runtime.generators import derive_seed, generator, scoped_seed
 from ppl_models.image_cate.data import Units
 from ppl_models.image_cate.towers import Tower
-from ppl_models.image_cate.training import Prepared, Settings, flipped, make_backbone, one_cycle
+from ppl_models.image_cate.training import Prepared, Settings, flipped, images_of_batch, make_backbone, one_cycle
 
 __all__ = ["Baseline", "cross_fit_baseline", "folds_of_images"]
 
@@ -94,7 +94,7 @@ def cross_fit_baseline(prepared: Prepared, settings: Settings, folds: Tensor, se
             model,
             rows[held:],
             num_steps=settings.baseline_steps,
-            batch_size=min(settings.batch_size, len(rows) - held),
+            batch_size=images_of_batch(prepared, settings, len(rows) - held),
             optimizer=optimizer,
             scheduler=scheduler,
             clip_norm=5.0,

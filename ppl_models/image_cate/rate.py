@@ -33,6 +33,8 @@ class Rate:
         estimate: AUTOC or QINI, in units of the outcome.
         standard_error: standard deviation of the estimate over half-samples of groups.
         toc: the curve ``TOC(j / n)`` for ``j = 1 .. n``, float64 ``(N,)``; the last is 0.
+        uplift: gain over treating nobody, per unit of the population, of treating the first ``j``: share treated times
+            their mean effect, ``(N,)``; the last is the average effect.
         kind: ``"autoc"`` or ``"qini"``.
         grid: shares at which the curve has a standard error, ``(10,)``: 0.1, 0.2, ... 1.
         grid_toc: the curve there.
@@ -43,6 +45,7 @@ class Rate:
     estimate: float
     standard_error: float
     toc: Tensor
+    uplift: Tensor
     kind: Kind
     grid: Tensor
     grid_toc: Tensor
@@ -119,6 +122,7 @@ def rate(
         estimate=float(value),
         standard_error=float(torch.cat(values).std()),
         toc=toc[0],
+        uplift=weight.cumsum(0) / weight.sum() * (toc[0] + weight @ scores[order] / weight.sum()),
         kind=kind,
         grid=grid,
         grid_toc=at_grid[0],

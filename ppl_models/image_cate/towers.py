@@ -91,13 +91,19 @@ class ImageEffectModel(PyroModule):
         baseline: tower with L outputs; None if the baseline is the units' offset.
         effects: tower with K L outputs, or None.
         mixture: the rest of the model.
+
+    Attributes:
+        kernel_scale: posterior standard deviations of the gate's kernels, ``(P,)``; None if they are not random.
     """
+
+    kernel_scale: Tensor | None
 
     def __init__(
         self, gate: Tower | None, baseline: Tower | None, effects: Tower | None, mixture: EffectMixture
     ) -> None:
         super().__init__()
         self.gate, self.baseline, self.effects, self.mixture = gate, baseline, effects, mixture
+        self.register_buffer("kernel_scale", None)
 
     def types(self, images: Tensor, modifiers: Tensor) -> Tensor:
         """Logits of the types, ``(B, U or 1, K)``."""
@@ -114,12 +120,15 @@ class ImageEffectModel(PyroModule):
 
     def predictions(self, images: Tensor, units: Units) -> Predictions:
         """The networks' outputs at ``images``, for their units."""
+        return Predictions(self.types(images, units.modifiers), *self.beside_types(images, units))
+
+    def beside_types(self, images: Tensor, units: Units) -> tuple[Tensor, Tensor | None]:
+        """Baseline and deviations, the networks' outputs that do not come from the gate."""
         if self.baseline is None:
             baseline = units.offset
         else:
             baseline = self.baseline(images, torch.cat([units.modifiers, units.controls], -1))
-        modifiers = units.modifiers
-        return Predictions(self.types(images, modifiers), baseline, self.deviations(images, modifiers))
+        return baseline, self.deviations(images, units.modifiers)
 
     def forward(self, images: Tensor, units: Units) -> None:
         """Run the Pyro model."""

@@ -20,6 +20,7 @@ from inference import ELBO, FitResult, fit
 from inference.runtime.generators import derive_seed, generator, scoped_seed
 from ppl_models.base import Standardiser
 from ppl_models.image_cate.backbones import RandomFeatures, build_backbone
+from ppl_models.image_cate.bayesian import BayesianObjective, kernel_names
 from ppl_models.image_cate.data import Trial, Units
 from ppl_models.image_cate.likelihoods import Likelihood, make_likelihood
 from ppl_models.image_cate.mixture import EffectMixture, TypeGuide, type_log_likelihood
@@ -50,6 +51,7 @@ class Settings:
     augment: bool = True
     aggregation: str = "transformer"
     site_effect: bool = False
+    bayesian_layers: bool = False
     num_steps: int = 300
     baseline_steps: int = 200
     batch_size: int = 100
@@ -199,7 +201,11 @@ def build_networks(prepared: Prepared, settings: Settings, seed: int) -> ImageEf
         if effects is not None:
             effects.head.weight.zero_()
             effects.head.bias.zero_()
-    return ImageEffectModel(gate, baseline, effects, mixture)
+    model = ImageEffectModel(gate, baseline, effects, mixture)
+    if settings.bayesian_layers and gate is not None and (names := kernel_names(gate)):
+        own = dict(gate.backbone.named_parameters())
+        model.kernel_scale = prepared.images.new_zeros(sum(own[n].numel() for n in names))
+    return model
 
 
 class EffectObjective(nn.Module):
@@ -359,6 +365,10 @@ def _once(
     guide = TypeGuide(model.mixture, values)
     objective = EffectObjective(model, guide, prepared, settings.augment)
     history = _fit(objective, prepared, settings, settings.num_steps, seed, progress, checkpoint)
+    if settings.bayesian_layers and model.gate is not None and kernel_names(model.gate):
+        second = BayesianObjective(model, guide, prepared.images, prepared.units, prepared.num_units)
+        _fit(second, prepared, settings, settings.num_steps, derive_seed(seed, "kernels"), False, None)
+        second.settle()
     model.eval()
     return Trained(model, guide, history, _collapse(model, guide, prepared, centres))
 
@@ -423,6 +433,12 @@ def one_cycle(
     return optimizer, scheduler
 
 
+def images_of_batch(prepared: Prepared, settings: Settings, num_images: int) -> int:
+    """Images in an update of about ``batch_size`` units; at least two, for batch normalisation, where there are two."""
+    share = settings.batch_size * len(prepared.images) / prepared.num_units
+    return min(num_images, max(2, round(share)))
+
+
 def _fit(
     objective: nn.Module,
     prepared: Prepared,
@@ -438,7 +454,7 @@ def _fit(
         objective,
         rows,
         num_steps=num_steps,
-        batch_size=min(settings.batch_size, len(rows)),
+        batch_size=images_of_batch(prepared, settings, len(rows)),
         optimizer=optimizer,
         scheduler=scheduler,
         clip_norm=5.0,

@@ -331,6 +331,7 @@ def test_columns_groups_and_confounding() -> None:
         {"objective": "marginal"},
         {"objective": "relaxed"},
         {"num_clusters": 3},
+        {"bayesian_layers": True},
     ],
     ids=lambda o: "-".join(map(str, o.values())),
 )

@@ -95,6 +95,12 @@ def test_constant_propensity_gives_the_difference_in_means() -> None:
     assert float(aipw_scores(y, t, e.scores, *means).mean()) == pytest.approx(difference)
 
 
+def test_hajek_is_the_difference_of_weighted_means() -> None:
+    y, t, e, _ = trial(1)
+    w1, w0 = t / e, (1 - t) / (1 - e)
+    assert hajek(y, t, e).estimate == pytest.approx(w1 @ y / w1.sum() - w0 @ y / w0.sum())
+
+
 def test_invariances() -> None:
     y, t, e, x = trial(1)
     base = hajek(y, t, e)

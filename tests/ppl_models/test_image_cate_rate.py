@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ppl_models.image_cate import rate
+from ppl_models.image_cate.evaluation import policy_value
 from ppl_models.image_cate.rate import permutation_test
 
 RANK_EFFECT = {"autoc": -0.3 * math.log(0.3), "qini": 0.3 * 0.7 / 2}
@@ -145,6 +146,15 @@ def test_half_samples_by_site_give_the_spread_of_repeated_trials() -> None:
     assert np.mean(errors) == pytest.approx(np.std(estimates), rel=0.15)
     # 150 trials without any heterogeneity along the priority: 7.5 rejections at 5 %, and 17 or more with chance 0.001.
     assert 1 <= rejected <= 16
+
+
+def test_uplift_is_the_value_of_treating_the_first() -> None:
+    rng = np.random.default_rng(4)
+    scores, priority = rng.normal(1.0, 1.0, 60), rng.permutation(60)
+    found = rate(scores, priority)
+    for first in (1, 17, 60):
+        value = policy_value(scores, priority >= 60 - first).value.estimate
+        assert float(found.uplift[first - 1]) == pytest.approx(value)
 
 
 def test_errors_of_the_curve() -> None:
