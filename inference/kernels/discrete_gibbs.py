@@ -8,10 +8,11 @@ lattice, are drawn at once: the energy's ``blocks``.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
+from inference.citation import Paper
 from inference.kernels.base import Info, Kernel, Noise, StepInputs
 from inference.potential import InDims, Potential
 from inference.potential.discrete import DiscreteEnergy, DiscretePotential, EnergyPotential, gibbs_sweep
@@ -51,6 +52,20 @@ class DiscreteGibbs(Kernel):
         >>> bool(abs(mcmc.get_samples()["z"].mean() - 0.414) < 0.02)
         True
     """
+
+    papers: ClassVar[tuple[Paper, ...]] = (
+        Paper(
+            "article",
+            "geman1984stochastic",
+            author="Geman, Stuart and Geman, Donald",
+            title="Stochastic Relaxation, {G}ibbs Distributions, and the {B}ayesian Restoration of Images",
+            journal="IEEE Transactions on Pattern Analysis and Machine Intelligence",
+            volume=6,
+            number=6,
+            pages="721--741",
+            year=1984,
+        ),
+    )
 
     def __init__(
         self,

@@ -8,13 +8,14 @@ True where they are known, another one in each row if need be.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from inference.citation import Paper
 from inference.fixed_point import FixedPoint, attach_gradient
 from inference.newton_cg import solve_adjoint
 from ppl_models.base import Model, to_tensor
@@ -70,6 +71,17 @@ class PairwiseModel(Model):
         bias: b ``(N,)``.
         log_temperature: of the tempered predictive, ``(G,)``: logits are multiplied by its exponential.
     """
+
+    papers: ClassVar[tuple[Paper, ...]] = (
+        Paper(
+            "article",
+            "feng2023monotone",
+            author="Feng, Zhili and Winston, Ezra and Kolter, J. Zico",
+            title="Monotone Deep {B}oltzmann Machines",
+            journal="Transactions on Machine Learning Research",
+            year=2023,
+        ),
+    )
 
     def __init__(self, operator: PairwiseOperator) -> None:
         super().__init__()
