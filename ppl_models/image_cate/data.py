@@ -121,6 +121,8 @@ def check_images(images: Any, name: str = "images") -> Tensor:
             images = torch.as_tensor(np.asarray(images))
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{name} must be a tensor or an array, got {type(images).__name__} ({error})") from error
+    if images.is_complex():
+        raise TypeError(f"{name} must hold real numbers, got {images.dtype}")
     if images.ndim not in (2, 4, 5) or images.numel() == 0:
         raise ValueError(
             f"{name} must have shape (N, C, H, W), (N, T, C, H, W) for sequences or (N, F) for embeddings, got "

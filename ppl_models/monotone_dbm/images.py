@@ -265,7 +265,7 @@ class ConvMonotoneDBM(BoltzmannModel):
 
     def _check_images(self, name: str, images: Any, shown: Tensor | None = None) -> Tensor:
         """Finite images ``(N, C, H, W)`` in [0, 1], zero where they are not shown."""
-        value = images if isinstance(images, Tensor) else torch.as_tensor(images)
+        value = to_tensor("images", images)
         if shown is not None and value.dim() in (3, 4) and value.is_floating_point():
             value = value.reshape(shown.shape) if value.numel() == shown.numel() else value
             if value.shape == shown.shape:
