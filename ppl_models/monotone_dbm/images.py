@@ -265,7 +265,12 @@ class ConvMonotoneDBM(BoltzmannModel):
 
     def _check_images(self, name: str, images: Any, shown: Tensor | None = None) -> Tensor:
         """Finite images ``(N, C, H, W)`` in [0, 1], zero where they are not shown."""
-        value = to_tensor("images", images)
+        if not isinstance(images, Tensor):
+            try:
+                images = torch.as_tensor(images)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise TypeError(f"{name} must be a tensor or a numeric array, got {type(images).__name__}") from error
+        value = images
         if shown is not None and value.dim() in (3, 4) and value.is_floating_point():
             value = value.reshape(shown.shape) if value.numel() == shown.numel() else value
             if value.shape == shown.shape:
