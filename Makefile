@@ -52,6 +52,7 @@ bench: $(BENCH_VENV)/.installed  ## side by side with Pyro, numpyro, blackjax, n
 	$(ONE_THREAD) $(BENCH) -m benchmarks.predictive
 	$(ONE_THREAD) $(BENCH) -m benchmarks.sgmcmc_peers --out $(OUT)
 	$(ONE_THREAD) $(BENCH) -m benchmarks.samplers --out $(OUT)
+	$(ONE_THREAD) $(BENCH) -m benchmarks.fractional_sde --out $(OUT)
 
 clean:  ## remove the environments, outputs and caches
 	rm -rf $(VENV) $(BENCH_VENV) $(OUT) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
