@@ -165,7 +165,7 @@ def memory() -> list[dict[str, Any]]:
 
 
 def cost(out: Path | None, repeats: int) -> list[dict[str, Any]]:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for label, values in (("K", (2, 5, 10, 20)), ("N", (25, 50, 100, 200)), ("D", (1, 4, 16, 64))):
         for value in values:
             setting = {"steps": 50, "dim": DIM, "processes": PROCESSES}

@@ -224,6 +224,7 @@ def test_nile_forecasts_are_calibrated(nile_model: FractionalSDE, nile: Tensor) 
     assert float(seen.variance[0, 0, 0]) < 1e-6 < float(seen.variance[0, 1, 0])
 
 
+@pytest.mark.filterwarnings("ignore::inference.SamplerWarning")  # short chains
 def test_posterior_over_parameters_by_nuts() -> None:
     """(H, scale) of 25 exact values: NUTS against the grid's posterior of the same Pyro model."""
     noise = FractionalBrownianMotion(0.7, kind="rl").sample(torch.arange(1, 26).double(), 1, seed=3).T.reshape(1, 25, 1)
