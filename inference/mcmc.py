@@ -14,7 +14,7 @@ import functools
 import itertools
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -377,22 +377,23 @@ class MCMC:
                 )
             return position
         assert isinstance(density, LogDensity)
-        position = torch.stack([self._draw_start(density, chain, 0) for chain in own])
+        position = self._draw_starts(density, own, 0)
         for attempt in range(1, _INIT_TRIES + 1):
             bad = self._bad_starts(potential, position)
             if not bad:
                 return position
-            for i in bad:
-                position[i] = self._draw_start(density, own[i], attempt)
+            position[bad] = self._draw_starts(density, [own[i] for i in bad], attempt)
         raise ValueError(
             "no starting point with a finite density and gradient was found "
             f"in {_INIT_TRIES} tries for chains {[own[i] for i in bad]}: check the model for "
             "impossible observations, or give initial_params or an init_strategy"
         )
 
-    def _draw_start(self, density: LogDensity, chain: int, attempt: int) -> Tensor:
-        row = [d[chain] for d in density.data]
-        return density.initial_position(derive_seed(self.seed, "init", chain, attempt), self.kernel.init_strategy, row)
+    def _draw_starts(self, density: LogDensity, chains: Sequence[int], attempt: int) -> Tensor:
+        seeds = [derive_seed(self.seed, "init", chain, attempt) for chain in chains]
+        return density.initial_positions(
+            seeds, self.kernel.init_strategy, [[d[c] for d in density.data] for c in chains]
+        )
 
     def _bad_starts(self, potential: Potential, position: Tensor) -> list[int]:
         energy, gradient = potential.value_and_grad(position, self._dry_batch(potential))
