@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from inference._errors import NonFiniteError, SamplerWarning
-from inference.kernels.base import Kernel, Noise, count
+from inference.kernels.base import Kernel, Noise, block_steps, count
 from inference.potential import InDims, LogDensity, Potential, PotentialFunction, Program
 from inference.results import diagnostics as _diagnostics
 from inference.results.export import to_arviz
@@ -39,10 +39,6 @@ from inference.runtime.streams import Streams
 
 __all__ = ["MCMC"]
 
-_NOISE_PER_BLOCK = (
-    1 << 18
-)  # random numbers a chain draws at once; bounds memory, and is no function of the number of chains
-_STEPS_PER_BLOCK = 128
 _INIT_TRIES = 100
 _SHOWN = ("acceptance_rate", "step_size", "kinetic_temperature")
 
@@ -266,13 +262,12 @@ class MCMC:
                         if self.hook_fn is not None:
                             self._hook(potential, state, t)
                         if "diverging" in info and t >= self.warmup_steps:
-                            diverged = (
-                                info["diverging"] if diverged is None else torch.maximum(diverged, info["diverging"])
-                            )
+                            now = info["diverging"]
+                            diverged = now.clone() if diverged is None else torch.maximum(diverged, now)
                             info = {**info, "diverging": diverged}
                         if t in kept_set:
-                            positions.append(state.position)
-                            records.append(info)
+                            positions.append(state.position.clone())
+                            records.append({n: v.clone() for n, v in info.items()})
                             diverged = None
                     gradients += int(taken)
                     if positions:
@@ -347,8 +342,7 @@ class MCMC:
         return DrawStore(chains, self.num_samples, folder)
 
     def _edges(self, spec: Noise, total: int) -> list[int]:
-        per_step = max(1, spec.normal + spec.uniform + (0 if spec.gamma is None else spec.gamma.numel()))
-        block = max(1, min(_STEPS_PER_BLOCK, _NOISE_PER_BLOCK // per_step))
+        block = block_steps(spec)
         inner = [b for b in (self.warmup_steps, *self.kernel.boundaries(self.warmup_steps)) if 0 < b < total]
         return sorted({0, total, *inner, *range(0, total, block)})
 
@@ -423,7 +417,7 @@ class MCMC:
         return {**{f"draw/{n}": v for n, v in draws.items()}, **{f"stat/{n}": v for n, v in stats.items()}}
 
     def _hook(self, potential: Potential, state: Any, step: int) -> None:
-        values = potential.density.unflatten(state.position)
+        values = potential.density.unflatten(state.position.clone())
         warming = step < self.warmup_steps
         assert self.hook_fn is not None
         self.hook_fn(

@@ -346,11 +346,18 @@ def _write_back(module: fx.GraphModule) -> None:
         pairs = []
         for place, result in zip(places, results, strict=False):
             if result is not place:
-                moved = result.op == "placeholder"  # another input, which may be written to before it is read
+                moved = _origin(result).op == "placeholder"  # another input, which may be written to before it is read
                 pairs.append((place, graph.call_function(torch.ops.aten.clone.default, (result,)) if moved else result))
         for place, result in pairs:
             graph.call_function(torch.ops.aten.copy_.default, (place, result))
     output.args = ([],)
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """The node whose memory this one shows."""
+    while node.target is operator.getitem or (isinstance(node.target, torch._ops.OpOverload) and node.target.is_view):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def _lift_constants(module: fx.GraphModule) -> list[Tensor]:
