@@ -157,10 +157,9 @@ class _Recorder(TorchDispatchMode):
             self._alive.append(out)
             return out
         out = func(*args, **kwargs)
-        constant = not any(n is not None for n in nodes) and not reached
-        if self.fold and (constant or func in _SHAPE_ONLY or self._fills(func, args)):
+        if self.fold and (not reached or func in _SHAPE_ONLY or self._fills(func, args)):
             results = _tensors(out)
-            if not constant or all(t.numel() <= _FOLD_LIMIT for t in results):
+            if reached or all(t.numel() <= _FOLD_LIMIT for t in results):
                 self._alive.extend(results)
                 if not func.is_view or func is _aten.lift_fresh.default:
                     self._own.update(_memory(t) for t in results)
