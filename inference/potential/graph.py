@@ -345,9 +345,13 @@ def _write_back(module: fx.GraphModule) -> None:
     with graph.inserting_before(output):
         pairs = []
         for place, result in zip(places, results, strict=False):
-            if result is not place:
-                moved = _origin(result).op == "placeholder"  # another input, which may be written to before it is read
-                pairs.append((place, graph.call_function(torch.ops.aten.clone.default, (result,)) if moved else result))
+            if result is place:
+                continue
+            if _origin(result).op == "placeholder":
+                # It shows an input, which may be written to before it is read.  A copy would do, but the compiler takes
+                # one of a view for nothing and reads late.
+                result = graph.call_function(torch.ops.aten.maximum.default, (result, result))
+            pairs.append((place, result))
         for place, result in pairs:
             graph.call_function(torch.ops.aten.copy_.default, (place, result))
     output.args = ([],)
