@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -75,7 +76,12 @@ def record(function: Callable[..., Any], example: Sequence[Tensor], closed_over:
     except _NeedsMemory:
         imperative = fx.GraphModule(*_run(function, example, closed_over, fold=False))
     functional = torch.func.functionalize(imperative, remove="mutations")
-    return _run(functional, [*example, *(t.detach() for t in closed_over)], (), fold=True)
+    inputs = [*example, *(t.detach() for t in closed_over)]
+    try:
+        return _run(functional, inputs, (), fold=True)
+    except _NeedsMemory:  # something in place that torch's functionalisation leaves to its own recorder
+        graph = make_fx(functional)(*inputs)
+        return graph, graph.graph
 
 
 def _run(
@@ -150,7 +156,7 @@ class _Recorder(TorchDispatchMode):
                 self._refuse(CaptureError(f"a value that depends on its inputs is read back to Python ({func})"))
             return func(*args, **kwargs)
         if func._schema.is_mutable:
-            self._check_change(tensors, reached)
+            self._check_change(func, tensors, reached)
         elif func in _SAME and nodes and nodes[0] is not None:
             out = func(*args, **kwargs)
             self._nodes[id(out)] = nodes[0]
@@ -165,7 +171,8 @@ class _Recorder(TorchDispatchMode):
                     self._own.update(_memory(t) for t in results)
                 return out
         taken = fx.node.map_aggregate((args, kwargs), self.argument)
-        node = self.graph.call_function(func, *taken)
+        # A constant that the function makes is made anew on each call, since what follows may change it.
+        node = self.graph.call_function(_aten.clone.default if func is _aten.lift_fresh.default else func, *taken)
         if isinstance(out, Tensor):
             self.track(out, node, reached=reached)
         else:
@@ -182,14 +189,14 @@ class _Recorder(TorchDispatchMode):
     def _fills(self, func: Any, args: Any) -> bool:
         return func is _aten.fill.Scalar and not isinstance(args[1], Tensor)
 
-    def _check_change(self, tensors: list[Tensor], reached: bool) -> None:
+    def _check_change(self, func: Any, tensors: list[Tensor], reached: bool) -> None:
         changed = _memory(tensors[0]) if tensors else 0
         if changed in self._fixed:
             self._refuse(
                 CaptureError("the function changes a tensor that it closes over (batch statistics of a module?)")
             )
         if self.fold and (reached or changed not in self._own):
-            self._refuse(_NeedsMemory("an operation in place"))
+            self._refuse(_NeedsMemory(f"{func} in place"))
         if reached:  # what was a constant may now be none
             self._reached.update(self.graph.nodes)
 
