@@ -2,7 +2,7 @@
 
     python -m benchmarks.compositional_ebm landscape     # steps of exact gradient descent far from the noise
     python -m benchmarks.compositional_ebm variance      # Var(u) against beta and M, figure
-    python -m benchmarks.compositional_ebm speed         # a step of each objective; cost against M and dimension, figure
+    python -m benchmarks.compositional_ebm speed         # a step of each; cost against M and dimension, figure
     python -m benchmarks.compositional_ebm toys NAME     # test log-likelihoods in two dimensions, with peers
     python -m benchmarks.compositional_ebm mixtures D    # log Z of a mixture in D dimensions, compositional and NCE
     python -m benchmarks.compositional_ebm digits        # density, accuracy, out-of-distribution AUROC
@@ -146,7 +146,7 @@ class _Mean(PyroModule):
             pyro.factor("energy", self.theta * x - x**2 / 2)
 
 
-def landscape(most: int = 6000) -> None:
+def landscape(most: int = 3000) -> None:
     """Exact-gradient descent from theta = 0 to a mean R from the noise N(0, 1): steps until |theta - R| < 0.1.
 
     Expectations over noise are sums on a grid in the product's own objective; NCE and eNCE use their gradients in
@@ -439,7 +439,7 @@ def digits(seeds: int) -> None:
     train, test = slice(0, 1300), slice(1300, None)
     flipped = x[test].reshape(-1, 8, 8).flip(1).reshape(-1, 64)
     pictures = np.concatenate(
-        [p.mean(2)[: p.shape[0] // 8 * 8, : p.shape[1] // 8 * 8] for p in load_sample_images().images]
+        [p.mean(2)[: len(p) // 8 * 8, : p.shape[1] // 8 * 8] for p in load_sample_images().images]
     )
     patches = pictures.reshape(pictures.shape[0] // 8, 8, -1, 8).transpose(0, 2, 1, 3).reshape(-1, 64)
     patches = torch.tensor(patches[:: len(patches) // 500][:500] / 255, dtype=torch.float32)
