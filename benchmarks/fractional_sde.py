@@ -138,7 +138,7 @@ def exact_noise(length: int = 1000, paths: int = 500, repeats: int = 5) -> list[
         noise = FractionalGaussianNoise(hurst=0.7, t=1)
         add("stochastic 0.6.0", lambda: noise.sample(length), 1, 100)
     else:
-        print("stochastic is not installed")
+        print("stochastic is not installed (it asks for numpy below 2: pip install --no-deps stochastic==0.6.0)")
     return rows
 
 
