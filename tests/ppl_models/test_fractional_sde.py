@@ -17,7 +17,7 @@ from ppl_models import FractionalSDE
 from ppl_models.fractional_sde.bound import PathBound
 from ppl_models.fractional_sde.exact import gaussian_log_likelihood, posterior_draws, posterior_law
 from sde import FractionalBrownianMotion, LinearSDE, MarkovFractionalBrownianMotion, kalman_filter, kalman_smoother
-from tests.accelerator import fake_accelerator
+from tests.accelerator import fake_accelerator, place
 
 QUICK: dict[str, Any] = {"progress": False, "num_particles": 4}
 
@@ -444,7 +444,7 @@ def test_forward_and_backward_on_an_accelerator(settings: dict[str, Any]) -> Non
     model.system.noise.set_horizon(2.0)
     grid = model._grid(TIMES.double())
     with fake_accelerator() as device:
-        model.to(device)
+        place(model, device)
         values, mask = torch.zeros(3, 5, 2, device=device), torch.ones(3, 5, 2, dtype=torch.bool, device=device)
         loss = PathBound(model, grid, 2, "elbo", 0)(values, mask)
         assert loss.device.type == device.type

@@ -16,7 +16,7 @@ from ppl_models import LatentFractionalSDE
 from ppl_models.fractional_sde.bound import PathBound
 from ppl_models.fractional_sde.data import check_series
 from ppl_models.fractional_sde.video import interpolate
-from tests.accelerator import fake_accelerator
+from tests.accelerator import fake_accelerator, place
 
 TIMES = torch.tensor([0.1, 0.2, 0.4, 0.7, 1.0])
 SMALL: dict[str, Any] = {"hidden": (8,), "width": 4, "features": 8, "context_size": 4, "num_processes": 3}
@@ -127,7 +127,7 @@ def test_forward_and_backward_on_an_accelerator() -> None:
     model._data = check_series(TIMES, torch.zeros(4, 5, 3), None, (3,))
     grid = model._grid(TIMES.double())
     with fake_accelerator() as device:
-        model.to(device)
+        place(model, device)
         y, mask = torch.zeros(4, 5, 3, device=device), torch.ones(4, 5, 3, dtype=torch.bool, device=device)
         loss = PathBound(model, grid, 2, "elbo", 0)(y, mask)
         assert loss.device.type == device.type
