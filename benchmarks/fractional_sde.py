@@ -184,7 +184,10 @@ def cost(out: Path | None, repeats: int) -> list[dict[str, Any]]:
         for axis, label in zip(axes, "KND", strict=True):
             part = [row for row in rows if row["varied"] == label]
             axis.plot([row["value"] for row in part], [1e3 * row["seconds"] for row in part], "o-", color="#0072B2")
-            axis.set(xscale="log", xlabel=names[label], ylim=(0, None))
+            axis.set(xscale="log", xlabel=names[label])
+            axis.set_xticks([row["value"] for row in part], [str(row["value"]) for row in part])
+            axis.minorticks_off()
+        axes[0].set_ylim(0, 1.1e3 * max(row["seconds"] for row in rows))
         axes[0].set_ylabel("ms a gradient step")
         out.mkdir(parents=True, exist_ok=True)
         figure.savefig(out / "fractional_sde_cost.png", dpi=150, bbox_inches="tight")
