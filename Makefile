@@ -52,6 +52,7 @@ bench: $(BENCH_VENV)/.installed  ## side by side with Pyro, numpyro, blackjax, n
 	$(ONE_THREAD) $(BENCH) -m benchmarks.predictive
 	$(ONE_THREAD) $(BENCH) -m benchmarks.sgmcmc_peers --out $(OUT)
 	$(ONE_THREAD) $(BENCH) -m benchmarks.samplers --out $(OUT)
+	$(ONE_THREAD) $(BENCH) -m benchmarks.fractional_sde --out $(OUT)
 
 docs: $(VENV)/.installed-docs  ## the documentation in build/site, warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet

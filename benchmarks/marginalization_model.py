@@ -3,7 +3,7 @@
 Run ``python -m benchmarks.marginalization_model nltcs`` (or plants, dna, jester, digits, moses, text, ising10, ising30,
 timing), with ``--device auto`` for an accelerator if there is one, ``--quick`` for seconds, and ``--steps``,
 ``--hidden``, ``--depth``, ``--seed`` to change the settings.  ``moses`` needs the package molsets (its data files
-alone: install it with ``--no-deps``).  Circuits are measured by ``benchmarks/marginalization_peers.py``.
+alone: install it with ``--no-deps``).
 """
 
 import argparse

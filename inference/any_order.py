@@ -145,6 +145,7 @@ def ancestral(
     block: int = 1,
     candidates: int = 1,
     marginals: Marginals | None = None,
+    steps: int | None = None,
     generator: torch.Generator | None = None,
 ) -> AncestralDraws:
     """Draw the missing variables in the order of their ranks; what is observed stays as it is.
@@ -159,13 +160,13 @@ def ancestral(
             proportion to ``exp f(x_S, x_block) / product of laws`` (sampling-importance-resampling): the block's own
             dependence comes back as their number grows.
         marginals: log-marginals for the weights of the candidates.
+        steps: the largest number of missing variables, where it is known; else it is read from the device.
         generator: by default torch's global one.
     """
-    count = (values < 0).sum(1)
     order = ranks.argsort(1)
     total = None
     path = []
-    for d in range(0, int(count.max()), block):
+    for d in range(0, int((values < 0).sum(1).max()) if steps is None else steps, block):
         positions = order[:, d : d + block]
         drawn = values.gather(1, positions) < 0
         log_p = propose(values, positions, context)

@@ -93,7 +93,7 @@ for axis, hurst in zip(axes, indices, strict=True):
     axis.plot(times, -2 * found, color=BLUE)
     axis.set(title=f"H = {hurst}", xlabel="time")
 axes[0].set_ylabel("X")
-axes[0].legend(loc="lower left", fontsize=7)
+axes[0].legend(loc="center", fontsize=7)
 show("bridges")
 print(f"largest relative error of the posterior deviation: {worst:.1%}")
 

@@ -134,9 +134,8 @@ show("marginals")
 
 # %%
 refined = mam.log_prob_with_error(half, num_steps=16, refine=5, refine_above=0.1)
-print(
-    f"{int(refined.refined.sum())} of {len(half)} recomputed; now off by {float((refined.value - truth).abs().mean()):.3f}"
-)
+better = float((refined.value - truth).abs().mean())
+print(f"{int(refined.refined.sum())} of {len(half)} recomputed; now off by {better:.3f}")
 
 # %% [markdown]
 # ## Conditionals

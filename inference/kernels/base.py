@@ -22,6 +22,9 @@ from inference.runtime.streams import Streams
 
 __all__ = ["Kernel", "Lift", "Noise", "StepInputs", "Transition", "count", "nonnegative", "positive"]
 
+_NOISE_PER_BLOCK = 1 << 18  # random numbers of a chain
+_STEPS_PER_BLOCK = 128
+
 State = Any
 Info = dict[str, Tensor]
 Lift = Callable[[Callable[..., Any], int], Program]
@@ -58,6 +61,8 @@ class StepInputs(NamedTuple):
 class Transition(NamedTuple):
     """One step of all chains.
 
+    The next step may write into its tensors: whoever keeps one makes a copy.
+
     Attributes:
         state: the state after it; its position is exact at every step, all else at a block's last one.
         info: what happened, each entry ``(chain,)``.
@@ -67,6 +72,14 @@ class Transition(NamedTuple):
     state: State
     info: Info
     gradients: int | Tensor
+
+
+class _Moving(NamedTuple):
+    """What a step in place changes: the state, the record of the step, and the row of the next one's inputs, 0-dim."""
+
+    state: State
+    info: Info
+    clock: Tensor
 
 
 class Kernel(Citable, ABC):
@@ -114,12 +127,11 @@ class Kernel(Citable, ABC):
     def step(self, state: State, inputs: StepInputs, potential: Potential) -> tuple[State, Info]:
         """The next state of all chains and what happened, each entry of the record ``(chain,)``."""
 
-    def build(self, potential: Potential, lift: Lift) -> Callable[[State, StepInputs, Any], tuple[State, Info]]:
+    def build(self, potential: Potential, lift: Lift) -> Callable[[State, StepInputs, Any], tuple[State, Info]] | None:
         """``step`` with its pieces recorded as graphs: ``lift(function, calls_per_step)`` returns the function as a
-        graph. One graph unless overridden.
+        graph.  ``None`` where the whole step is one graph.
         """
-        recorded = lift(lambda state, inputs: self.step(state, inputs, potential), 1)
-        return lambda state, inputs, plan: recorded(state, inputs)
+        return None
 
     def runner(
         self, potential: Potential, lift: Lift, streams: Streams
@@ -128,6 +140,8 @@ class Kernel(Citable, ABC):
         overridden.
         """
         step = self.build(potential, lift)
+        if step is None:
+            return self._in_place(potential, lift, streams)
 
         def run(state: State, start: int, stop: int, warmup_steps: int) -> Iterator[Transition]:
             plan = self.plan(state)
@@ -135,6 +149,48 @@ class Kernel(Citable, ABC):
             for inputs in streams.inputs(stop - start, self.controls(start, stop, warmup_steps)):
                 state, info = step(state, inputs, plan)
                 yield Transition(state, info, gradients * len(state.position))
+
+        return run
+
+    def _in_place(
+        self, potential: Potential, lift: Lift, streams: Streams
+    ) -> Callable[[State, int, int, int], Iterator[Transition]]:
+        """Steps that change the state where it lies and find their row of the block's inputs by a clock, so that
+        nothing passes through Python between them.
+        """
+
+        def tick(moving: _Moving, block: StepInputs) -> _Moving:
+            now = moving.clock[None]
+            inputs = StepInputs(*({n: v.index_select(0, now)[0] for n, v in group.items()} for group in block))
+            state, info = self.step(moving.state, inputs, potential)
+            return _Moving(state, info, moving.clock + 1)
+
+        program = lift(tick, 1)
+        moving: _Moving | None = None
+        memory: StepInputs | None = None
+        advance: Callable[[], Any] = _nothing
+
+        def run(state: State, start: int, stop: int, warmup_steps: int) -> Iterator[Transition]:
+            nonlocal moving, memory, advance
+            drawn = streams.block(stop - start, self.controls(start, stop, warmup_steps))
+            if moving is None or memory is None:
+                rows = block_steps(self.noise(potential))
+                memory = StepInputs(
+                    *({n: v.new_zeros((rows, *v.shape[1:])) for n, v in group.items()} for group in drawn)
+                )
+                first = StepInputs(*({n: v[0] for n, v in group.items()} for group in drawn))
+                example = self.step(state, first, potential)[1]
+                info = {n: torch.zeros_like(v, memory_format=torch.contiguous_format) for n, v in example.items()}
+                moving = _Moving(_copied(state), info, torch.zeros((), dtype=torch.int64, device=state.position.device))
+                _fill(memory, drawn)
+                advance = program.bind(moving, memory)
+            else:
+                _fill(memory, drawn)
+                _overwrite(moving.state, state)
+            moving.clock.zero_()
+            for _ in range(start, stop):
+                advance()
+                yield Transition(moving.state, moving.info, len(state.position))
 
         return run
 
@@ -168,6 +224,38 @@ class Kernel(Citable, ABC):
             for k, v in sorted(vars(self).items())
             if isinstance(v, plain) or k in ("schedule", "full_mass")
         }
+
+
+def block_steps(spec: Noise) -> int:
+    """Most steps whose noise is drawn at once: bounded in memory, and no function of the number of chains."""
+    per_step = max(1, spec.normal + spec.uniform + (0 if spec.gamma is None else spec.gamma.numel()))
+    return max(1, min(_STEPS_PER_BLOCK, _NOISE_PER_BLOCK // per_step))
+
+
+def _nothing() -> None:
+    """No step."""
+
+
+def _fill(memory: StepInputs, drawn: StepInputs) -> None:
+    for kept, given in zip(memory, drawn, strict=True):
+        for name, value in given.items():
+            kept[name][: len(value)] = value
+
+
+def _copied(state: Any) -> Any:
+    """The state in memory of its own."""
+    if isinstance(state, Tensor):
+        return state.clone(memory_format=torch.contiguous_format)
+    return type(state)(*(_copied(part) for part in state))
+
+
+def _overwrite(target: Any, source: Any) -> None:
+    if isinstance(target, Tensor):
+        if target is not source:
+            target.copy_(source)
+        return
+    for part, value in zip(target, source, strict=True):
+        _overwrite(part, value)
 
 
 def per_chain_norm(x: Tensor) -> Tensor:

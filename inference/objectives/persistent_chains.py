@@ -89,5 +89,5 @@ class PersistentChains(nn.Module):
         if bool(spread > self.rhat_bound):
             empty = torch.full_like(self.values, -1)
             ranks = random_ranks(empty, missing_first=True)
-            self.values.copy_(ancestral(as_proposal(conditionals), empty, ranks).values)
+            self.values.copy_(ancestral(as_proposal(conditionals), empty, ranks, steps=empty.shape[1]).values)
             self.restarts += 1

@@ -161,7 +161,7 @@ class AutoregressiveKL(nn.Module):
         ranks = self.ranks.expand(self.batch_size, -1)
         with torch.no_grad():
             empty = ranks.new_full((self.batch_size, size), -1)
-            draws = ancestral(as_proposal(self.conditionals), empty, ranks)
+            draws = ancestral(as_proposal(self.conditionals), empty, ranks, steps=size)
             log_f = self.log_density(draws.values)
         if not self.monte_carlo:
             log_p = chain_rule(self.conditionals, draws.values, ranks)[:, -1]

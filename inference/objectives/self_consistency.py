@@ -151,8 +151,10 @@ class SelfConsistency(nn.Module):
         conditionals: module of log-probabilities ``(B, D, K)``.
         cardinalities: number of values of each variable ``(D,)``.
         loss: ``"pair"`` (the paper's residual of one variable), ``"segment"`` (a stretch of the order),
-            ``"sum_rule"`` (without conditionals), or ``"kl"``, the divergence of the conditionals read off f from
-            those of the network, plus the sum rule, without which the level of f would be free.
+            ``"sum_rule"`` (of the conditionals, it needs those of the last variable of an order alone, in pairs that
+            are added: any consistent law, such as independence, keeps the sum rule, and those single out the right
+            one), or ``"kl"``, the divergence of the conditionals read off f from those of the network, plus the sum
+            rule, without which the level of f would be free.
         learn_conditionals: whether the conditionals' parameters are learned too.
         depth: law of the size of S, ``"uniform"`` or ``"poisson"`` (see ``draw_depth``).
         length: steps of a segment.
@@ -212,6 +214,9 @@ class SelfConsistency(nn.Module):
             ).square()
             if self.loss == "kl":
                 squared = squared + self._divergence(prefix, position, context)
+            else:
+                r, _ = pair_residuals(self.marginals, self._log_p, values, ranks, count - 1, context)
+                squared = squared + r.square().sum(1)
         total = values.shape[1] * squared.mean()
         if self.anchor is not None:
             empty = values[:1].new_full((1, values.shape[1]), -1)

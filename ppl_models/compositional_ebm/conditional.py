@@ -28,7 +28,7 @@ from ppl_models.compositional_ebm.noise import as_noise, default_batch
 __all__ = ["ConditionalEnergyModel", "ConditionalPrediction"]
 
 _NORMALISERS = ("table", "network", "minibatch", "joint")
-_GRID = 1024  # points in one dimension; 128 a side in two
+_GRID = 512  # points in one dimension; 64 a side in two
 _IMPORTANCE = 4096  # shared noise draws for log Z(x) in more than two dimensions
 _VALUES_AT_ONCE = 1 << 20
 
@@ -285,8 +285,9 @@ class ConditionalEnergyModel(Model):
     @torch.no_grad()
     def log_partition(self, x: Any, seed: int = 0) -> Tensor:
         """log Z(x), ``(N,)``."""
-        values, log_volume = self._table(self._query(x), seed)[1:]
-        return torch.logsumexp(values, 1) + log_volume
+        different, which = torch.unique(self._query(x), dim=0, return_inverse=True)
+        values, log_volume = self._table(different, seed)[1:]
+        return (torch.logsumexp(values, 1) + log_volume)[which]
 
     @torch.no_grad()
     def sample(self, x: Any, n: int, seed: int = 0) -> Tensor:
@@ -321,7 +322,7 @@ class ConditionalEnergyModel(Model):
         if dim <= 2:
             low, high = drawn.amin(0), drawn.amax(0)
             low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)
-            side = _GRID if dim == 1 else 128
+            side = _GRID if dim == 1 else 64
             self._width = (high - low) / side
             steps = torch.arange(side, dtype=low.dtype, device=low.device) + 0.5
             axes = [low[i] + self._width[i] * steps for i in range(dim)]

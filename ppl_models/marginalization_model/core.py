@@ -219,10 +219,10 @@ class MarginalizationNetworks(Model):
     def _check_order(self, order: Any) -> Tensor | None:
         if order is None:
             return None
-        found = to_tensor("order", order).to(self._weight.device)
-        if found.ndim != 1 or not torch.equal(found.sort().values, torch.arange(self.num_variables).to(found)):
-            raise ValueError(f"order must hold each of 0 to {self.num_variables - 1} once, got {found.tolist()}")
-        return found.long()
+        found = to_tensor("order", order).tolist() if not isinstance(order, list | tuple | range) else list(order)
+        if not isinstance(found, list) or sorted(found) != list(range(self.num_variables)):
+            raise ValueError(f"order must hold each of 0 to {self.num_variables - 1} once, got {found}")
+        return torch.tensor([int(j) for j in found], device=self._weight.device)
 
     def _in_chunks(self, function: Callable[..., Any], *parts: Tensor | None) -> Any:
         """``function`` of rows, a tensor or several, in chunks that fit into memory."""

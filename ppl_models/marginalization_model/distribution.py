@@ -127,10 +127,11 @@ class MarginalizationDistribution(TorchDistribution):
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Complete vectors ``(*sample, *batch, D)``; random numbers are torch's global ones, as in Pyro."""
         shape = torch.Size(sample_shape) + self.batch_shape
-        empty = self.model.cardinalities.new_full((max(shape.numel(), 1), self.event_shape[0]), -1)
+        size = self.event_shape[0]
+        empty = self.model.cardinalities.new_full((shape.numel(), size), -1)
         ranks = random_ranks(empty, missing_first=True) if self.order is None else self._ranks(len(empty))
-        drawn = ancestral(as_proposal(self.model.conditionals), empty, ranks, self._context(shape)).values
-        return drawn.view(*shape, -1)
+        propose = as_proposal(self.model.conditionals)
+        return ancestral(propose, empty, ranks, self._context(shape), steps=size).values.view(*shape, size)
 
     def _context(self, shape: torch.Size) -> Tensor | None:
         if self.context is None:

@@ -301,13 +301,13 @@ def test_classifier(classifier: tuple[EnergyClassifier, Tensor, Tensor]) -> None
 def test_conditional_energies_find_two_branches(normaliser: str) -> None:
     """y = +-x with noise 0.2: the best normal law scores about -1.1 where |x| is 1."""
     draw = generator(11, "branches")
-    x = torch.rand(600, generator=draw) * 2 - 1
-    sign = torch.randint(0, 2, (600,), generator=draw) * 2 - 1
-    y = sign * x + 0.2 * torch.randn(600, generator=draw)
+    x = torch.rand(300, generator=draw) * 2 - 1
+    sign = torch.randint(0, 2, (300,), generator=draw) * 2 - 1
+    y = sign * x + 0.2 * torch.randn(300, generator=draw)
     model = ConditionalEnergyModel(normaliser=normaliser, hidden=(32,))
-    model.fit(x, y, noise_samples=32, num_steps=250, lr=1e-2, progress=False)
+    model.fit(x, y, noise_samples=32, batch_size=32, num_steps=200, lr=1e-2, progress=False)
     scores = model.log_prob(y, x)
-    assert scores.shape == (600,)
+    assert scores.shape == (300,)
     truth = torch.stack([dist.Normal(s * x, 0.2).log_prob(y) for s in (1.0, -1.0)]).logsumexp(0) - math.log(2)
     assert float(truth.mean()) - 0.35 < float(scores.mean()) < float(truth.mean()) + 0.05
     at = torch.tensor([-0.9, 0.9])

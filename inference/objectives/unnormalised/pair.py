@@ -389,10 +389,12 @@ class NoisePair(nn.Module):
 
     def _sum(self, nodes: Any, count: int, frame: str | None) -> Tensor:
         total: Tensor | None = None
+        device = nodes[self.sites[0]]["value"].device
         for node in nodes.values():
             if node["type"] != "sample" or not _has_density(node):
                 continue
             log_prob = node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"])
+            log_prob = log_prob.to(device)  # Pyro's ImproperUniform makes its zeros on the CPU
             log_prob = scale_and_mask(log_prob, 1.0, node["mask"])
             log_prob = _per_row(log_prob, node, frame)
             total = log_prob if total is None else total + log_prob
