@@ -26,6 +26,7 @@ __all__ = [
     "load_digits",
     "load_fashion_mnist",
     "load_keel",
+    "moving_digits",
     "uci_splits",
 ]
 
@@ -269,3 +270,40 @@ def _idx(path: Path) -> np.ndarray:
     dims = content[3]
     shape = np.frombuffer(content, ">u4", dims, 4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape)
+
+
+def moving_digits(num_series: int, num_frames: int = 15, side: int = 32, seed: int = 0, num_digits: int = 2) -> Tensor:
+    """Videos of scikit-learn's 8x8 digits, twice enlarged, that move straight on and bounce off the walls.
+
+    A velocity has whole components from -3 to 3 and is drawn anew at each wall, as in stochastic moving MNIST (Denton
+    and Fergus, *Stochastic Video Generation with a Learned Prior*, 2018, arXiv 1802.07687).
+
+    Returns:
+        ``(num_series, num_frames, 1, side, side)``, float32 in [0, 1].
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        ValueError: a side too small for a digit.
+    """
+    digits = import_module("sklearn.datasets").load_digits().images
+    glyph = np.kron(digits / 16, np.ones((1, 2, 2))).astype(np.float32)
+    size = glyph.shape[-1]
+    room = side - size
+    if room < 4:
+        raise ValueError(f"side must be at least {size + 4} for digits of {size} pixels, got {side}")
+    rng = np.random.default_rng(seed)
+    video = np.zeros((num_series, num_frames, 1, side, side), dtype=np.float32)
+    for n in range(num_series):
+        for _ in range(num_digits):
+            image = glyph[rng.integers(len(glyph))]
+            place, velocity = rng.integers(0, room + 1, 2), rng.integers(-3, 4, 2)
+            for t in range(num_frames):
+                y, x = place
+                frame = video[n, t, 0, y : y + size, x : x + size]
+                np.minimum(frame + image, 1, out=frame)
+                ahead = place + velocity
+                if ((ahead < 0) | (ahead > room)).any():
+                    free = np.where(ahead > room, -1, rng.choice([-1, 1], 2))
+                    velocity = rng.integers(1, 4, 2) * np.where(ahead < 0, 1, free)
+                place = np.clip(place + velocity, 0, room)
+    return torch.from_numpy(video)

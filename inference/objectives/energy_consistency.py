@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from inference.any_order import LogDensity, hide, pick, random_ranks
-from inference.objectives.masked import completion_loss, uniform_depth
+from inference.objectives.masked_completion import completion_loss, uniform_depth
 from inference.objectives.persistent_chains import PersistentChains, uniform_values
 from inference.objectives.self_consistency import draw_depth, pair_residuals, segment_residuals
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from inference.any_order import Conditionals, Marginals, from_marginals, hide, pick, random_ranks
-from inference.objectives.masked import MaskedCompletion, uniform_depth
+from inference.objectives.masked_completion import MaskedCompletion, uniform_depth
 from inference.objectives.persistent_chains import PersistentChains
 
 __all__ = [

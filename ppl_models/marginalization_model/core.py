@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from inference.any_order import MISSING
+from inference.citation import Paper
 from inference.runtime.generators import scoped_seed
 from ppl_models.base import Model, check_count, to_tensor
 from ppl_models.marginalization_model.distribution import MarginalizationDistribution
@@ -22,6 +23,17 @@ _VALUES_AT_ONCE = 1 << 24  # hidden values held at once: 64 MiB in float32
 
 class MarginalizationNetworks(Model):
     """Networks, Pyro model and file; see ``MarginalizationModel``, which adds the fits and the queries."""
+
+    papers: ClassVar[tuple[Paper, ...]] = (
+        Paper(
+            "inproceedings",
+            "liu2024generative",
+            author="Liu, Sulin and Ramadge, Peter J. and Adams, Ryan P.",
+            title="Generative Marginalization Models",
+            booktitle="International Conference on Machine Learning",
+            year=2024,
+        ),
+    )
 
     kind: ClassVar[str] = "MarginalizationModel"
     cardinalities: Tensor

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from inference.any_order import ancestral, as_proposal, block_gibbs, chain_rule, random_ranks
 from inference.objectives.energy_consistency import EnergyConsistency
-from inference.objectives.masked import MaskedCompletion
+from inference.objectives.masked_completion import MaskedCompletion
 from inference.objectives.persistent_chains import uniform_values
 from inference.objectives.reverse_kl import AutoregressiveKL, MarginalKL, MarginalRegression
 from inference.objectives.self_consistency import PathConsistency

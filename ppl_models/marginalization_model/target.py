@@ -10,7 +10,7 @@ from torch import Tensor
 
 from inference._errors import SamplerWarning
 from inference.objectives.persistent_chains import uniform_values
-from inference.potential.discrete import DiscreteDensity
+from inference.potential.discrete_density import DiscreteDensity
 
 __all__ = ["EnergyTarget", "make_target"]
 

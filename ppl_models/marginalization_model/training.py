@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from inference.any_order import ancestral, as_proposal, chain_rule, random_ranks
 from inference.fit import FitResult, fit
-from inference.objectives.masked import MaskedCompletion
+from inference.objectives.masked_completion import MaskedCompletion
 from inference.objectives.persistent_chains import PersistentChains, uniform_values
 from inference.objectives.self_consistency import Penalised, SelfConsistency
 from inference.runtime.generators import generator

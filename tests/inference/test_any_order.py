@@ -16,7 +16,7 @@ from inference.any_order import (
     hide,
     random_ranks,
 )
-from inference.objectives.masked import MaskedCompletion, completion_loss, uniform_depth
+from inference.objectives.masked_completion import MaskedCompletion, completion_loss, uniform_depth
 from inference.objectives.persistent_chains import PersistentChains, uniform_values
 from inference.objectives.self_consistency import draw_depth
 from inference.runtime.generators import scoped_seed

@@ -5,7 +5,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from inference.potential.discrete import DiscreteDensity
+from inference.potential.discrete_density import DiscreteDensity
 
 Y = torch.tensor([0.3, -1.2, 2.0])
 MEANS = torch.tensor([-1.0, 0.0, 2.0])

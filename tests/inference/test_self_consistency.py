@@ -8,7 +8,7 @@ from torch import nn
 
 from inference.any_order import ancestral, as_proposal, chain_rule, hide, random_ranks
 from inference.objectives.energy_consistency import EnergyConsistency
-from inference.objectives.masked import MaskedCompletion
+from inference.objectives.masked_completion import MaskedCompletion
 from inference.objectives.persistent_chains import PersistentChains
 from inference.objectives.reverse_kl import AutoregressiveKL, MarginalKL, MarginalRegression, leave_one_out
 from inference.objectives.self_consistency import (

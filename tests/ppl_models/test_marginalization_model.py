@@ -12,7 +12,7 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 
 from inference.fit import fit
-from inference.objectives.masked import MaskedCompletion
+from inference.objectives.masked_completion import MaskedCompletion
 from inference.runtime.generators import scoped_seed
 from ppl_models import MarginalizationModel
 from ppl_models.marginalization_model import LatticeIsing, MarginalizationResult
