@@ -244,8 +244,8 @@ class SelfConsistency(nn.Module):
 class PathConsistency(nn.Module):
     """Self-consistency with the chain rule along given orders, whose values are known beforehand.
 
-    Half of the segments end at a uniform depth, half at one with density falling from the empty set: there are few small
-    sets, they are asked often, and f must bend most between them.
+    Half of the segments end at a uniform depth, half at one whose density falls from the empty set: there are few
+    small sets, they are asked often, and f must bend most between them.
 
     The conditionals are frozen, so ``chain_rule`` of each row along an order or two is computed once.  Each update then
     takes a random segment of the order: from the empty set with probability ``direct`` (a regression of
