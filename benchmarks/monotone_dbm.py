@@ -148,7 +148,8 @@ def updates(out: Path) -> list[Row]:
             found = solve(problem, phi, name, tolerance=1e-9, max_iterations=limit, callback=note, **options)
             distance = float((problem.response(found.value) - goal).abs().max())
             values = [max(r, 1e-12) for _, r in trail]
-            axis.plot([p for p, _ in trail], values, label=name, lw=1.6 if name == "newton" else 1.1)
+            dashes = "--" if name == "forward_backward" else "-"  # it lies on top of the parallel update
+            axis.plot([p for p, _ in trail], values, dashes, label=name, lw=1.6 if name == "newton" else 1.1)
             rows.append(
                 {
                     "machine": f"{kind}, eigenvalues {low:.1f} to {high:.2f}",
