@@ -115,7 +115,7 @@ class NoisePair(nn.Module):
         self._takes_batch = _accepts(self.guide, len(batch))
         with self._scope(validate=not self._fake), torch.no_grad():
             trace = poutine.trace(self.guide).get_trace(*(batch if self._takes_batch else ()))
-            drawn = {n: s for n, s in trace.nodes.items() if _is_drawn(s)}
+            drawn: dict[str, Any] = {n: s for n, s in trace.nodes.items() if _is_drawn(s)}
             if not drawn:
                 raise ValueError("the noise guide draws no site: it must draw the site that the model observes")
             self.sites = tuple(drawn)
@@ -144,7 +144,7 @@ class NoisePair(nn.Module):
         """Which tensor of the batch each noise site observes."""
         try:
             trace = poutine.trace(self.model).get_trace(*batch)
-            nodes = trace.nodes
+            nodes: Any = trace.nodes
         except (NotImplementedError, TypeError):  # an improper site cannot be drawn, a model may take no data at all
             nodes = {}
         if not self.sites:
@@ -165,15 +165,15 @@ class NoisePair(nn.Module):
                 self.position[name] = place
                 continue
             value = nodes[name]["value"]
-            found = [k for k, t in enumerate(batch) if t is value]
-            if not found:
-                found = [k for k, t in enumerate(batch) if t.shape == value.shape and bool(torch.equal(t, value))]
-            if not found:
+            places = [k for k, t in enumerate(batch) if t is value]
+            if not places:
+                places = [k for k, t in enumerate(batch) if t.shape == value.shape and bool(torch.equal(t, value))]
+            if not places:
                 raise ValueError(
                     f"site {name!r} must be observed with one of the model's arguments as it is (obs=x): the objective "
                     "puts noise in its place"
                 )
-            self.position[name] = found[0]
+            self.position[name] = places[0]
         if max(self.position.values()) >= len(batch):
             raise ValueError(f"the noise sites {self.sites} need as many data tensors, got {len(batch)}")
         return {n: batch[k] for n, k in self.position.items()}
@@ -220,7 +220,7 @@ class NoisePair(nn.Module):
         def run(*tensors: Tensor) -> list[Tensor]:
             with self._scope(), poutine.trace() as recorder:
                 self._run_guide(count, tensors)
-            nodes = recorder.trace.nodes
+            nodes: Any = recorder.trace.nodes
             return [self._sum(nodes, count, None), *(nodes[n]["value"] for n in self.sites)]
 
         with torch.no_grad():
