@@ -11,7 +11,10 @@ from inference._errors import (
     RankError,
     SamplerWarning,
 )
+from inference.citation import cite
+from inference.discrete_ais import discrete_ais
 from inference.fit import FitResult, fit
+from inference.fixed_point import FixedPoint, fixed_point, implicit_gradient
 from inference.kernels import (
     HMC,
     MCLMC,
@@ -23,6 +26,7 @@ from inference.kernels import (
     AdjustedMCLMC,
     ChEES,
     CyclicalSchedule,
+    DiscreteGibbs,
     ParallelTempering,
     PolynomialSchedule,
     ScaleGibbs,
@@ -30,6 +34,7 @@ from inference.kernels import (
 from inference.laplace import ImportanceEstimate, Laplace, LaplaceResult
 from inference.log_partition import ais, ais_sandwich, annealed_log_weights, bridge_sampling, importance
 from inference.mcmc import MCMC
+from inference.model_check import ModelCheck, check_model
 from inference.objectives.elbo import ELBO, BoundEstimate
 from inference.objectives.unnormalised import CompositionalLikelihood
 from inference.potential import TemperedFunction, TemperedPotential
@@ -62,11 +67,14 @@ __all__ = [
     "CompositionalLikelihood",
     "CurvatureError",
     "CyclicalSchedule",
+    "DiscreteGibbs",
     "FitResult",
+    "FixedPoint",
     "ImportanceEstimate",
     "Laplace",
     "LaplaceResult",
     "LogPartition",
+    "ModelCheck",
     "NonFiniteError",
     "ParallelTempering",
     "PolynomialSchedule",
@@ -82,7 +90,12 @@ __all__ = [
     "ais_sandwich",
     "annealed_log_weights",
     "bridge_sampling",
+    "check_model",
+    "cite",
+    "discrete_ais",
     "fit",
+    "fixed_point",
+    "implicit_gradient",
     "importance",
     "log_likelihood",
     "rhat_nested",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from inference.citation import Paper
 from inference.objectives.unnormalised.mixture import MixtureNoise
 from inference.objectives.unnormalised.noise import DefensiveMixture, GaussianNoise, Noise, noise_from_config
 from inference.objectives.unnormalised.objective import UnnormalisedObjective
@@ -95,6 +96,26 @@ class EnergyClassifier(Model):
         log_z: log Z; None before a fit.
         result: what the last fit returned; None before.
     """
+
+    papers: ClassVar[tuple[Paper, ...]] = (
+        Paper(
+            "inproceedings",
+            "jiang2023learning",
+            author="Jiang, Wei and Qin, Jiayu and Wu, Lingyu and Chen, Changyou and Yang, Tianbao and Zhang, Lijun",
+            title="Learning Unnormalized Statistical Models via Compositional Optimization",
+            booktitle="International Conference on Machine Learning",
+            year=2023,
+        ),
+        Paper(
+            "inproceedings",
+            "grathwohl2020classifier",
+            author="Grathwohl, Will and Wang, Kuan-Chieh and Jacobsen, Joern-Henrik and Duvenaud, David "
+            "and Norouzi, Mohammad and Swersky, Kevin",
+            title="Your Classifier is Secretly an Energy Based Model and You Should Treat it Like One",
+            booktitle="International Conference on Learning Representations",
+            year=2020,
+        ),
+    )
 
     kind: ClassVar[str] = "EnergyClassifier"
 

@@ -14,6 +14,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from inference.citation import Paper
 from inference.objectives.unnormalised import CompositionalLikelihood, ConditionalCompositionalLikelihood
 from inference.objectives.unnormalised.mixture import MixtureNoise
 from inference.objectives.unnormalised.noise import DefensiveMixture, GaussianNoise, Noise, noise_from_config
@@ -101,6 +102,17 @@ class ConditionalEnergyModel(Model):
         noise: the noise over y.
         result: what the last fit returned; None before.
     """
+
+    papers: ClassVar[tuple[Paper, ...]] = (
+        Paper(
+            "inproceedings",
+            "jiang2023learning",
+            author="Jiang, Wei and Qin, Jiayu and Wu, Lingyu and Chen, Changyou and Yang, Tianbao and Zhang, Lijun",
+            title="Learning Unnormalized Statistical Models via Compositional Optimization",
+            booktitle="International Conference on Machine Learning",
+            year=2023,
+        ),
+    )
 
     kind: ClassVar[str] = "ConditionalEnergyModel"
 

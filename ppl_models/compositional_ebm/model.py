@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from inference._errors import SamplerWarning
+from inference.citation import Paper
 from inference.objectives.unnormalised import CompositionalLikelihood
 from inference.objectives.unnormalised.guards import unreliable
 from inference.objectives.unnormalised.noise import Noise, noise_from_config
@@ -67,6 +68,17 @@ class EnergyModel(Model):
         >>> ebm.log_prob(ring).shape, ebm.sample(5, method="sir").shape
         (torch.Size([400]), torch.Size([5, 2]))
     """
+
+    papers: ClassVar[tuple[Paper, ...]] = (
+        Paper(
+            "inproceedings",
+            "jiang2023learning",
+            author="Jiang, Wei and Qin, Jiayu and Wu, Lingyu and Chen, Changyou and Yang, Tianbao and Zhang, Lijun",
+            title="Learning Unnormalized Statistical Models via Compositional Optimization",
+            booktitle="International Conference on Machine Learning",
+            year=2023,
+        ),
+    )
 
     kind: ClassVar[str] = "EnergyModel"
 
