@@ -82,6 +82,7 @@ class NoisePair(nn.Module):
         self._held: tuple[dict[str, nn.Parameter], list[Tensor]] = ({}, [])
         self._in_python = False
         self._fake = False
+        self._setting: tuple[Any, ...] | None = None
 
     @property
     def model(self) -> Callable[..., Any]:
@@ -132,7 +133,7 @@ class NoisePair(nn.Module):
                 )
             elif self._takes_batch and rows > 1:
                 with poutine.block():
-                    again = poutine.trace(self.guide).get_trace(*(t[: rows - 1] for t in batch))
+                    again: Any = poutine.trace(self.guide).get_trace(*(t[: rows - 1] for t in batch))
                 follows = again.nodes[self.sites[0]]["fn"].batch_shape == (rows - 1,)
                 self._mode = "rows" if follows else "own"
             else:
@@ -279,7 +280,7 @@ class NoisePair(nn.Module):
         parameters: Mapping[str, Tensor] | None = None,
     ) -> list[Tensor]:
         """The function itself, or a graph recorded of it, in which there is no Pyro."""
-        graph = self._recorded(tag, function, inputs) if record and not self._in_python else None
+        graph = self._recorded(tag, function, inputs, parameters is None) if record and not self._in_python else None
         if graph is not None:
             held = {**self._held[0], **(parameters or {})}
             return graph(*inputs, *held.values(), *self._held[1])
@@ -289,11 +290,15 @@ class NoisePair(nn.Module):
         return [functional_call(self, dict(parameters), (values, inputs[len(self.sites) :]))]
 
     def _recorded(
-        self, tag: tuple[Any, ...], function: Callable[..., list[Tensor]], inputs: tuple[Tensor, ...]
+        self, tag: tuple[Any, ...], function: Callable[..., list[Tensor]], inputs: tuple[Tensor, ...], anew: bool
     ) -> Callable[..., list[Tensor]] | None:
-        if torch._guards.detect_fake_mode(list(inputs)) is not None:
+        if anew:  # with other parameters the model is the one that ran just before
+            if torch._guards.detect_fake_mode(list(inputs)) is not None:
+                return None
+            self._setting = self._settings()
+        elif self._setting is None:
             return None
-        key = (tag, tuple((t.shape, t.dtype, t.device) for t in inputs), self._settings())
+        key = (tag, tuple((t.shape, t.dtype, t.device) for t in inputs), self._setting)
         if key not in self._graphs:
             if len(self._graphs) >= _MOST_RECORDINGS:
                 return None
