@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from inference._errors import SamplerWarning
+from inference._errors import CheckpointError, SamplerWarning
 from inference.citation import Paper
 from inference.objectives.unnormalised import CompositionalLikelihood
 from inference.objectives.unnormalised.guards import unreliable
@@ -358,7 +358,15 @@ class EnergyModel(Model):
                 ``noise`` of ``fit``.
         """
         noise = objects.pop("noise", None)
-        model = super().load(path, **objects)
+        try:
+            model = super().load(path, **objects)
+        except CheckpointError as error:
+            if "energy" in objects or "state_dict" not in str(error):
+                raise
+            raise CheckpointError(
+                f"{path} holds another energy than the default network; where it was a module of yours, give load(path, "
+                "energy=...)"
+            ) from error
         if noise is not None:
             like = next(iter(model.energy.parameters()))
             model.noise = as_noise(noise, model._anchor.to(like), model._support)
