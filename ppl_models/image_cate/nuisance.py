@@ -27,7 +27,8 @@ _PATIENCE = 4
 
 
 class Baseline(nn.Module):
-    """``b(m)`` and ``tau(m)``, two heads of one network, with noise for each arm; its call is the loss, for ``inference.fit``."""
+    """``b(m)`` and ``tau(m)``, two heads of one network, with noise for each arm; its call is the loss, for
+    ``inference.fit``."""
 
     def __init__(self, prepared: Prepared, settings: Settings, seed: int) -> None:
         super().__init__()
