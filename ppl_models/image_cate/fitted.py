@@ -136,9 +136,7 @@ class Fitted:
         high = _mean(law, base.unsqueeze(-2) + effect, noise[:, 1].unsqueeze(1))
         return AtImages(probs, high - low + self.shift)
 
-    def _over_kernels(
-        self, x: Tensor, m: Tensor, draws: dict[str, Tensor]
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def _over_kernels(self, x: Tensor, m: Tensor, draws: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """Draws in another order, and logits ``(D, N, K)`` with as many draws of the gate's kernels as are affordable."""
         gate, scale = self.network.gate, self.network.kernel_scale
         assert gate is not None and scale is not None

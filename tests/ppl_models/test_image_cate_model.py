@@ -226,17 +226,18 @@ def test_effects_follow_the_units_of_the_outcome() -> None:
     double = {n: v.double() for n, v in trial.items()}
     first, second = embedding_model(num_steps=30), embedding_model(num_steps=30)
     fit_tabular(first, double)
-    fit_tabular(second, {**double, "outcome": 100 - 3 * double["outcome"]})
-    assert second.ate() == pytest.approx(-3 * first.ate(), rel=1e-5)
-    third = embedding_model(num_steps=30)
-    fit_tabular(third, {**double, "outcome": 100 + 3 * double["outcome"]})
-    torch.testing.assert_close(third.effect(double["images"]), 3 * first.effect(double["images"]), rtol=1e-4, atol=1e-4)
+    fit_tabular(second, {**double, "outcome": 100 + 3 * double["outcome"]})
+    assert second.ate() == pytest.approx(3 * first.ate(), rel=1e-5)
+    found = second.effect(double["images"])
+    torch.testing.assert_close(found, 3 * first.effect(double["images"]), rtol=1e-4, atol=1e-4)
     flipped = embedding_model(num_steps=30)
     fit_tabular(flipped, {**double, "treatment": 1 - double["treatment"]})
     assert flipped.ate() == pytest.approx(-first.ate(), rel=1e-5)
 
 
-@pytest.mark.parametrize("posterior", ["laplace", "svi", "nuts", "sghmc"])
+@pytest.mark.parametrize(
+    "posterior", ["laplace", "svi", *(pytest.param(p, marks=pytest.mark.slow) for p in ("nuts", "sghmc"))]
+)
 def test_posteriors_agree(posterior: str) -> None:
     """All engines on the same heads: the sampling error of each type's effect, 0.3 sqrt(4 / 60) = 0.077 (n = 240)."""
     trial = tabular_trial()

@@ -123,7 +123,12 @@ def test_uganda_with_images_exchanged_between_sites(data_dir: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model.fit(
-                data["outcome"], data["treatment"], data["images"][order], data["image_index"], seed=seed, progress=False
+                data["outcome"],
+                data["treatment"],
+                data["images"][order],
+                data["image_index"],
+                seed=seed,
+                progress=False,
             )
         found += abs(model.evaluate().qini.ratio) > 1.96
     assert found <= 3
