@@ -6,15 +6,14 @@
     mcmc.summary()
 
 The driver owns what kernels must not: random streams, minibatch indices, warm-up, thinning, progress, draws on disk,
-checkpoints.  Steps run in blocks; noise and
-indices of a block are drawn at once, and nothing is read back to Python within it.
+checkpoints.  Steps run in blocks; noise and indices of a block are drawn at once, and nothing is read back within it.
 """
 
 import functools
 import itertools
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ import torch
 from torch import Tensor
 
 from inference._errors import NonFiniteError, SamplerWarning
-from inference.kernels.base import Kernel, Noise, count
+from inference.citation import Citable
+from inference.kernels.base import Kernel, Noise, block_steps, count
 from inference.potential import InDims, LogDensity, Potential, PotentialFunction, Program
 from inference.results import diagnostics as _diagnostics
 from inference.results.export import to_arviz
@@ -39,15 +39,11 @@ from inference.runtime.streams import Streams
 
 __all__ = ["MCMC"]
 
-_NOISE_PER_BLOCK = (
-    1 << 18
-)  # random numbers a chain draws at once; bounds memory, and is no function of the number of chains
-_STEPS_PER_BLOCK = 128
 _INIT_TRIES = 100
 _SHOWN = ("acceptance_rate", "step_size", "kinetic_temperature")
 
 
-class MCMC:
+class MCMC(Citable):
     """Run a kernel for many chains and keep the draws; names and meaning as in ``pyro.infer.MCMC``.
 
     Args:
@@ -185,6 +181,9 @@ class MCMC:
 
     def _potential(self) -> Potential:
         kernel = self.kernel
+        own = kernel.own_potential(self._args, self._kwargs, self.in_dims)
+        if own is not None:
+            return own
         transforms = self.transforms or kernel.transforms
         if kernel.potential_fn is not None:
             if self.initial_params is None:
@@ -266,13 +265,12 @@ class MCMC:
                         if self.hook_fn is not None:
                             self._hook(potential, state, t)
                         if "diverging" in info and t >= self.warmup_steps:
-                            diverged = (
-                                info["diverging"] if diverged is None else torch.maximum(diverged, info["diverging"])
-                            )
+                            now = info["diverging"]
+                            diverged = now.clone() if diverged is None else torch.maximum(diverged, now)
                             info = {**info, "diverging": diverged}
                         if t in kept_set:
-                            positions.append(state.position)
-                            records.append(info)
+                            positions.append(state.position.clone())
+                            records.append({n: v.clone() for n, v in info.items()})
                             diverged = None
                     gradients += int(taken)
                     if positions:
@@ -306,7 +304,7 @@ class MCMC:
                     if files is not None and (due or self.stopped):
                         store.flush()
                         progress = {"step": done, "drawn": drawn, "num_gradients": gradients, "stats": stats_example}
-                        files.save(state, streams, {**progress, "sites": self._saved_sites()})
+                        files.save(state, streams, {**progress, "sites": list(example)})
                         last_saved = time.perf_counter()
                     if self.stopped:
                         break
@@ -347,8 +345,7 @@ class MCMC:
         return DrawStore(chains, self.num_samples, folder)
 
     def _edges(self, spec: Noise, total: int) -> list[int]:
-        per_step = max(1, spec.normal + spec.uniform + (0 if spec.gamma is None else spec.gamma.numel()))
-        block = max(1, min(_STEPS_PER_BLOCK, _NOISE_PER_BLOCK // per_step))
+        block = block_steps(spec)
         inner = [b for b in (self.warmup_steps, *self.kernel.boundaries(self.warmup_steps)) if 0 < b < total]
         return sorted({0, total, *inner, *range(0, total, block)})
 
@@ -377,22 +374,23 @@ class MCMC:
                 )
             return position
         assert isinstance(density, LogDensity)
-        position = torch.stack([self._draw_start(density, chain, 0) for chain in own])
+        position = self._draw_starts(density, own, 0)
         for attempt in range(1, _INIT_TRIES + 1):
             bad = self._bad_starts(potential, position)
             if not bad:
                 return position
-            for i in bad:
-                position[i] = self._draw_start(density, own[i], attempt)
+            position[bad] = self._draw_starts(density, [own[i] for i in bad], attempt)
         raise ValueError(
             "no starting point with a finite density and gradient was found "
             f"in {_INIT_TRIES} tries for chains {[own[i] for i in bad]}: check the model for "
             "impossible observations, or give initial_params or an init_strategy"
         )
 
-    def _draw_start(self, density: LogDensity, chain: int, attempt: int) -> Tensor:
-        row = [d[chain] for d in density.data]
-        return density.initial_position(derive_seed(self.seed, "init", chain, attempt), self.kernel.init_strategy, row)
+    def _draw_starts(self, density: LogDensity, chains: Sequence[int], attempt: int) -> Tensor:
+        seeds = [derive_seed(self.seed, "init", chain, attempt) for chain in chains]
+        return density.initial_positions(
+            seeds, self.kernel.init_strategy, [[d[c] for d in density.data] for c in chains]
+        )
 
     def _bad_starts(self, potential: Potential, position: Tensor) -> list[int]:
         energy, gradient = potential.value_and_grad(position, self._dry_batch(potential))
@@ -422,7 +420,7 @@ class MCMC:
         return {**{f"draw/{n}": v for n, v in draws.items()}, **{f"stat/{n}": v for n, v in stats.items()}}
 
     def _hook(self, potential: Potential, state: Any, step: int) -> None:
-        values = potential.density.unflatten(state.position)
+        values = potential.density.unflatten(state.position.clone())
         warming = step < self.warmup_steps
         assert self.hook_fn is not None
         self.hook_fn(
@@ -501,11 +499,10 @@ class MCMC:
             "start": None if self.initial_params is None else {n: identify(v) for n, v in self.initial_params.items()},
         }
 
-    def _saved_sites(self) -> list[str]:
-        assert self.potential is not None
-        return list(self._select(dict.fromkeys(self.potential.sites)))  # type: ignore[arg-type]
-
     # ------------------------------------------------------------------ results
+    def _used(self) -> tuple[object, ...]:
+        return (self.kernel,)
+
     def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> dict[str, Tensor]:
         """The draws by site, ``(num_chains * draws, *shape)``, or ``(num_chains, draws, *shape)`` with
         ``group_by_chain``.

@@ -7,7 +7,6 @@ generator per chain, so a kernel never
 touches a generator.  States are named tuples of tensors whose first field is ``position`` of shape ``(chain, dim)``.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -16,10 +15,15 @@ import torch
 from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 
-from inference.potential import Potential, Program
+from inference._checks import count, nonnegative, positive
+from inference.citation import Citable
+from inference.potential import InDims, Potential, Program
 from inference.runtime.streams import Streams
 
 __all__ = ["Kernel", "Lift", "Noise", "StepInputs", "Transition", "count", "nonnegative", "positive"]
+
+_NOISE_PER_BLOCK = 1 << 18  # random numbers of a chain
+_STEPS_PER_BLOCK = 128
 
 State = Any
 Info = dict[str, Tensor]
@@ -57,6 +61,8 @@ class StepInputs(NamedTuple):
 class Transition(NamedTuple):
     """One step of all chains.
 
+    The next step may write into its tensors: whoever keeps one makes a copy.
+
     Attributes:
         state: the state after it; its position is exact at every step, all else at a block's last one.
         info: what happened, each entry ``(chain,)``.
@@ -68,7 +74,15 @@ class Transition(NamedTuple):
     gradients: int | Tensor
 
 
-class Kernel(ABC):
+class _Moving(NamedTuple):
+    """What a step in place changes: the state, the record of the step, and the row of the next one's inputs, 0-dim."""
+
+    state: State
+    info: Info
+    clock: Tensor
+
+
+class Kernel(Citable, ABC):
     """A Markov kernel on the unconstrained space of a Pyro model.
 
     Attributes:
@@ -97,6 +111,10 @@ class Kernel(ABC):
         self.model, self.potential_fn = model, potential_fn
         self.transforms, self.max_plate_nesting, self.init_strategy = transforms, max_plate_nesting, init_strategy
 
+    def own_potential(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], in_dims: InDims) -> Potential | None:
+        """The target of a kernel that does not move in unconstrained space, at the arguments of ``run``; else None."""
+        return None
+
     @abstractmethod
     def noise(self, potential: Potential) -> Noise:
         """The random numbers that one step of one chain consumes."""
@@ -109,12 +127,11 @@ class Kernel(ABC):
     def step(self, state: State, inputs: StepInputs, potential: Potential) -> tuple[State, Info]:
         """The next state of all chains and what happened, each entry of the record ``(chain,)``."""
 
-    def build(self, potential: Potential, lift: Lift) -> Callable[[State, StepInputs, Any], tuple[State, Info]]:
+    def build(self, potential: Potential, lift: Lift) -> Callable[[State, StepInputs, Any], tuple[State, Info]] | None:
         """``step`` with its pieces recorded as graphs: ``lift(function, calls_per_step)`` returns the function as a
-        graph. One graph unless overridden.
+        graph.  ``None`` where the whole step is one graph.
         """
-        recorded = lift(lambda state, inputs: self.step(state, inputs, potential), 1)
-        return lambda state, inputs, plan: recorded(state, inputs)
+        return None
 
     def runner(
         self, potential: Potential, lift: Lift, streams: Streams
@@ -123,6 +140,8 @@ class Kernel(ABC):
         overridden.
         """
         step = self.build(potential, lift)
+        if step is None:
+            return self._in_place(potential, lift, streams)
 
         def run(state: State, start: int, stop: int, warmup_steps: int) -> Iterator[Transition]:
             plan = self.plan(state)
@@ -130,6 +149,48 @@ class Kernel(ABC):
             for inputs in streams.inputs(stop - start, self.controls(start, stop, warmup_steps)):
                 state, info = step(state, inputs, plan)
                 yield Transition(state, info, gradients * len(state.position))
+
+        return run
+
+    def _in_place(
+        self, potential: Potential, lift: Lift, streams: Streams
+    ) -> Callable[[State, int, int, int], Iterator[Transition]]:
+        """Steps that change the state where it lies and find their row of the block's inputs by a clock, so that
+        nothing passes through Python between them.
+        """
+
+        def tick(moving: _Moving, block: StepInputs) -> _Moving:
+            now = moving.clock[None]
+            inputs = StepInputs(*({n: v.index_select(0, now)[0] for n, v in group.items()} for group in block))
+            state, info = self.step(moving.state, inputs, potential)
+            return _Moving(state, info, moving.clock + 1)
+
+        program = lift(tick, 1)
+        moving: _Moving | None = None
+        memory: StepInputs | None = None
+        advance: Callable[[], Any] = _nothing
+
+        def run(state: State, start: int, stop: int, warmup_steps: int) -> Iterator[Transition]:
+            nonlocal moving, memory, advance
+            drawn = streams.block(stop - start, self.controls(start, stop, warmup_steps))
+            if moving is None or memory is None:
+                rows = block_steps(self.noise(potential))
+                memory = StepInputs(
+                    *({n: v.new_zeros((rows, *v.shape[1:])) for n, v in group.items()} for group in drawn)
+                )
+                first = StepInputs(*({n: v[0] for n, v in group.items()} for group in drawn))
+                example = self.step(state, first, potential)[1]
+                info = {n: torch.zeros_like(v, memory_format=torch.contiguous_format) for n, v in example.items()}
+                moving = _Moving(_copied(state), info, torch.zeros((), dtype=torch.int64, device=state.position.device))
+                _fill(memory, drawn)
+                advance = program.bind(moving, memory)
+            else:
+                _fill(memory, drawn)
+                _overwrite(moving.state, state)
+            moving.clock.zero_()
+            for _ in range(start, stop):
+                advance()
+                yield Transition(moving.state, moving.info, len(state.position))
 
         return run
 
@@ -165,34 +226,36 @@ class Kernel(ABC):
         }
 
 
-def count(name: str, value: Any, least: int) -> int:
-    """``value`` as an integer of at least ``least``; raises naming the argument."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return value
+def block_steps(spec: Noise) -> int:
+    """Most steps whose noise is drawn at once: bounded in memory, and no function of the number of chains."""
+    per_step = max(1, spec.normal + spec.uniform + (0 if spec.gamma is None else spec.gamma.numel()))
+    return max(1, min(_STEPS_PER_BLOCK, _NOISE_PER_BLOCK // per_step))
 
 
-def positive(name: str, value: Any, *, upper: float = math.inf) -> float:
-    """``value`` as a float in ``(0, upper]``; raises ``TypeError`` or ``ValueError`` naming the argument."""
-    return _real(name, value, 0.0, upper, open_below=True)
+def _nothing() -> None:
+    """No step."""
 
 
-def nonnegative(name: str, value: Any, *, upper: float = math.inf) -> float:
-    """``value`` as a float in ``[0, upper]``; raises ``TypeError`` or ``ValueError`` naming the argument."""
-    return _real(name, value, 0.0, upper, open_below=False)
+def _fill(memory: StepInputs, drawn: StepInputs) -> None:
+    for kept, given in zip(memory, drawn, strict=True):
+        for name, value in given.items():
+            kept[name][: len(value)] = value
 
 
-def _real(name: str, value: Any, lower: float, upper: float, *, open_below: bool) -> float:
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    inside = (value > lower if open_below else value >= lower) and value <= upper and math.isfinite(value)
-    if not inside:
-        raise ValueError(f"{name} must lie in {'(' if open_below else '['}{lower:g}, {upper:g}], got {value!r}")
-    return float(value)
+def _copied(state: Any) -> Any:
+    """The state in memory of its own."""
+    if isinstance(state, Tensor):
+        return state.clone(memory_format=torch.contiguous_format)
+    return type(state)(*(_copied(part) for part in state))
+
+
+def _overwrite(target: Any, source: Any) -> None:
+    if isinstance(target, Tensor):
+        if target is not source:
+            target.copy_(source)
+        return
+    for part, value in zip(target, source, strict=True):
+        _overwrite(part, value)
 
 
 def per_chain_norm(x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Turn a Python function of tensors into a flat graph of tensor operations, so that Python's and Pyro's overhead is
 paid once.
 
-``trace`` records one evaluation with ``make_fx``.  The recorded graph is cleaned: constants are folded, repeated and
-dead nodes dropped, and the
+``trace`` records one evaluation (``recorder.py``).  The recorded graph is cleaned: repeated and dead nodes are dropped,
+and the
 error checks of matrix factorisations become NaN in the chain that failed, instead of an exception for all.
 ``program`` runs a function of
 pytrees as such a graph, and compiles it where that pays.
@@ -12,13 +12,15 @@ import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from inference._errors import CaptureWarning
+from inference.potential.recorder import CaptureError, is_random, record
+from inference.potential.replay import replay
 
 __all__ = ["CaptureError", "Program", "trace"]
 
@@ -30,18 +32,15 @@ _SECONDS_PER_NODE = 5e-6
 _COMPILE_SECONDS = 3.0
 _COMPILE_SECONDS_PER_NODE = 0.01
 
-_FOLD_LIMIT = 1 << 24  # elements; a larger constant is recomputed rather than held
+# Compiled programs of this process by the text of their graph and the layout of their inputs, the last used at the end.
+_COMPILED: dict[Any, Callable[[list[Tensor]], Any]] = {}
+_MOST_COMPILED = 64
+
 _NAN_ON_FAILURE = {
     torch.ops.aten.linalg_cholesky_ex.default: 1,
     torch.ops.aten.linalg_inv_ex.default: 1,
     torch.ops.aten._linalg_solve_ex.default: 3,
     torch.ops.aten.linalg_lu_factor_ex.default: 2,
-}
-_SHAPE_ONLY = {
-    torch.ops.aten.zeros_like.default: 0.0,
-    torch.ops.aten.ones_like.default: 1.0,
-    torch.ops.aten.new_zeros.default: 0.0,
-    torch.ops.aten.new_ones.default: 1.0,
 }
 _IDENTITIES = {
     torch.ops.aten.detach.default,
@@ -49,10 +48,6 @@ _IDENTITIES = {
     torch.ops.aten.lift_fresh_copy.default,
     torch.ops.aten.lift_fresh.default,
 }
-
-
-class CaptureError(RuntimeError):
-    """The function cannot be recorded as a graph; the message says which operation stands in the way."""
 
 
 def trace(
@@ -72,68 +67,33 @@ def trace(
             changes a tensor of ``closed_over``, or draws random numbers without ``random``.
     """
     try:
-        graph = make_fx(lambda *inputs: function(*inputs))(*example)
+        constants, graph = record(function, example, closed_over)
+    except CaptureError:
+        raise
     except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
         raise CaptureError(
             str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         ) from error
-    drawn = [n for n in graph.graph.nodes if _is_random(n)]
+    drawn = [n for n in graph.nodes if is_random(n)]
     if drawn and not random:
         raise CaptureError(
             f"the function draws random numbers ({drawn[0].target}): its value would change from call to call"
         )
-    _lift(graph, closed_over)
-    if any(_mutates(n) for n in graph.graph.nodes):
-        # In-place operations cannot be mapped over chains where only their right-hand side has a chain dimension.
-        values = [tensor.detach() for tensor in closed_over]
-        graph = make_fx(torch.func.functionalize(graph, remove="mutations"))(*example, *values)
-    return _clean(graph)
+    _clean(graph)
+    return fx.GraphModule(constants, graph)
 
 
-def _lift(module: fx.GraphModule, closed_over: Sequence[Tensor]) -> None:
-    """Make inputs of the tensors that the graph holds."""
-    if not closed_over:
-        return
-    graph = module.graph
-    held: dict[int, list[fx.Node]] = {}
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            held.setdefault(id(_attribute(module, str(node.target))), []).append(node)
-    after = [n for n in graph.nodes if n.op == "placeholder"][-1:]
-    for index, tensor in enumerate(closed_over):
-        with graph.inserting_after(*after) if after else graph.inserting_before(next(iter(graph.nodes))):
-            lifted = graph.placeholder(f"closed_over_{index}")
-        after = [lifted]
-        for node in held.get(id(tensor), []):
-            if any(_mutates(user) and user.args[0] is node for user in node.users):
-                raise CaptureError("the function changes a tensor that it closes over (batch statistics of a module?)")
-            lifted.meta = dict(node.meta)
-            node.replace_all_uses_with(lifted)
-            graph.erase_node(node)
-    module.recompile()
-
-
-def _is_random(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
-
-
-def _mutates(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def _clean(module: fx.GraphModule) -> fx.GraphModule:
-    _nan_where_factorisation_failed(module)
-    _spell_out_log_sigmoid(module)
-    _fold_constants(module)
-    _merge_repeated(module)
+def _clean(graph: fx.Graph) -> None:
+    _nan_where_factorisation_failed(graph)
+    _spell_out_log_sigmoid(graph)
+    _merge_repeated(graph)
     # Draws that nothing uses are dropped as well: by default fx keeps them.
-    module.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure(impure_random=False))
-    module.recompile()
-    return module
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure(impure_random=False))
+    for node in graph.nodes:
+        node.meta.clear()  # it holds what every operation gave
 
 
-def _nan_where_factorisation_failed(module: fx.GraphModule) -> None:
-    graph = module.graph
+def _nan_where_factorisation_failed(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target is torch.ops.aten._linalg_check_errors.default:
             graph.erase_node(node)
@@ -161,9 +121,8 @@ def _nan_where_factorisation_failed(module: fx.GraphModule) -> None:
         result.replace_all_uses_with(safe, delete_user_cb=lambda user, keep=safe: user is not keep)
 
 
-def _spell_out_log_sigmoid(module: fx.GraphModule) -> None:
+def _spell_out_log_sigmoid(graph: fx.Graph) -> None:
     """Its derivative as a product: under ``vmap`` torch's own operator warns where the cotangent has no chains."""
-    graph = module.graph
     for node in list(graph.nodes):
         if node.target is not torch.ops.aten.log_sigmoid_backward.default:
             continue
@@ -183,53 +142,11 @@ def _is_vector_solve(node: fx.Node) -> bool:
     return value[0].dim() == value[3].dim() + 1
 
 
-def _fold_constants(module: fx.GraphModule) -> None:
-    """Evaluate every node that no input reaches, once and now."""
-    graph = module.graph
-    known: dict[fx.Node, Any] = {}
-    mutated = {n.args[0] for n in graph.nodes if _mutates(n) and n.args}
-    for node in list(graph.nodes):
-        if node.op == "get_attr":
-            known[node] = _attribute(module, str(node.target))
-            continue
-        if node.op != "call_function" or _is_random(node):
-            continue
-        value = node.meta.get("val")
-        number = _SHAPE_ONLY.get(node.target)
-        if node.target is torch.ops.aten.fill.Scalar and not isinstance(node.args[1], fx.Node):
-            number = node.args[1]
-        if number is not None and isinstance(value, Tensor) and node not in mutated:
-            known[node] = torch.full(value.shape, number, dtype=value.dtype, device=value.device)
-        else:
-            if node in mutated or _mutates(node):
-                continue
-            if not all(n in known for n in node.all_input_nodes):
-                continue
-            if isinstance(value, Tensor) and value.numel() > _FOLD_LIMIT:
-                continue
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])
-            with torch.no_grad():
-                known[node] = node.target(*args, **kwargs)
-    for index, (node, value) in enumerate(known.items()):
-        if node.op == "get_attr" or not isinstance(value, Tensor) or all(u in known for u in node.users):
-            continue
-        name = f"_folded_{index}"
-        module.register_buffer(name, value.detach(), persistent=False)
-        with graph.inserting_before(node):
-            constant = graph.get_attr(name)
-        constant.meta = dict(node.meta)
-        node.replace_all_uses_with(constant)
-        graph.erase_node(node)
-
-
-def _merge_repeated(module: fx.GraphModule) -> None:
+def _merge_repeated(graph: fx.Graph) -> None:
     """Common subexpressions once; identities and additions of the number zero not at all."""
-    graph = module.graph
-    if any(_mutates(n) for n in graph.nodes):
-        return
     seen: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
-        if node.op not in ("call_function", "get_attr") or _is_random(node):
+        if node.op not in ("call_function", "get_attr") or is_random(node):
             continue
         target = node.target
         plain_zero = (
@@ -266,6 +183,17 @@ def _attribute(module: fx.GraphModule, target: str) -> Any:
     for part in target.split("."):
         value = getattr(value, part)
     return value
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """Compiled code and the constants that are its last inputs."""
+
+    code: Callable[[list[Tensor]], Any]
+    constants: list[Tensor]
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        return self.code([*inputs, *self.constants])
 
 
 class Program:
@@ -339,12 +267,16 @@ class Program:
         if key not in self._recorded:
             self._recorded[key] = self._record(flat, (state, *args), updated)
         run = self._recorded[key][0]
+        if isinstance(run, _Compiled):
+            step = replay(run.code, flat[:updated], [*flat[updated:], *run.constants])
+            if step is not None:
+                return step
 
-        def step() -> None:
+        def call() -> None:
             with torch.no_grad():
                 run(*flat)
 
-        return step
+        return call
 
     def _record(self, flat: list[Tensor], args: tuple[Any, ...], updated: int = 0) -> tuple[Callable[..., Any], Any]:
         structure: list[Any] = []
@@ -366,16 +298,25 @@ class Program:
             worth = self.calls * nodes * _SECONDS_PER_NODE > _COMPILE_SECONDS + nodes * _COMPILE_SECONDS_PER_NODE
             if self.compile is True or (self.compile == "auto" and worth):
                 return self._compiled(graph, flat), structure[0]
+        if updated:
+            graph.recompile()
         return graph, structure[0]
 
     def _compiled(self, graph: fx.GraphModule, flat: list[Tensor]) -> Callable[..., Any]:
         constants = _lift_constants(graph)
+        inputs = [*flat, *constants]
+        # A second run of a model differs in its constants alone.
+        layouts = [(tuple(x.shape), x.stride(), x.dtype, x.device) for x in inputs]
+        key = (graph.code, repr(layouts), torch.get_num_threads())
         try:
             with warnings.catch_warnings(), _compiler_settings():
                 warnings.simplefilter("ignore")
-                compiled = _compile(graph, [*flat, *constants])
+                compiled = _COMPILED.pop(key, None) or _compile(graph, inputs)
+            _COMPILED[key] = compiled
+            while len(_COMPILED) > _MOST_COMPILED:
+                del _COMPILED[next(iter(_COMPILED))]
             self.compiled = True
-            return lambda *inputs: compiled([*inputs, *constants])
+            return _Compiled(compiled, constants)
         except Exception as error:
             message = str(error).strip().splitlines()
             warnings.warn(
@@ -404,13 +345,23 @@ def _write_back(module: fx.GraphModule) -> None:
     with graph.inserting_before(output):
         pairs = []
         for place, result in zip(places, results, strict=False):
-            if result is not place:
-                moved = result.op == "placeholder"  # another input, which may be written to before it is read
-                pairs.append((place, graph.call_function(torch.ops.aten.clone.default, (result,)) if moved else result))
+            if result is place:
+                continue
+            if _origin(result).op == "placeholder":
+                # It shows an input, which may be written to before it is read.  A copy would do, but the compiler takes
+                # one of a view for nothing and reads late.
+                result = graph.call_function(torch.ops.aten.maximum.default, (result, result))
+            pairs.append((place, result))
         for place, result in pairs:
             graph.call_function(torch.ops.aten.copy_.default, (place, result))
     output.args = ([],)
-    module.recompile()
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """The node whose memory this one shows."""
+    while node.target is operator.getitem or (isinstance(node.target, torch._ops.OpOverload) and node.target.is_view):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def _lift_constants(module: fx.GraphModule) -> list[Tensor]:

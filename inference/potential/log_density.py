@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to, identity_transform
 
 from inference.potential.chain_arguments import ChainArguments, InDims
-from inference.runtime.generators import scoped_seed
+from inference.runtime.generators import generator, scoped_seed
 
 __all__ = ["LogDensity", "MinibatchPlate", "Site", "scoped_model"]
 
@@ -314,6 +314,16 @@ class LogDensity:
             for name in self.sites
         ]
         return torch.cat(parts).detach()
+
+    def initial_positions(
+        self, seeds: Sequence[int], strategy: Callable[[Any], Any], rows: Sequence[Sequence[Tensor]]
+    ) -> Tensor:
+        """The chains' starting points ``(chain, dim)`` under their seeds, with their rows of ``data``."""
+        if strategy is init_to_uniform and not self.transforms:
+            # Uniform on (-2, 2) in unconstrained space whatever the model, which need not run once a chain.
+            drawn = [torch.rand(self.dim, generator=generator(s, "start"), dtype=self.dtype) for s in seeds]
+            return (4 * torch.stack(drawn) - 2).to(self.device)
+        return torch.stack([self.initial_position(s, strategy, row) for s, row in zip(seeds, rows, strict=True)])
 
     def minibatch(self, seed: int = 0) -> dict[str, Tensor]:
         """Indices for every minibatch plate, for a dry evaluation."""

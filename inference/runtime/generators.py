@@ -7,7 +7,7 @@ then the same alone, in a batch, resumed, or on another process.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -88,8 +88,9 @@ class ChainGenerators:
 
         return self._stack(draw)
 
-    def _stack(self, draw) -> Tensor:  # type: ignore[no-untyped-def]
-        return torch.stack([draw(g) for g in self._generators], dim=1)
+    def _stack(self, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
+        drawn = [draw(g) for g in self._generators]
+        return drawn[0].unsqueeze(1) if len(drawn) == 1 else torch.stack(drawn, dim=1)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The generators' states, one byte tensor a chain."""

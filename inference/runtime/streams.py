@@ -50,8 +50,10 @@ class Streams:
             drawn["gamma"] = self._noise.gamma(steps, spec.gamma)
         return drawn
 
-    def inputs(self, steps: int, controls: Mapping[str, Sequence[float]]) -> "list[StepInputs]":
-        """The inputs of the next steps; ``controls`` as the kernel scheduled them."""
+    def block(self, steps: int, controls: Mapping[str, Sequence[float]]) -> "StepInputs":
+        """The inputs of the next steps, each with the step as its leading dimension; ``controls`` as the kernel
+        scheduled them.
+        """
         from inference.kernels.base import StepInputs
 
         scheduled = {n: torch.tensor(list(v), dtype=self.dtype, device=self.device) for n, v in controls.items()}
@@ -59,8 +61,13 @@ class Streams:
         for plate in self._plates.values():
             drawn = self._batches.indices(steps, plate.size, plate.batch_size)
             indices[plate.name] = drawn[:, 0] if self._shared else drawn
-        rows = [{n: v.unbind(0) for n, v in group.items()} for group in (self.noise(steps), scheduled, indices)]
-        return [StepInputs(*({n: v[t] for n, v in group.items()} for group in rows)) for t in range(steps)]
+        return StepInputs(self.noise(steps), scheduled, indices)
+
+    def inputs(self, steps: int, controls: Mapping[str, Sequence[float]]) -> "list[StepInputs]":
+        """``block`` step by step."""
+        block = self.block(steps, controls)
+        rows = [{n: v.unbind(0) for n, v in group.items()} for group in block]
+        return [type(block)(*({n: v[t] for n, v in group.items()} for group in rows)) for t in range(steps)]
 
     def fresh(self, purpose: str, block: int) -> ChainGenerators:
         """Generators for one block alone, for a kernel that cannot say beforehand how much it will draw: what is left

@@ -137,8 +137,7 @@ class Fitted:
         return AtImages(probs, high - low + self.shift)
 
     def _over_kernels(self, x: Tensor, m: Tensor, draws: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """Draws in another order, and logits ``(D, N, K)`` with as many draws of the gate's kernels as are
-        affordable."""
+        """Draws in another order, and logits ``(D, N, K)``, with as many draws of the kernels as are affordable."""
         gate, scale = self.network.gate, self.network.kernel_scale
         assert gate is not None and scale is not None
         own = dict(gate.backbone.named_parameters())

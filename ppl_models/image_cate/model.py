@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from inference.citation import Paper
 from inference.runtime.checkpoint import flatten_state, unflatten_state
 from ppl_models.base import Model, check_count
 from ppl_models.image_cate import salience as saliences
@@ -108,6 +109,20 @@ class ImageCATE(Model):
         >>> cate.effect(trial.images).shape, cate.cluster_probs(trial.images).shape
         (torch.Size([200]), torch.Size([200, 2]))
     """
+
+    papers: ClassVar[tuple[Paper, ...]] = (
+        Paper(
+            "inproceedings",
+            "jerzak2023image",
+            author="Jerzak, Connor T. and Johansson, Fredrik and Daoud, Adel",
+            title="Image-Based Treatment Effect Heterogeneity",
+            booktitle="Conference on Causal Learning and Reasoning",
+            series="Proceedings of Machine Learning Research",
+            volume=213,
+            pages="531--552",
+            year=2023,
+        ),
+    )
 
     kind: ClassVar[str] = "ImageCATE"
 

@@ -125,9 +125,10 @@ def test_a_sampler_that_ignores_the_data_passes_by_its_parameters_and_fails_by_t
     """Modrák et al. 2023: the prior is calibrated for every parameter, and only data-dependent quantities see it."""
 
     def ignoring(conditioned, **options):
-        return HMC(lambda *data: model(), **options)  # of Gaussians, draws without correlation
+        return HMC(lambda *data: model(), **options)
 
-    p = {name: float(value) for name, value in calibrate(ignoring, warmup_steps=100, thin=3).chi_square().items()}
+    # Ranks among correlated draws are not uniform: at thin=3 the rate's draws still correlate by 0.10, at 10 by 0.04.
+    p = {name: float(value) for name, value in calibrate(ignoring, warmup_steps=200, thin=10).chi_square().items()}
     assert p["mu"] > 0.01 and p["rate"] > 0.01 and p["log_likelihood"] < 1e-6
 
 
