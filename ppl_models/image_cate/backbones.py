@@ -88,8 +88,9 @@ class RandomFeatures(nn.Module):
     def __init__(self, channels: int, width: int = 64, sizes: Sequence[int] = (3, 5, 7)) -> None:
         super().__init__()
         share = -(-width // len(sizes))
-        self.convolutions = nn.ModuleList([nn.Conv2d(channels, share, s, padding=s // 2) for s in sizes])
-        for layer in self.convolutions:
+        layers = [nn.Conv2d(channels, share, s, padding=s // 2) for s in sizes]
+        self.convolutions = nn.ModuleList(layers)
+        for layer in layers:
             nn.init.normal_(layer.weight)
             with torch.no_grad():
                 layer.weight -= layer.weight.mean((-2, -1), keepdim=True) * (torch.rand(share, 1, 1, 1) < 0.5)
