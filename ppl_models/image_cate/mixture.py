@@ -160,7 +160,7 @@ class EffectMixture(PyroModule):
             pyro.plate("image", max(self.num_images, shown), subsample=rows, dim=-2),
             pyro.plate("unit", units.mask.shape[1], dim=-1),
             poutine.scale(scale=units.weight),
-            poutine.mask(mask=units.mask),
+            poutine.mask(mask=units.mask),  # type: ignore[call-overload]
         )
         return stack
 
@@ -171,7 +171,7 @@ class EffectMixture(PyroModule):
             z: Tensor = pyro.sample("z", Relaxed(wide.new_full((), self.temperature), logits=wide))
             return z
         # Only a guide says how z is summed out; in the model the engine decides.
-        infer = {"enumerate": "parallel"} if guide else {}
+        infer: Any = {"enumerate": "parallel"} if guide else {}
         z = pyro.sample("z", Categorical(logits=wide), infer=infer)
         return z
 
@@ -189,7 +189,7 @@ class TypeGuide(PyroModule):
         super().__init__()
         self._mixture = (mixture,)  # not a submodule: its parts are the model's
         start: Callable[..., Any] = init_to_value(values=values)
-        joint = [name for name in ("mu", "rho", "intercept", "slope", "site_scale") if name in values]
+        joint: list[str] = [name for name in ("mu", "rho", "intercept", "slope", "site_scale") if name in values]
         self.joint = AutoMultivariateNormal(poutine.block(mixture, expose=joint), start, init_scale=scale)
         self.site = (
             AutoNormal(poutine.block(mixture, expose=["site"]), init_loc_fn=start, init_scale=scale)

@@ -57,7 +57,7 @@ def choose_num_clusters(
     for count in counts:
         one = ImageCATE(**{**model.get_params(), "num_clusters": count, "num_samples": 50})
         if state is None:  # baseline, propensity and folds are the same for all
-            one.fit(outcome, treatment, images, *args, seed=seed, **{**kwargs, "progress": False})
+            one.fit(outcome, treatment, images, *args, **{**kwargs, "seed": seed, "progress": False})
             state = one._fitted("choose_num_clusters")
         state.settings = one.settings()
         tau = cross_fit_effects(state)[0]
