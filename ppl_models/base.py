@@ -5,7 +5,9 @@ A model is a ``PyroModule``: calling it runs its Pyro model.  Its file is one ch
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -20,6 +22,7 @@ from inference._errors import CheckpointError
 from inference.citation import Citable
 from inference.model_check import ModelCheck, check_model
 from inference.runtime.checkpoint import load_checkpoint, save_checkpoint
+from inference.runtime.generators import derive_seed
 
 __all__ = [
     "Model",
@@ -104,6 +107,22 @@ def check_batch_size(batch_size: int | None, num_rows: int) -> int | None:
     return None if batch_size == num_rows else batch_size
 
 
+def _checked(fit: Callable[..., Any]) -> Callable[..., Any]:
+    """``fit`` that refuses a seed or a progress of the wrong kind before anything else."""
+    signature = inspect.signature(fit)
+
+    @functools.wraps(fit)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        derive_seed(given.get("seed", 0))
+        progress = given.get("progress", False)
+        if not isinstance(progress, bool) and not callable(progress):
+            raise TypeError(f"progress must be True, False or a function of one dictionary, got {progress!r}")
+        return fit(*args, **kwargs)
+
+    return checked
+
+
 @contextmanager
 def unchanged_on_error(module: nn.Module) -> Iterator[None]:
     """If the block raises (an interrupt counts), the module's parameters and buffers are put back first."""
@@ -162,6 +181,12 @@ class Model(Citable, PyroModule):
 
     kind: ClassVar[str]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Every model refuses a bad seed or progress at the door, whatever it does next."""
+        super().__init_subclass__(**kwargs)
+        if "fit" in vars(cls):
+            cls.fit = _checked(vars(cls)["fit"])  # type: ignore[attr-defined]
+
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, as plain data."""
         raise NotImplementedError
@@ -193,8 +218,12 @@ class Model(Citable, PyroModule):
         save_checkpoint(path, tensors, {"config": self.config(), "extra": meta}, kind=self.kind)
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path, **objects: Any) -> Self:
         """The model that ``save`` wrote, on the CPU. Nothing that the file holds is executed.
+
+        Args:
+            path: the file.
+            objects: constructor arguments that a file cannot hold, such as a module of the user's.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -207,7 +236,7 @@ class Model(Citable, PyroModule):
         state = {k.removeprefix("state/"): v for k, v in tensors.items() if k.startswith("state/")}
         extra = {k.removeprefix("extra/"): v for k, v in tensors.items() if k.startswith("extra/")}
         try:
-            model = cls(**meta["config"])
+            model = cls(**{**meta["config"], **objects})
             dtypes = {v.dtype for v in state.values() if v.is_floating_point()}
             if len(dtypes) == 1:
                 model.to(dtypes.pop())

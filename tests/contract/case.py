@@ -50,7 +50,7 @@ class ModelCase:
         loss: a scalar of model and data, differentiable in the parameters, that neither checks nor draws (or draws from
             a fixed seed): compared between dtypes, with differences, and run on a pretended accelerator.  None if the
             model has no such form.
-        call: arguments of the Pyro model itself, from a fitted model and its data; None if it needs none.
+        call: arguments of the Pyro model itself, from a fitted model and its data; None if they cannot be made so.
         bad: calls to refuse, besides those that every model gets.
         not_finite: data arguments in which a NaN must be refused.
         tolerance: of ``rowwise`` and between dtypes, relative.
@@ -73,7 +73,7 @@ class ModelCase:
     tolerance: float = 1e-4
     resumes: bool = True
     accelerator: bool = True
-    groups: frozenset[str] = frozenset({"posterior"})
+    groups: frozenset[str] = frozenset()
 
     def fitted(self, *, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Model, Any]:
         """A fitted model and what its ``fit`` returned."""

@@ -77,7 +77,7 @@ def test_answers_are_finite_and_of_the_dtype_of_the_data(case: ModelCase) -> Non
         model = fitted(case.name)[0] if dtype == torch.float32 else case.fitted(dtype=dtype)[0]
         for name, answer in case.answers(model).items():
             assert bool(torch.isfinite(answer).all()), f"{name} in {dtype}"
-        if case.rows is not None:
+        if case.rows is not None and case.rows(dtype).is_floating_point():
             for name, query in case.rowwise.items():
                 answer = query(model, case.rows(dtype))
                 assert not answer.is_floating_point() or answer.dtype == dtype, f"{name}: {answer.dtype} from {dtype}"
@@ -267,7 +267,7 @@ def test_results_go_to_arviz(case: ModelCase, tmp_path: Path) -> None:
     _, result = fitted(case.name)
     data = result.to_arviz()
     groups = set(data.groups()) if callable(data.groups) else {g.strip("/") for g in data.groups}
-    assert case.groups <= groups
+    assert groups and case.groups <= groups
     data.to_netcdf(str(tmp_path / "result.nc"))
     if hasattr(arviz, "from_netcdf"):
         assert case.groups <= {g.strip("/") for g in arviz.from_netcdf(str(tmp_path / "result.nc")).groups()}
@@ -277,8 +277,9 @@ def test_results_go_to_arviz(case: ModelCase, tmp_path: Path) -> None:
 def test_it_is_a_pyro_model_and_names_its_papers(case: ModelCase, capsys: pytest.CaptureFixture[str]) -> None:
     model = copy.deepcopy(fitted(case.name)[0])
     data = case.data(torch.float32)
-    check = model.check(*(() if case.call is None else case.call(model, data)))
-    assert isinstance(check, ModelCheck) and check.sites
+    if case.call is not None:
+        check = model.check(*case.call(model, data))
+        assert isinstance(check, ModelCheck) and check.sites
     assert len(vars(type(model)).get("papers", ())) or any(vars(b).get("papers") for b in type(model).__mro__)
     assert model.papers[0] in model.cite()
     assert "@" in capsys.readouterr().out
@@ -291,7 +292,7 @@ def _spoiled(case: ModelCase) -> Iterator[tuple[str, dict[str, Any], dict[str, A
         if name in case.not_finite:
             for bad in (float("nan"), float("inf")):
                 broken = value.clone().view(-1)
-                broken[7] = bad
+                broken[min(7, len(broken) - 1)] = bad
                 yield f"{name} with {bad}", {**data, name: broken.view(value.shape)}, {}
         if isinstance(value, Tensor):
             yield f"{name} empty", {**data, name: value[:0]}, {}
