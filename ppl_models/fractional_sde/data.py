@@ -41,7 +41,12 @@ def check_series(times: Any, observations: Any, mask: Any, shape: tuple[int, ...
     Raises:
         TypeError, ValueError: wrong shapes, unsorted times, NaN or infinite values, nothing observed.
     """
-    clock = as_times(times if isinstance(times, Tensor) else torch.as_tensor(np.asarray(times, dtype=float))).cpu()
+    if not isinstance(times, Tensor):
+        try:
+            times = torch.as_tensor(np.asarray(times, dtype=float))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"times must be a vector of numbers, got {type(times).__name__}") from error
+    clock = as_times(times).cpu()
     what = ", ".join(map(str, ("N", len(clock), *shape)))
     if not isinstance(observations, Tensor):
         try:
