@@ -103,7 +103,8 @@ def test_files_seeds_and_arviz(tmp_path: Path) -> None:
 def test_own_networks() -> None:
     with scoped_seed(0):
         encoder = nn.Sequential(nn.Flatten(), nn.Linear(6, 8))
-        decoder = nn.Sequential(nn.Linear(3, 6), nn.Unflatten(1, (2, 3)))
+        flat = nn.Linear(3, 6)
+        decoder = nn.Sequential(flat, nn.Unflatten(1, (2, 3)))
     model = LatentFractionalSDE((2, 3), 1, 2, encoder=encoder, decoder=decoder, **SMALL)
     y = torch.zeros(2, 5, 2, 3)
     model.fit(TIMES, y, num_steps=1, progress=False)
@@ -111,7 +112,7 @@ def test_own_networks() -> None:
     with pytest.raises(TypeError, match="state_dict"):
         model.config()
     with pytest.raises(ValueError, match="decoder"):
-        LatentFractionalSDE((2, 3), 1, 2, encoder=encoder, decoder=nn.Linear(3, 6), **SMALL)
+        LatentFractionalSDE((2, 3), 1, 2, encoder=encoder, decoder=flat, **SMALL)
 
 
 def test_interpolation_in_time() -> None:

@@ -1,0 +1,279 @@
+"""Fractional SDEs of the general kind: Pyro form, masks, seeds, resume, files, accelerator, bad input."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+from torch import Tensor, nn
+
+from inference._errors import CheckpointError
+from inference.runtime.generators import scoped_seed
+from ppl_models import FractionalSDE
+from ppl_models.fractional_sde.bound import PathBound
+from tests.accelerator import fake_accelerator, place
+
+QUICK: dict[str, Any] = {"progress": False, "num_particles": 4}
+
+
+class Well(nn.Module):
+    def forward(self, time: Tensor, x: Tensor) -> Tensor:
+        return 4 * x * (1 - x * x)
+
+
+TIMES = torch.tensor([0.0, 0.1, 0.35, 0.6, 1.0])
+
+
+def series(size: int = 2, count: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 5, size, generator=g), torch.rand(count, 5, size, generator=g) > 0.25
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"posterior": "control", "diffusion": "neural", "hurst": "learn_per_dimension"},
+    {"posterior": "neural", "kind": "rl", "hurst": "learn_in_time"},
+    {"noise": "brownian", "drift": "linear"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_pyros_own_elbo_agrees(settings: dict[str, Any]) -> None:
+    """The Pyro model and guide under Pyro's Trace_ELBO estimate the same bound as the model's own objective."""
+    values, mask = series()
+    model = FractionalSDE(2, hidden=(8,), **settings)
+    model.fit(TIMES, values, mask, noise_std=0.7, num_steps=2, method="variational", max_step=0.1, **QUICK)
+    model.eval()
+    pyro.clear_param_store()
+    with torch.no_grad(), scoped_seed(0):
+        theirs = torch.tensor([-Trace_ELBO().loss(model, model.guide, TIMES, values, mask) for _ in range(16)])
+    pyro.clear_param_store()
+    error = float(theirs.std()) / math.sqrt(16)
+    assert abs(float(theirs.mean()) - float(model.elbo(400))) < 4 * error + 0.05
+
+
+def test_the_model_draws_from_its_prior() -> None:
+    model = FractionalSDE(1, "none", 1.0, hurst=0.3, initial=(2.0, 0.0))
+    with scoped_seed(0):
+        drawn = model(torch.tensor([0.5, 1.0]), num_series=2000).detach()
+    assert drawn.shape == (2000, 2, 1)
+    paths = model.sample_prior([0.5, 1.0], 2000)
+    for found in (drawn, paths):
+        assert abs(float(found.mean()) - 2) < 0.08
+        assert abs(float(found[:, 1].std()) - 1) < 0.07  # unit normalisation, weights' error below 2 %
+        assert abs(float(found[:, 0].std()) / 0.5**0.3 - 1) < 0.08
+
+
+def test_masked_values_do_not_matter_and_neither_does_the_container() -> None:
+    values, mask = series()
+    spoiled = torch.where(mask, values, torch.nan)
+    results = []
+    for data, here in ((values, mask), (spoiled, mask), (spoiled.numpy(), mask.numpy()), (spoiled.tolist(), mask)):
+        model = FractionalSDE(2, hidden=(8,))
+        model.fit(TIMES.tolist(), data, here, num_steps=2, max_step=0.2, **QUICK)
+        results.append(model.predict([0.5], 3).samples)
+    for other in results[1:]:
+        assert torch.equal(results[0], other)
+
+
+def test_a_series_without_observations_keeps_the_prior() -> None:
+    """The posterior of a series that is wholly masked is the prior, while another series is observed."""
+    model = FractionalSDE(1, "none", 1.0, hurst=0.7, kind="rl", initial=(0.0, 0.0), hidden=(8,))
+    values = torch.full((2, 1, 1), 3.0)
+    mask = torch.tensor([[True], [False]])
+    model.fit([1.0], values, mask, noise_std=0.1, method="variational", num_steps=1, lr=1e-9, max_step=0.1, **QUICK)
+    found = model.predict([1.0], num_samples=3000)
+    assert abs(float(found.mean[0, 0, 0]) - 3) < 0.1
+    assert abs(float(found.mean[1, 0, 0])) < 0.08
+    assert abs(float(found.std[1, 0, 0]) - 1) < 0.06
+
+
+def test_seeds_and_global_state() -> None:
+    values, mask = series()
+    bits = []
+    for seed in (0, 0, 1):
+        model = FractionalSDE(2, hidden=(8,))
+        result = model.fit(TIMES, values, mask, seed=seed, num_steps=2, max_step=0.2, **QUICK)
+        assert result.history is not None
+        bits.append((result.history.losses, model.predict([0.5, 1.2], 4, seed=seed).samples, float(model.elbo(8))))
+    assert torch.equal(bits[0][0], bits[1][0]) and torch.equal(bits[0][1], bits[1][1]) and bits[0][2] == bits[1][2]
+    assert not torch.equal(bits[0][0], bits[2][0])
+
+
+def test_a_fit_resumes_to_the_bit(tmp_path: Path) -> None:
+    values, mask = series()
+
+    def interrupt(fields: dict[str, Any]) -> None:
+        if fields["step"] >= 2:
+            raise KeyboardInterrupt
+
+    losses = []
+    for name, progress in (("a", False), ("b", interrupt), ("b", False)):
+        model = FractionalSDE(2, hidden=(8,))
+        result = model.fit(
+            TIMES, values, mask, num_steps=4, max_step=0.2, num_particles=4, checkpoint=tmp_path / name,
+            progress=progress,
+        )  # fmt: skip
+        assert result.history is not None
+        losses.append(result.history.losses)
+    assert torch.equal(losses[0], losses[2])
+
+
+@pytest.mark.parametrize("method", ["exact", "variational"])
+def test_files(tmp_path: Path, method: str) -> None:
+    values, mask = series()
+    drift = "linear" if method == "exact" else "neural"
+    model = FractionalSDE(2, drift, hurst="learn_per_dimension", hidden=(8,), initial=(0.0, 1.0))
+    with pytest.raises(RuntimeError, match="fit"):
+        model.predict([0.5])
+    model.fit(TIMES, values, mask, noise_std="learn", num_steps=2, max_step=0.2, **QUICK)
+    model.save(tmp_path / "model")
+    again = FractionalSDE.load(tmp_path / "model")
+    assert torch.equal(model.predict([0.5, 1.3], 5).samples, again.predict([0.5, 1.3], 5).samples)
+    assert float(model.elbo(8)) == float(again.elbo(8))
+    raw = (tmp_path / "model").read_bytes()
+    (tmp_path / "cut").write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(CheckpointError):
+        FractionalSDE.load(tmp_path / "cut")
+    with pytest.raises(FileNotFoundError):
+        FractionalSDE.load(tmp_path / "absent")
+
+
+def test_own_modules_have_no_file_form(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="state_dict"):
+        FractionalSDE(1, Well()).save(tmp_path / "model")
+
+
+def test_arviz_of_paths() -> None:
+    values, mask = series()
+    model = FractionalSDE(2, hidden=(8,))
+    result = model.fit(TIMES, values, mask, num_steps=2, max_step=0.2, **QUICK)
+    exported = result.to_arviz(num_samples=6)
+    assert exported["posterior"]["x"].shape == (1, 6, 3, 5, 2)
+    assert exported["log_likelihood"]["y"].shape == (1, 6, 3, 5, 2)
+    assert np.isnan(exported["observed_data"]["y"].values[~mask.numpy()]).all()
+    assert "variational" in result.summary()
+
+
+def test_iwae_and_a_warmed_up_kl_train() -> None:
+    values, mask = series()
+    model = FractionalSDE(2, hidden=(8,))
+    result = model.fit(TIMES, values, mask, bound="iwae", kl_warmup=2, num_steps=3, max_step=0.2, **QUICK)
+    assert result.history is not None and len(result.history.losses) == 3
+
+
+def test_long_solves_can_be_checkpointed() -> None:
+    values, mask = series()
+    grads = []
+    for segments in (None, "sqrt"):
+        model = FractionalSDE(2, hidden=(8,))
+        result = model.fit(
+            TIMES, values, mask, num_steps=2, max_step=0.1, checkpoint_segments=segments, average_last=0.0, **QUICK
+        )
+        assert result.history is not None
+        grads.append(result.history.losses)
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+@pytest.mark.parametrize("settings", [{}, {"posterior": "control", "diffusion": "neural"}])
+def test_forward_and_backward_on_an_accelerator(settings: dict[str, Any]) -> None:
+    model = FractionalSDE(2, hidden=(8,), **settings)
+    model.system.noise.set_horizon(2.0)
+    grid = model._grid(TIMES.double())
+    with fake_accelerator() as device:
+        place(model, device)
+        values, mask = torch.zeros(3, 5, 2, device=device), torch.ones(3, 5, 2, dtype=torch.bool, device=device)
+        loss = PathBound(model, grid, 2, "elbo", 0)(values, mask)
+        assert loss.device.type == device.type
+        loss.backward()
+
+
+# ---------------------------------------------------------------- bad input
+@pytest.mark.parametrize(
+    ("settings", "error", "match"),
+    [
+        ({"state_size": 0}, ValueError, "state_size"),
+        ({"drift": "cubic"}, ValueError, "drift"),
+        ({"drift": nn.Linear(2, 2)}, ValueError, "drift"),
+        ({"diffusion": 0.0}, ValueError, "diffusion"),
+        ({"diffusion": "wild"}, ValueError, "diffusion"),
+        ({"noise": "pink"}, ValueError, "noise"),
+        ({"hurst": 1.0}, ValueError, "hurst"),
+        ({"hurst": float("nan")}, ValueError, "hurst"),
+        ({"hurst": "guess"}, ValueError, "hurst"),
+        ({"hurst": torch.tensor([0.3, 0.4, 0.5])}, ValueError, "hurst"),
+        ({"hurst": "learn_in_time"}, ValueError, "rl"),
+        ({"hurst": "learn_in_time", "kind": "rl"}, ValueError, "neural"),
+        ({"kind": "third"}, ValueError, "kind"),
+        ({"initial": (0.0, -1.0)}, ValueError, "initial"),
+        ({"initial": "known"}, ValueError, "initial"),
+        ({"posterior": "normal"}, ValueError, "posterior"),
+        ({"initial_posterior": "normal"}, ValueError, "initial_posterior"),
+        ({"horizon": -1.0}, ValueError, "horizon"),
+        ({"num_processes": 0}, ValueError, "num_processes"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        FractionalSDE(**settings)
+
+
+GOOD = torch.zeros(1, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "match"),
+    [
+        (([1.0, 0.5], GOOD), {}, "increasing"),
+        (([1.0, 1.0], GOOD), {}, "increasing"),
+        (([-1.0, 1.0], GOOD), {}, "negative"),
+        (([1.0, 2.0], GOOD[0]), {}, "shape"),
+        (([1.0, 2.0], GOOD * torch.nan), {}, "finite"),
+        (([1.0, 2.0], GOOD, torch.zeros(1, 2, 1, dtype=torch.bool)), {}, "no observation"),
+        (([1.0, 2.0], GOOD, torch.full((1, 2), 0.5)), {}, "boolean"),
+        (([1.0, 2.0], GOOD, torch.ones(2, 2, dtype=torch.bool)), {}, "mask"),
+        (([1.0, 2.0], GOOD), {"noise_std": -1.0}, "noise_std"),
+        (([1.0, 2.0], GOOD), {"noise_std": 0.0}, "noise_std"),
+        (([1.0, 2.0], GOOD), {"noise_std": "some"}, "noise_std"),
+        (([1.0, 2.0], GOOD), {"method": "exact"}, "linear"),
+        (([1.0, 2.0], GOOD), {"method": "magic"}, "method"),
+        (([1.0, 2.0], GOOD), {"batch_size": 2}, "batch_size"),
+        (([1.0, 2.0], GOOD), {"num_particles": 0}, "num_particles"),
+        (([1.0, 2.0], GOOD), {"bound": "cubo"}, "bound"),
+        (([1.0, 2.0], GOOD), {"max_step": 0.0}, "max_step"),
+        (([1.0, 2.0], GOOD), {"priors": {}}, "priors"),
+        (([1.0, 20.0], GOOD), {}, "horizon=20"),
+        (([0.0], GOOD[:, :1]), {}, "beyond 0"),
+    ],
+)
+def test_bad_data(arguments: tuple[Any, ...], settings: dict[str, Any], match: str) -> None:
+    model = FractionalSDE(1, horizon=10.0)
+    with pytest.raises(ValueError, match=match):
+        model.fit(*arguments, progress=False, num_steps=1, **settings)
+
+
+def test_predictions_beyond_the_horizon_say_how_to_fix_it() -> None:
+    model = FractionalSDE(1, "linear")
+    model.fit([1.0, 2.0], GOOD + 1, num_steps=1, progress=False)
+    with pytest.raises(ValueError, match="horizon=9"):
+        model.predict([9.0])
+    with pytest.raises(ValueError, match="increasing"):
+        model.predict([1.0, 1.0])
+    with pytest.raises(ValueError, match="horizon=9"):
+        model.sample_prior([9.0])
+
+
+def test_a_diffusion_that_goes_wrong_names_time_and_path() -> None:
+    class Sinking(nn.Module):
+        additive = False
+
+        def forward(self, time: Tensor, x: Tensor) -> Tensor:
+            return (0.5 - time).expand_as(x)
+
+    model = FractionalSDE(1, "none", Sinking(), hurst=0.5, initial=(0.0, 0.0), hidden=(8,))
+    with pytest.raises(ArithmeticError, match=r"time 0\.[45].*path 0"):
+        model.fit([1.0], GOOD[:, :1], num_steps=1, max_step=0.1, **QUICK)
