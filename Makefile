@@ -20,13 +20,13 @@ PIP_INSTALL := -m pip install --disable-pip-version-check --quiet $(PIP_FLAGS) -
 # The tensors here are small: one thread a process, and the cores go to processes.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: help demo test lint format check-format types reproduce bench clean
+.PHONY: help demo test lint format check-format types reproduce bench docs tutorials clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-demo: $(VENV)/.installed-demo  ## fit the main model to real data: table, figures and ArviZ file in out/
+demo: $(VENV)/.installed-demo  ## all models on small data: one table, figures in out/
 	$(RUN) -m benchmarks.demo --out $(OUT)
 
 test: lint types  ## everything that CI checks: ruff, import arrows, mypy, all tests
@@ -52,6 +52,13 @@ bench: $(BENCH_VENV)/.installed  ## side by side with Pyro, numpyro, blackjax, n
 	$(ONE_THREAD) $(BENCH) -m benchmarks.predictive
 	$(ONE_THREAD) $(BENCH) -m benchmarks.sgmcmc_peers --out $(OUT)
 	$(ONE_THREAD) $(BENCH) -m benchmarks.samplers --out $(OUT)
+	$(ONE_THREAD) $(BENCH) -m benchmarks.fractional_sde --out $(OUT)
+
+docs: $(VENV)/.installed-docs  ## the documentation in build/site, warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
+tutorials: $(VENV)/.installed-docs  ## run the tutorials in full, so that `make docs` shows what they print and draw
+	$(ONE_THREAD) $(RUN) -m docs.run_tutorials
 
 clean:  ## remove the environments, outputs and caches
 	rm -rf $(VENV) $(BENCH_VENV) $(OUT) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
@@ -69,6 +76,10 @@ $(VENV)/.installed-demo: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.installed-test: $(VENV)/.torch pyproject.toml
 	$(RUN) $(PIP_INSTALL) -e '.[test]'
+	@touch $@ $(VENV)/.installed-demo
+
+$(VENV)/.installed-docs: $(VENV)/.torch pyproject.toml
+	$(RUN) $(PIP_INSTALL) -e '.[data,docs,notebooks,plots]'
 	@touch $@ $(VENV)/.installed-demo
 
 $(BENCH_VENV)/.installed: constraints.txt pyproject.toml benchmarks/requirements.txt

@@ -1,103 +1,82 @@
-"""The main job: match a network's prior to a Gaussian process, sample its posterior, set it beside what is used today.
+"""All models on small data, in one table, each beside a truth or a baseline.
 
     make demo
 
-Writes ``boston.nc`` (ArviZ) and three figures to ``out/``, and prints the scores on held-out data, averaged over
-published splits of Boston housing.
+Each file of ``benchmarks/demos`` is one entry: its ``run(out, quick)`` fits a model, may draw figures into ``out``, and
+returns rows of the table.
 """
 
 import argparse
-import statistics
+import importlib
+import pkgutil
 import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks import figures, record
-from benchmarks.baselines import BASELINES, gaussian_scores
-from benchmarks.data import Split, split
-from ppl_models import FunctionalPriorBNN
-from ppl_models.functional_prior_bnn.targets import HierarchicalRBF
+from benchmarks import demos, record
 
-MATCHED, STANDARD = "BNN, prior matched to a GP", "BNN, N(0, 1) prior"
+__all__ = ["Row", "main"]
 
 
-def bayesian_network(data: Split, *, match: bool, quick: bool) -> tuple[FunctionalPriorBNN, dict[str, Any]]:
-    """Four chains of scale-adapted SGHMC on a 100-unit network, after matching its prior if asked to; its scores."""
-    start = time.perf_counter()
-    bnn = FunctionalPriorBNN(in_features=data.x_train.shape[1], noise_variance="learned")
-    if match:
-        target = HierarchicalRBF(data.x_train.shape[1])
-        bnn.match_prior(target, data.x_train, num_steps=5 if quick else 200)
-    size: dict[str, Any] = (
-        {"warmup_steps": 50, "num_samples": 10, "thin": 2} if quick else {"num_samples": 100, "thin": 200}
-    )
-    posterior = bnn.fit(data.x_train, data.y_train, num_chains=4, **size)
-    prediction = bnn.predict(data.x_test)
-    scores = gaussian_scores(prediction.mean[:, 0], prediction.variance[:, 0].sqrt(), data.y_test)
-    rhat = {"R-hat": float(prediction.rhat.max()), "seconds": time.perf_counter() - start}
-    print(posterior.summary())
-    return bnn, scores | rhat
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        model: the class.
+        data: what it was fitted to.
+        metric: what was measured, and which way is better.
+        value: the model's.
+        beside: the truth, or a baseline's value with its name.
+    """
+
+    model: str
+    data: str
+    metric: str
+    value: str
+    beside: str
 
 
-def table(scores: dict[str, list[dict[str, float]]]) -> str:
-    """Means over the splits, one row a method."""
-    formats = {"RMSE": ".2f", "NLL": ".2f", "90% coverage": ".0%", "R-hat": ".3f", "seconds": ".1f"}
-    rows = []
-    for method, results in scores.items():
-        row: dict[str, object] = {"method": method}
-        for column, style in formats.items():
-            row[column] = format(statistics.mean(r[column] for r in results), style) if column in results[0] else ""
-        rows.append(row)
-    return record.markdown_table(rows)
+def entries() -> dict[str, Callable[[Path, bool], list[Row]]]:
+    """Name to ``run`` of each demonstration."""
+    names = [module.name for module in pkgutil.iter_modules(demos.__path__)]
+    return {name: importlib.import_module(f"{demos.__name__}.{name}").run for name in names}
 
 
-def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, float]]]:
-    """Run everything; returns the scores, one dict a split, by method."""
+def main(arguments: list[str] | None = None) -> list[dict[str, str]]:
+    """Run the demonstrations; returns the table's rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="which; all by default")
     parser.add_argument("--out", type=Path, default=Path("out"))
-    parser.add_argument(
-        "--splits", type=int, nargs="+", default=[0, 1, 2], help="numbers of the published splits, 0 to 9"
-    )
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-
-    scores: dict[str, list[dict[str, float]]] = {}
-    moments: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
-    networks: dict[str, FunctionalPriorBNN] = {}
-    for number in options.splits:
-        data = split(number)
-        print(f"{data.name}, split {number}: {len(data.x_train)} rows to learn from, {len(data.x_test)} to predict")
-        for method, match in ((MATCHED, True), (STANDARD, False)):
-            networks[method], result = bayesian_network(data, match=match, quick=options.quick)
-            prediction = networks[method].predict(data.x_test)
-            moments.setdefault(method, []).append(
-                (prediction.mean[:, 0], prediction.variance[:, 0].sqrt(), data.y_test)
-            )
-            scores.setdefault(method, []).append(result)
-        for method, baseline in BASELINES.items():
-            start = time.perf_counter()
-            mean, sd = baseline(data)
-            seconds = {"seconds": time.perf_counter() - start}
-            moments.setdefault(method, []).append((mean, sd, data.y_test))
-            scores.setdefault(method, []).append(gaussian_scores(mean, sd, data.y_test) | seconds)
-
-    matched = networks[MATCHED]
-    target = HierarchicalRBF(data.x_train.shape[1])
-    figures.prior_functions(options.out / "prior_functions.png", matched, target, data)
-    figures.calibration(options.out / "calibration.png", moments, data.target)
-    figures.ranks(options.out / "ranks.png", matched.predict(data.x_test).functions[..., 0])
-    assert matched.result is not None
-    arviz_file = options.out / "boston.nc"
-    matched.result.to_arviz().to_netcdf(str(arviz_file))
-
-    print(f"\n{data.name}, held-out data, mean over {len(options.splits)} splits\n{table(scores)}\n")
+    found = entries()
+    if unknown := set(options.names) - found.keys():
+        parser.error(f"no demonstration is called {sorted(unknown)}; there are {sorted(found)}")
+    table: list[dict[str, str]] = []
+    failed = []
+    for name in options.names or found:
+        start = time.perf_counter()
+        try:
+            rows = found[name](options.out, options.quick)
+        except Exception:
+            traceback.print_exc()
+            failed.append(name)
+            continue
+        seconds = time.perf_counter() - start
+        print(f"{name}: {seconds:.0f} s", flush=True)
+        for number, row in enumerate(rows):
+            table.append({**asdict(row), "seconds": f"{seconds:.0f}" if number == 0 else ""})
+    print(f"\n{record.markdown_table(table)}\n" if table else "")
     print("Figures: " + ", ".join(str(path) for path in sorted(options.out.glob("*.png"))))
-    print(f"ArviZ file of the last split: {arviz_file}  (arviz.from_netcdf reads it)")
-    return scores
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+    return table
 
 
 if __name__ == "__main__":

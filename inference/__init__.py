@@ -2,8 +2,19 @@
 diagnostics.
 """
 
-from inference._errors import CaptureWarning, CheckpointError, CurvatureError, NonFiniteError, RankError, SamplerWarning
+from inference._errors import (
+    CaptureWarning,
+    CheckpointError,
+    CollapseError,
+    CurvatureError,
+    NonFiniteError,
+    RankError,
+    SamplerWarning,
+)
+from inference.citation import cite
+from inference.discrete_ais import discrete_ais
 from inference.fit import FitResult, fit
+from inference.fixed_point import FixedPoint, fixed_point, implicit_gradient
 from inference.kernels import (
     HMC,
     MCLMC,
@@ -15,6 +26,7 @@ from inference.kernels import (
     AdjustedMCLMC,
     ChEES,
     CyclicalSchedule,
+    DiscreteGibbs,
     ParallelTempering,
     PolynomialSchedule,
     ScaleGibbs,
@@ -22,7 +34,9 @@ from inference.kernels import (
 from inference.laplace import ImportanceEstimate, Laplace, LaplaceResult
 from inference.log_partition import ais, ais_sandwich, annealed_log_weights, bridge_sampling, importance
 from inference.mcmc import MCMC
+from inference.model_check import ModelCheck, check_model
 from inference.objectives.elbo import ELBO, BoundEstimate
+from inference.objectives.unnormalised import CompositionalLikelihood
 from inference.potential import TemperedFunction, TemperedPotential
 from inference.results.diagnostics import rhat_nested, summary
 from inference.results.evidence import LogPartition
@@ -49,13 +63,18 @@ __all__ = [
     "CaptureWarning",
     "ChEES",
     "CheckpointError",
+    "CollapseError",
+    "CompositionalLikelihood",
     "CurvatureError",
     "CyclicalSchedule",
+    "DiscreteGibbs",
     "FitResult",
+    "FixedPoint",
     "ImportanceEstimate",
     "Laplace",
     "LaplaceResult",
     "LogPartition",
+    "ModelCheck",
     "NonFiniteError",
     "ParallelTempering",
     "PolynomialSchedule",
@@ -71,7 +90,12 @@ __all__ = [
     "ais_sandwich",
     "annealed_log_weights",
     "bridge_sampling",
+    "check_model",
+    "cite",
+    "discrete_ais",
     "fit",
+    "fixed_point",
+    "implicit_gradient",
     "importance",
     "log_likelihood",
     "rhat_nested",

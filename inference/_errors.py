@@ -1,6 +1,14 @@
 """The library's own warnings and errors, so that users can filter or catch them by name."""
 
-__all__ = ["CaptureWarning", "CheckpointError", "CurvatureError", "NonFiniteError", "RankError", "SamplerWarning"]
+__all__ = [
+    "CaptureWarning",
+    "CheckpointError",
+    "CollapseError",
+    "CurvatureError",
+    "NonFiniteError",
+    "RankError",
+    "SamplerWarning",
+]
 
 
 class CaptureWarning(UserWarning):
@@ -17,6 +25,10 @@ class NonFiniteError(ArithmeticError):
 
 class CurvatureError(ArithmeticError):
     """A density has no Gaussian approximation at a point: it is flat or a saddle there; the message names the sites."""
+
+
+class CollapseError(ArithmeticError):
+    """The importance weights behind an estimate of log Z collapsed to a few draws, so that it means nothing."""
 
 
 class CheckpointError(RuntimeError):

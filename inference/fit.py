@@ -1,7 +1,6 @@
 """The one optimisation loop: any module whose call returns a scalar loss, any torch optimiser and scheduler."""
 
 import math
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from inference._checks import count
 from inference.runtime import distributed
 from inference.runtime.generators import derive_seed
 from inference.runtime.isolation import first_call, isolated, warn_unless_a_mean
@@ -164,11 +164,11 @@ def fit(
     if (num_steps is None) == (num_epochs is None):
         raise ValueError(f"give one of num_steps and num_epochs, got num_steps={num_steps}, num_epochs={num_epochs}")
     if num_steps is not None:
-        total = _count("num_steps", num_steps)
+        total = count("num_steps", num_steps)
     elif not train:
         raise ValueError("num_epochs counts passes over data and there is none: give num_steps")
     else:
-        total = math.ceil(_count("num_epochs", num_epochs) * len(train[0]) / size)
+        total = math.ceil(count("num_epochs", num_epochs) * len(train[0]) / size)
     if patience is not None and average_last:
         raise ValueError("patience puts back the best parameters and average_last an average: give one of them")
     if patience is not None and not held_out:
@@ -177,13 +177,13 @@ def fit(
         num_steps=total,
         batch_size=size,
         clip_norm=None if clip_norm is None else _positive("clip_norm", clip_norm),
-        validate_every=_count("validate_every", validate_every),
-        patience=None if patience is None else _count("patience", patience),
+        validate_every=count("validate_every", validate_every),
+        patience=None if patience is None else count("patience", patience),
         average_from=total - math.ceil(_fraction("average_last", average_last) * total),
         seed=seed,
         device=target,
     )
-    every = _count("checkpoint_every", checkpoint_every)
+    every = count("checkpoint_every", checkpoint_every)
     derive_seed(seed)  # refuses a seed that is no integer
     rate = _positive("lr", lr)
     if device is not None:
@@ -287,22 +287,10 @@ def _batch_size(batch_size: int | None, data: tuple[Tensor, ...]) -> int:
         return 0
     if batch_size is None:
         return len(data[0])
-    size = _count("batch_size", batch_size)
+    size = count("batch_size", batch_size)
     if size > len(data[0]):
         raise ValueError(f"batch_size={size} is larger than the data, which has {len(data[0])} rows")
     return size
-
-
-def _count(name: str, value: Any) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        count = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
-    if count < 1:
-        raise ValueError(f"{name} must be at least 1, got {count}")
-    return count
 
 
 def _number(name: str, value: Any) -> float:

@@ -14,13 +14,14 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.distributions import Transform
 
 from inference._errors import CurvatureError, NonFiniteError, SamplerWarning
+from inference.citation import Citable, Paper
 from inference.lbfgs import Minimum, minimize
 from inference.potential.curvature import CURVATURES, Curvature
 from inference.potential.log_density import LogDensity, Site
@@ -54,7 +55,7 @@ class ImportanceEstimate:
     log_weights: Tensor = field(repr=False)
 
 
-class Laplace:
+class Laplace(Citable):
     """Laplace approximation of a Pyro model's posterior.
 
     Args:
@@ -86,6 +87,31 @@ class Laplace:
         >>> round(result.mode["mean"].item(), 4), round(result.covariance.item(), 4)
         (0.75, 0.25)
     """
+
+    papers: ClassVar[tuple[Paper, ...]] = (
+        Paper(
+            "article",
+            "mackay1992bayesian",
+            author="MacKay, David J. C.",
+            title="Bayesian Interpolation",
+            journal="Neural Computation",
+            volume=4,
+            number=3,
+            pages="415--447",
+            year=1992,
+        ),
+        Paper(
+            "article",
+            "tierney1986accurate",
+            author="Tierney, Luke and Kadane, Joseph B.",
+            title="Accurate Approximations for Posterior Moments and Marginal Densities",
+            journal="Journal of the American Statistical Association",
+            volume=81,
+            number=393,
+            pages="82--86",
+            year=1986,
+        ),
+    )
 
     def __init__(
         self,
@@ -194,7 +220,7 @@ class Laplace:
 
 
 @dataclass(frozen=True, eq=False)
-class LaplaceResult:
+class LaplaceResult(Citable):
     """A Gaussian in unconstrained space.
 
     Attributes:
@@ -215,6 +241,9 @@ class LaplaceResult:
     _minimum: Minimum
     newton_distance: float
     converged: bool
+
+    def _used(self) -> tuple[object, ...]:
+        return (self._settings,)
 
     @property
     def mode(self) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from inference._errors import SamplerWarning
+from inference.citation import Paper, from_papers
 from inference.kernels.base import count
 from inference.kernels.tempered_hmc import TemperedHMC, likelihood
 from inference.potential import TemperedPath, tempered_path
@@ -42,6 +43,48 @@ _UNRELIABLE_K = 0.7
 _WARP = ("none", "normal", "symmetric")
 
 
+_AIS = Paper(
+    "article",
+    "neal2001annealed",
+    author="Neal, Radford M.",
+    title="Annealed Importance Sampling",
+    journal="Statistics and Computing",
+    volume=11,
+    pages="125--139",
+    year=2001,
+)
+_SANDWICH = Paper(
+    "misc",
+    "grosse2015sandwiching",
+    author="Grosse, Roger B. and Ghahramani, Zoubin and Adams, Ryan P.",
+    title="Sandwiching the Marginal Likelihood Using Bidirectional {M}onte {C}arlo",
+    eprint="1511.02543",
+    archiveprefix="arXiv",
+    year=2015,
+)
+_BRIDGE = Paper(
+    "article",
+    "meng1996simulating",
+    author="Meng, Xiao-Li and Wong, Wing Hung",
+    title="Simulating Ratios of Normalizing Constants via a Simple Identity: A Theoretical Exploration",
+    journal="Statistica Sinica",
+    volume=6,
+    number=4,
+    pages="831--860",
+    year=1996,
+)
+_PARETO = Paper(
+    "article",
+    "vehtari2024pareto",
+    author="Vehtari, Aki and Simpson, Daniel and Gelman, Andrew and Yao, Yuling and Gabry, Jonah",
+    title="{P}areto Smoothed Importance Sampling",
+    journal="Journal of Machine Learning Research",
+    volume=25,
+    year=2024,
+)
+
+
+@from_papers(_AIS)
 def annealed_log_weights(
     state: _S,
     num_temperatures: int,
@@ -75,6 +118,7 @@ def annealed_log_weights(
     return state, log_weights
 
 
+@from_papers(_AIS, _PARETO)
 def ais(
     target: Callable[..., Any] | TemperedPath,
     *args: Any,
@@ -128,6 +172,7 @@ def ais(
     return from_weights(plan.reverse(start), "reverse AIS", reverse=True, groups=groups)
 
 
+@from_papers(_AIS, _SANDWICH, _BRIDGE)
 def ais_sandwich(
     target: Callable[..., Any] | TemperedPath,
     *args: Any,
@@ -167,6 +212,7 @@ def ais_sandwich(
     return sandwich(plan.forward(), plan.reverse(start), "AIS sandwich", exact=exact, groups=groups)
 
 
+@from_papers(_BRIDGE)
 def bridge_sampling(
     target: Callable[..., Any] | TemperedPath,
     posterior_samples: Mapping[str, Tensor],
@@ -241,6 +287,7 @@ def bridge_sampling(
     )
 
 
+@from_papers(_PARETO)
 def importance(
     target: Callable[..., Any] | TemperedPath,
     *args: Any,

@@ -6,8 +6,7 @@
     mcmc.summary()
 
 The driver owns what kernels must not: random streams, minibatch indices, warm-up, thinning, progress, draws on disk,
-checkpoints.  Steps run in blocks; noise and
-indices of a block are drawn at once, and nothing is read back to Python within it.
+checkpoints.  Steps run in blocks; noise and indices of a block are drawn at once, and nothing is read back within it.
 """
 
 import functools
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from inference._errors import NonFiniteError, SamplerWarning
+from inference.citation import Citable
 from inference.kernels.base import Kernel, Noise, block_steps, count
 from inference.potential import InDims, LogDensity, Potential, PotentialFunction, Program
 from inference.results import diagnostics as _diagnostics
@@ -43,7 +43,7 @@ _INIT_TRIES = 100
 _SHOWN = ("acceptance_rate", "step_size", "kinetic_temperature")
 
 
-class MCMC:
+class MCMC(Citable):
     """Run a kernel for many chains and keep the draws; names and meaning as in ``pyro.infer.MCMC``.
 
     Args:
@@ -181,6 +181,9 @@ class MCMC:
 
     def _potential(self) -> Potential:
         kernel = self.kernel
+        own = kernel.own_potential(self._args, self._kwargs, self.in_dims)
+        if own is not None:
+            return own
         transforms = self.transforms or kernel.transforms
         if kernel.potential_fn is not None:
             if self.initial_params is None:
@@ -301,7 +304,7 @@ class MCMC:
                     if files is not None and (due or self.stopped):
                         store.flush()
                         progress = {"step": done, "drawn": drawn, "num_gradients": gradients, "stats": stats_example}
-                        files.save(state, streams, {**progress, "sites": self._saved_sites()})
+                        files.save(state, streams, {**progress, "sites": list(example)})
                         last_saved = time.perf_counter()
                     if self.stopped:
                         break
@@ -496,11 +499,10 @@ class MCMC:
             "start": None if self.initial_params is None else {n: identify(v) for n, v in self.initial_params.items()},
         }
 
-    def _saved_sites(self) -> list[str]:
-        assert self.potential is not None
-        return list(self._select(dict.fromkeys(self.potential.sites)))  # type: ignore[arg-type]
-
     # ------------------------------------------------------------------ results
+    def _used(self) -> tuple[object, ...]:
+        return (self.kernel,)
+
     def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> dict[str, Tensor]:
         """The draws by site, ``(num_chains * draws, *shape)``, or ``(num_chains, draws, *shape)`` with
         ``group_by_chain``.

@@ -18,12 +18,13 @@ Several independent runs are rows of one batch.  They share temperatures, step s
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from inference._errors import NonFiniteError, SamplerWarning
+from inference.citation import Citable, Paper
 from inference.kernels.base import Lift, count, positive
 from inference.kernels.tempered_hmc import TemperedHMC, likelihood
 from inference.potential import Program, TemperedPath, tempered_path
@@ -70,7 +71,7 @@ class Annealed(NamedTuple):
     scale: Tensor
 
 
-class SMC:
+class SMC(Citable):
     """Adaptive tempered SMC for any Pyro model, with the log evidence.
 
     Args:
@@ -93,6 +94,20 @@ class SMC:
         ValueError, TypeError: bad arguments; a minibatch model; a model without proper prior.
         NonFiniteError: no particle of a run has a positive density, or one has an infinite one.
     """
+
+    papers: ClassVar[tuple[Paper, ...]] = (
+        Paper(
+            "article",
+            "delmoral2006sequential",
+            author="Del Moral, Pierre and Doucet, Arnaud and Jasra, Ajay",
+            title="Sequential {M}onte {C}arlo Samplers",
+            journal="Journal of the Royal Statistical Society: Series B",
+            volume=68,
+            number=3,
+            pages="411--436",
+            year=2006,
+        ),
+    )
 
     def __init__(
         self,

@@ -4,7 +4,9 @@ A model is a ``PyroModule``: calling it runs its Pyro model.  Its file is one ch
 ``inference.runtime.checkpoint``: tensors and plain data, of which nothing is executed when it is read.
 """
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -13,10 +15,21 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from inference._checks import count
 from inference._errors import CheckpointError
+from inference.citation import Citable
+from inference.model_check import ModelCheck, check_model
 from inference.runtime.checkpoint import load_checkpoint, save_checkpoint
 
-__all__ = ["Model", "Standardiser", "check_batch_size", "check_count", "check_inputs", "to_tensor"]
+__all__ = [
+    "Model",
+    "Standardiser",
+    "check_batch_size",
+    "check_count",
+    "check_inputs",
+    "to_tensor",
+    "unchanged_on_error",
+]
 
 
 def to_tensor(name: str, value: Any) -> Tensor:
@@ -38,6 +51,8 @@ def to_tensor(name: str, value: Any) -> Tensor:
             ) from error
         if value.is_floating_point():
             value = value.to(torch.get_default_dtype())
+    if value.is_complex():
+        raise TypeError(f"{name} must hold real numbers, got {value.dtype}")
     if value.numel() == 0:
         raise ValueError(f"{name} is empty, its shape is {tuple(value.shape)}")
     value = value.detach()
@@ -73,11 +88,7 @@ def check_count(name: str, value: object, least: int = 1) -> int:
     """``value`` if it is an integer of at least ``least``; raises ``TypeError`` or ``ValueError`` naming the
     argument.
     """
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return int(value)
+    return count(name, value, least)
 
 
 def check_batch_size(batch_size: int | None, num_rows: int) -> int | None:
@@ -91,6 +102,17 @@ def check_batch_size(batch_size: int | None, num_rows: int) -> int | None:
             f"use at most {num_rows}, or None for full batches"
         )
     return None if batch_size == num_rows else batch_size
+
+
+@contextmanager
+def unchanged_on_error(module: nn.Module) -> Iterator[None]:
+    """If the block raises (an interrupt counts), the module's parameters and buffers are put back first."""
+    before = copy.deepcopy(module.state_dict())
+    try:
+        yield
+    except BaseException:
+        module.load_state_dict(before)
+        raise
 
 
 class Standardiser(nn.Module):
@@ -130,11 +152,12 @@ class Standardiser(nn.Module):
         return z * self.scale + self.shift
 
 
-class Model(PyroModule):
+class Model(Citable, PyroModule):
     """A Pyro model with a file form.
 
-    A subclass sets ``kind``, returns its constructor's arguments from ``config`` and, where it keeps more than its
-    ``state_dict``, overrides ``_extra_state`` and ``_restore_extra``.
+    A subclass sets ``kind`` and ``papers``, returns its constructor's arguments from ``config`` and, where it keeps
+    more than its ``state_dict``, overrides ``_extra_state`` and ``_restore_extra``.  What its last fit returned is
+    ``result``.
     """
 
     kind: ClassVar[str]
@@ -142,6 +165,16 @@ class Model(PyroModule):
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, as plain data."""
         raise NotImplementedError
+
+    def check(self, *args: Any, **kwargs: Any) -> ModelCheck:
+        """Dry run of the Pyro model ``self(*args, **kwargs)``: print and return its sites, plates and what engines make
+        of it; see ``inference.check_model``.
+        """
+        return check_model(self, *args, **kwargs)
+
+    def _used(self) -> tuple[object, ...]:
+        result = getattr(self, "result", None)
+        return (result,) if isinstance(result, Citable) else ()
 
     def _extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {}, {}
@@ -160,8 +193,12 @@ class Model(PyroModule):
         save_checkpoint(path, tensors, {"config": self.config(), "extra": meta}, kind=self.kind)
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path, **objects: Any) -> Self:
         """The model that ``save`` wrote, on the CPU. Nothing that the file holds is executed.
+
+        Args:
+            path: the file.
+            objects: constructor arguments that a file cannot hold, such as a module of the user's.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -174,7 +211,7 @@ class Model(PyroModule):
         state = {k.removeprefix("state/"): v for k, v in tensors.items() if k.startswith("state/")}
         extra = {k.removeprefix("extra/"): v for k, v in tensors.items() if k.startswith("extra/")}
         try:
-            model = cls(**meta["config"])
+            model = cls(**{**meta["config"], **objects})
             dtypes = {v.dtype for v in state.values() if v.is_floating_point()}
             if len(dtypes) == 1:
                 model.to(dtypes.pop())

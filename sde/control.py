@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sde.kalman import backward_information
+from sde.kalman import Information, backward_information
 from sde.linear import LinearSDE, Transitions
 from sde.solvers import Step
 
@@ -187,6 +187,8 @@ def step_guide(
     observations: Tensor,
     noise_std: float | Tensor,
     mask: Tensor | None = None,
+    *,
+    information: Information | None = None,
 ) -> GaussianStepGuide:
     """The exact posterior of a linear chain as a guide: its ELBO is the chain's log evidence for any number of steps.
 
@@ -197,8 +199,9 @@ def step_guide(
     Args:
         transitions: of the chain that is solved, ``model.euler_transitions(grid)``.
         index, observations, noise_std, mask: as for ``information_control``.
+        information: what ``backward_information`` made of the same arguments, where it is at hand.
     """
-    info = backward_information(transitions, index, observations, noise_std, mask)
+    info = information or backward_information(transitions, index, observations, noise_std, mask)
     f, o, _, g = (part.unsqueeze(1) if part.ndim < 2 + k else part
                   for part, k in zip(transitions[1:], (2, 1, 1, 2), strict=True))  # fmt: skip
     std = torch.as_tensor(noise_std, dtype=f.dtype, device=f.device)

@@ -15,7 +15,18 @@ import math
 import torch
 from torch import Tensor
 
-from sde._checks import Times, as_count, as_hurst, as_kind, as_normalisation, as_positive, as_times, base_seed, stream
+from sde._checks import (
+    Times,
+    as_count,
+    as_hurst,
+    as_kind,
+    as_normalisation,
+    as_number,
+    as_positive,
+    as_times,
+    base_seed,
+    stream,
+)
 from sde.noise import covariance_factor
 from sde.special import backward_mean, forward_mean, mvn_variance, rl_hypergeometric, rl_variance, scaled_upper_gamma
 
@@ -108,7 +119,7 @@ def fractional_gaussian_noise(
     """
     value = as_hurst(hurst)
     steps, paths = as_count(num_steps, "num_steps"), as_count(num_paths, "num_paths")
-    length = float(as_positive(step, "step"))
+    length = as_number(step, "step")
     size = _fast_length(steps)
     gamma = increment_autocovariance(value, size + 1, length, as_normalisation(normalisation))
     # The circulant's first row is the autocovariance there and back; it is positive semidefinite for every H in (0,

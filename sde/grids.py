@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sde._checks import Times, as_count, as_positive, as_times
+from sde._checks import Times, as_count, as_number, as_times
 
 __all__ = ["TimeGrid", "geometric_speeds", "graded_grid", "horizon_speeds", "observation_grid", "uniform_grid"]
 
@@ -26,7 +26,7 @@ def geometric_speeds(num_processes: int, max_speed: float, offset: float = 0.0) 
             room below the fastest speed.
     """
     count = as_count(num_processes, "num_processes")
-    top = float(as_positive(max_speed, "max_speed"))
+    top = as_number(max_speed, "max_speed")
     if top <= 1:
         raise ValueError(f"max_speed must exceed 1 on the geometric grid, which runs from 1 / max_speed, got {top:g}")
     if count == 1:
@@ -44,7 +44,8 @@ def horizon_speeds(num_processes: int, horizon: float, min_speed: float, max_spe
         Speeds in ascending order, ``(K,)``, float64, in 1 / time; one process alone gets the geometric mean.
     """
     count = as_count(num_processes, "num_processes")
-    low, high = float(as_positive(min_speed, "min_speed")), float(as_positive(max_speed, "max_speed"))
+    low, high = as_number(min_speed, "min_speed"), as_number(max_speed, "max_speed")
+    horizon = as_number(horizon, "horizon")
     if low >= high:
         raise ValueError(f"min_speed must be below max_speed, got {low:g} and {high:g}")
     if count == 1:
@@ -67,7 +68,8 @@ class TimeGrid(NamedTuple):
 def uniform_grid(end: float, num_steps: int, start: float = 0.0) -> Tensor:
     """``num_steps`` equal steps from ``start`` to ``end``, ``(num_steps + 1,)``, float64."""
     steps = as_count(num_steps, "num_steps")
-    return as_times(torch.linspace(start, end, steps + 1, dtype=torch.float64), "start and end", minimum=2)
+    first, last = as_number(start, "start", zero=True), as_number(end, "end")
+    return as_times(torch.linspace(first, last, steps + 1, dtype=torch.float64), "start and end", minimum=2)
 
 
 def graded_grid(end: float, num_steps: int, start: float = 0.0, *, power: float = 2.0, toward: str = "end") -> Tensor:
@@ -78,13 +80,14 @@ def graded_grid(end: float, num_steps: int, start: float = 0.0, *, power: float 
     Raises:
         ValueError: for a power below 1 or another ``toward`` than ``"start"`` and ``"end"``.
     """
-    if not power >= 1:
+    if not as_number(power, "power") >= 1:
         raise ValueError(f"power must be at least 1, got {power}")
+    first, last = as_number(start, "start", zero=True), as_number(end, "end")
     if toward not in ("start", "end"):
         raise ValueError(f"toward must be 'start' or 'end', got {toward!r}")
     u = torch.linspace(0, 1, as_count(num_steps, "num_steps") + 1, dtype=torch.float64)
     u = u**power if toward == "start" else 1 - (1 - u) ** power
-    return as_times(start + (end - start) * u, "start and end", minimum=2)
+    return as_times(first + (last - first) * u, "start and end", minimum=2)
 
 
 def observation_grid(
@@ -102,7 +105,7 @@ def observation_grid(
         end: solve on to this time after the last observation (forecast).
     """
     wanted = as_times(observation_times, "observation_times")
-    step = float(as_positive(max_step, "max_step"))
+    step = as_number(max_step, "max_step")
     if float(wanted[0]) < start:
         raise ValueError(f"observation_times must not lie before start={start:g}, got {float(wanted[0]):g}")
     stops = [start] + [float(t) for t in wanted if float(t) > start]

@@ -83,6 +83,8 @@ def hurst_estimate(
         >>> 0.6 < float(hurst_estimate(fractional_gaussian_noise(0.7, 1000, 1, seed=0)[:, 0])) < 0.8
         True
     """
+    if torch.is_tensor(values) and values.is_complex():
+        raise TypeError(f"values must hold real numbers, got {values.dtype}")
     x = torch.as_tensor(values).detach().to(torch.float64)
     if x.ndim not in (1, 2) or x.shape[-1] == 0:
         raise ValueError(f"values must be (T,) or (T, N), got shape {tuple(x.shape)}")

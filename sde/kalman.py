@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sde._checks import Times, as_times
+from sde._checks import Times, as_positive, as_times
 from sde.linear import LinearSDE, Transitions, lower_factor
 
 __all__ = ["Filtered", "Information", "Smoothed", "backward_information", "kalman_filter", "kalman_smoother"]
@@ -81,6 +81,8 @@ def _data(
     model: LinearSDE, times: Times, observations: Tensor, noise_std: float | Tensor, mask: Tensor | None
 ) -> _Data:
     t = as_times(times, horizon=model.noise.horizon)
+    if not isinstance(observations, Tensor):
+        raise TypeError(f"observations must be a tensor (T, B, D), got {type(observations).__name__}")
     if observations.ndim != 3 or len(observations) != len(t) or 0 in observations.shape:
         raise ValueError(
             f"observations must be (T, B, D) with T={len(t)} times and nothing empty, got {tuple(observations.shape)}"
@@ -99,7 +101,13 @@ def _data(
                 f"mask must broadcast to {tuple(values.shape)} in three dimensions, got {tuple(here.shape)}"
             )
     values = torch.where(here, values, 0.0)
-    std = torch.as_tensor(noise_std, dtype=torch.float64, device=device).broadcast_to(len(t), 1, values.shape[2])
+    if not isinstance(noise_std, Tensor) or noise_std.is_complex():  # values of a tensor are not looked at
+        as_positive(noise_std, "noise_std", zero=True)
+    std = torch.as_tensor(noise_std, dtype=torch.float64, device=device)
+    target = (len(t), 1, values.shape[2])
+    if std.ndim > 3 or any(m not in (1, n) for m, n in zip(std.shape[::-1], target[::-1], strict=False)):
+        raise ValueError(f"noise_std must broadcast to {target}, got {tuple(std.shape)}")
+    std = std.broadcast_to(target)
     return _Data(t, values, here.to(torch.float64), std)
 
 

@@ -10,6 +10,7 @@ normal, G G' = Q.  A unit of dW at lag tau before the end of the step arrives as
 so Q = int_0^h k k' d tau.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -111,7 +112,7 @@ class LinearSDE:
         scale = steps.max() * 1e-12
         distinct, which = torch.unique(torch.round(steps / scale), return_inverse=True)
         fastest = float((self.noise.speeds.max() * steps.max()).clamp_min(1))
-        doublings = max(_MIN_DOUBLINGS, int(np.ceil(np.log2(fastest))))
+        doublings = max(_MIN_DOUBLINGS, math.ceil(math.log2(fastest)))
         device = self.noise.loadings.device
         h = (distinct * scale).to(device)
         cell = h / 2**doublings
@@ -133,6 +134,46 @@ class LinearSDE:
         mean = h.reshape(-1, *[1] * len(self.dims)) * mean_decay(rate) * self._parameter(self.constant)
         offset = torch.nn.functional.pad(mean.expand(len(h), *self.dims).unsqueeze(-1), (0, self.noise.num_processes))
         return Transitions(steps.to(device), self._matrix(h)[which], offset[which], response[which], factor[which])
+
+    def moments(self, times: Times) -> tuple[Tensor, Tensor]:
+        """Mean ``(*D, T)`` and covariance ``(*D, T, T)`` of X at the given times, without a loop over them.
+
+        Cov(X_s, X_t) = F(t - s)_x Cov(z_s, X_s) for s <= t, and Cov(z_s) = F(s) P_0 F(s)' + int_0^s k k' by doubling.
+        For some hundred times and one Cholesky factor this is many times faster than a filter's steps; looks at no
+        parameter's value, so that it may be recorded as a graph.  Differentiable in H, theta, scale and constant.
+        """
+        last = max(times.tolist() if isinstance(times, Tensor) else times)
+        if last > self.noise.horizon * (1 + 1e-9):
+            as_times(times, horizon=self.noise.horizon)  # says how to fix it
+        device, dims = self.noise.loadings.device, self.dims
+        t = torch.as_tensor(times, dtype=torch.float64, device=device)
+        shape = (-1, *[1] * len(dims))
+        if isinstance(self.theta, int | float) and self.theta == 0 and self.noise.constant_loadings:
+            variance, spread = self._parameter(self.scale) ** 2, self._parameter(self.start_std) ** 2
+            covariance = variance[..., None, None] * self.noise.covariance_at(t) + spread[..., None, None]
+            mean = self._parameter(self.start_mean).unsqueeze(-1) + self._parameter(self.constant).unsqueeze(-1) * t
+            return mean.expand(*dims, -1), covariance.expand(*dims, -1, -1)
+        fastest = max(self.noise.speeds.tolist()) * last
+        doublings = max(_MIN_DOUBLINGS, math.ceil(math.log2(max(fastest, 1.0))))
+        cell = t / 2**doublings
+        nodes, weights = (torch.from_numpy(part).to(device) for part in np.polynomial.legendre.leggauss(_NODES))
+        kernel = self._kernel(cell.unsqueeze(-1) * (nodes + 1) / 2).movedim(1, -1)  # (T, *D, S, nodes)
+        collected = (kernel * (weights / 2)) @ kernel.mT * cell.reshape(*shape, 1, 1)
+        for j in range(doublings):
+            matrix = self._matrix(cell * 2**j)
+            collected = collected + matrix @ collected @ matrix.mT
+        start_mean, start_factor = self.start()
+        matrix = self._matrix(t)
+        began = matrix @ start_factor
+        own = (collected + began @ began.mT)[..., 0]  # Cov(z_s, X_s), (T, *D, S)
+        lag = t.unsqueeze(-1) - t
+        later = self._first_row(lag.clamp_min(0))  # (t, s, *D, S)
+        lower = (later * own).sum(-1).movedim((0, 1), (-2, -1)).tril()
+        rate = self._parameter(self.theta) * t.reshape(shape)
+        mean = (matrix[..., 0, :] * start_mean).sum(-1) + t.reshape(shape) * mean_decay(rate) * self._parameter(
+            self.constant
+        )
+        return mean.movedim(0, -1), lower + lower.tril(-1).mT
 
     def euler_transitions(self, grid: Discretisation) -> Transitions:
         """Transitions of the chain that ``solve(..., scheme="euler")`` runs: V exact, X by Euler steps.
@@ -181,10 +222,15 @@ class LinearSDE:
 
     def _matrix(self, h: Tensor) -> Tensor:
         """F(h), ``(*h, *D, S, S)``."""
+        lead = (*h.shape, *self.dims)
+        decay = torch.exp(-self.noise.speeds.to(h.device) * h.reshape(*h.shape, *[1] * len(self.dims), 1))
+        rest = torch.nn.functional.pad(torch.diag_embed(decay.expand(*lead, -1)), (1, 0))
+        return torch.cat([self._first_row(h).unsqueeze(-2), rest], -2)
+
+    def _first_row(self, h: Tensor) -> Tensor:
+        """What X(t + h) is made of: the first row of F(h), ``(*h, *D, S)``."""
         divided, t = self._divided(h)
         g, lead = self.noise.speeds.to(h.device), (*h.shape, *self.dims)
         own = torch.exp(-self._parameter(self.theta).unsqueeze(-1) * t).expand(*lead, 1)
         cross = -self._parameter(self.scale).unsqueeze(-1) * self.noise.loadings * g * divided
-        first = torch.cat([own, cross.expand(*lead, -1)], -1).unsqueeze(-2)
-        rest = torch.nn.functional.pad(torch.diag_embed(torch.exp(-g * t).expand(*lead, -1)), (1, 0))
-        return torch.cat([first, rest], -2)
+        return torch.cat([own, cross.expand(*lead, -1)], -1)

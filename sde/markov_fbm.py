@@ -17,7 +17,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sde._checks import NoiseWarning, Normalisation, as_count, as_hurst, as_kind, as_normalisation, as_positive
+from sde._checks import (
+    NoiseWarning,
+    Normalisation,
+    as_count,
+    as_hurst,
+    as_kind,
+    as_normalisation,
+    as_number,
+    as_positive,
+)
 from sde.grids import geometric_speeds, horizon_speeds
 from sde.noise import MarkovNoise, covariance_factor
 from sde.ornstein_uhlenbeck import stationary_covariance
@@ -172,7 +181,7 @@ class MarkovFractionalBrownianMotion(MarkovNoise):
         value = as_hurst(hurst)
         self.kind = as_kind(kind)
         self.normalisation: Normalisation = as_normalisation(normalisation)
-        self.horizon = float(as_positive(horizon, "horizon"))
+        self.horizon = as_number(horizon, "horizon")
         count = as_count(num_processes, "num_processes")
         if isinstance(grid, Tensor):
             self.grid = "custom"

@@ -87,7 +87,10 @@ class MarkovNoise:
 
     def covariance(self, times: Times) -> Tensor:
         """Covariance of B over ``times``, ``(*D, T, T)``, float64, differentiable in the loadings and gains."""
-        t = as_times(times, horizon=self.horizon).to(self.loadings.device)
+        return self.covariance_at(as_times(times, horizon=self.horizon).to(self.loadings.device))
+
+    def covariance_at(self, t: Tensor) -> Tensor:
+        """``covariance`` of times that are known to be good: nothing is looked at, so it may be recorded as a graph."""
         speeds = self.speeds.to(t.device)
         loadings = self.loadings_on(t).movedim(0, -2)  # (*D, T or 1, K)
         weights = (loadings * self.gains.unsqueeze(-2)).expand(*self.dims, len(t), -1)

@@ -142,6 +142,8 @@ def solve(
     """
     grid = times if isinstance(times, Discretisation) else noise.discretise(times)
     num_steps = len(grid.steps)
+    if not isinstance(x0, Tensor):
+        raise TypeError(f"x0 must be a tensor (B, D), got {type(x0).__name__}")
     if x0.ndim != 2 or 0 in x0.shape:
         raise ValueError(f"x0 must be (B, D) and not empty, got {tuple(x0.shape)}")
     if not x0.is_floating_point():

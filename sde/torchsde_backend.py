@@ -11,7 +11,7 @@ import torch
 import torchsde
 from torch import Tensor, nn
 
-from sde._checks import Times, as_positive, as_times, base_seed, stream
+from sde._checks import Times, as_number, as_times, base_seed, stream
 from sde.noise import MarkovNoise
 from sde.solvers import Control, Field, Path, Step, _initial
 
@@ -121,7 +121,7 @@ def solve_torchsde(
         ValueError: unknown methods, a state-dependent diffusion with ``"euler"``, time-dependent loadings.
     """
     t = as_times(times, minimum=2, horizon=noise.horizon)
-    dt = float(as_positive(step_size, "step_size"))
+    dt = as_number(step_size, "step_size")
     if method not in _METHODS:
         raise ValueError(f"method must be one of {', '.join(_METHODS)}, got {method!r}")
     if method == "euler" and callable(diffusion):

@@ -1,6 +1,5 @@
-"""The demo runs from data to figures, in small: the same code as ``make demo``, with few steps."""
+"""Each demonstration runs, shortened: the same code as ``make demo``."""
 
-import math
 from pathlib import Path
 
 import pytest
@@ -12,17 +11,17 @@ from benchmarks import demo
 
 
 @pytest.mark.changes_globals("rng_python")  # joblib, which scikit-learn imports when it is first used, draws from it
-@pytest.mark.filterwarnings("ignore::inference.SamplerWarning")  # chains this short have not mixed
-def test_demo_writes_table_figures_and_arviz_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arviz = pytest.importorskip("arviz")
-    scores = demo.main(["--quick", "--splits", "2", "--out", str(tmp_path)])
+@pytest.mark.filterwarnings("ignore::inference.SamplerWarning")  # runs this short have not mixed
+@pytest.mark.parametrize("name", sorted(demo.entries()))
+def test_a_demonstration_fills_its_rows(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = demo.main([name, "--quick", "--out", str(tmp_path)])
+    assert rows and all(row["metric"] and row["value"] and row["beside"] for row in rows)
+    assert "nan" not in "".join(row["value"] for row in rows)
+    assert rows[0]["model"] and rows[0]["data"] and rows[0]["seconds"]
+    assert list(tmp_path.glob("*.png")) and "| model" in capsys.readouterr().out
 
-    assert len(scores) == 5
-    assert all(math.isfinite(value) for results in scores.values() for result in results for value in result.values())
-    # The baselines run in full: an exact process beats a linear model on these data by far.
-    assert scores["exact GP, ML-II (gpytorch)"][0]["RMSE"] < 2.5 < scores["Bayesian ridge (scikit-learn)"][0]["RMSE"]
-    assert {"prior_functions.png", "calibration.png", "ranks.png"} <= {path.name for path in tmp_path.iterdir()}
-    assert "| method" in capsys.readouterr().out
-    data = arviz.from_netcdf(str(tmp_path / "boston.nc"))
-    assert dict(data.posterior.sizes)["chain"] == 4
-    assert dict(data.observed_data.sizes)["point"] == 455
+
+def test_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        demo.main(["nothing"])
+    assert "no demonstration is called" in capsys.readouterr().err

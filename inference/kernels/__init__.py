@@ -4,6 +4,7 @@ from inference.kernels.adaptive_sghmc import AdaptiveSGHMC
 from inference.kernels.adjusted_mclmc import AdjustedMCLMC
 from inference.kernels.base import Kernel, Noise, StepInputs
 from inference.kernels.chees import ChEES
+from inference.kernels.discrete_gibbs import DiscreteGibbs
 from inference.kernels.gibbs import ScaleGibbs
 from inference.kernels.hmc import HMC
 from inference.kernels.mclmc import MCLMC
@@ -25,6 +26,7 @@ __all__ = [
     "AdjustedMCLMC",
     "ChEES",
     "CyclicalSchedule",
+    "DiscreteGibbs",
     "Kernel",
     "Noise",
     "ParallelTempering",

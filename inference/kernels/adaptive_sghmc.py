@@ -17,12 +17,13 @@ Var(G).  After the warm-up v is frozen.
 """
 
 import warnings
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from inference._errors import SamplerWarning
+from inference.citation import Paper
 from inference.kernels.base import Info, Noise, positive
 from inference.kernels.stochastic_gradient import StochasticGradientKernel
 from inference.potential import Potential
@@ -66,6 +67,18 @@ class AdaptiveSGHMC(StochasticGradientKernel):
     noise is at its floor: these rely wholly
     on minibatch noise, which happens above sqrt(v) = 2 alpha / epsilon^2.
     """
+
+    papers: ClassVar[tuple[Paper, ...]] = (
+        Paper(
+            "inproceedings",
+            "springenberg2016bayesian",
+            author="Springenberg, Jost Tobias and Klein, Aaron and Falkner, Stefan and Hutter, Frank",
+            title="{B}ayesian Optimization with Robust {B}ayesian Neural Networks",
+            booktitle="Advances in Neural Information Processing Systems",
+            volume=29,
+            year=2016,
+        ),
+    )
 
     def __init__(
         self,

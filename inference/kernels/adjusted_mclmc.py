@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 
+from inference.citation import Paper
 from inference.kernels.base import Noise
 from inference.kernels.isokinetic import check_dim, minimal_norm_step, unit
 from inference.kernels.shared_trajectory import Carry, SharedTrajectory
@@ -47,6 +48,18 @@ class AdjustedMCLMC(SharedTrajectory):
     Where this differs from the paper: the length comes from the ChEES criterion over chains (``shared_trajectory``) and
     not from one chain's autocorrelation, and the velocity is drawn anew for each trajectory and not along it.
     """
+
+    papers: ClassVar[tuple[Paper, ...]] = (
+        Paper(
+            "misc",
+            "robnik2025metropolis",
+            author="Robnik, Jakob and Cohn-Gordon, Reuben and Seljak, Uro\\v{s}",
+            title="Metropolis Adjusted Microcanonical {H}amiltonian {M}onte {C}arlo",
+            eprint="2503.01707",
+            archiveprefix="arXiv",
+            year=2025,
+        ),
+    )
 
     harmonic: ClassVar[bool] = False
     gradients_per_step: ClassVar[int] = 2

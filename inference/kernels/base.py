@@ -7,7 +7,6 @@ generator per chain, so a kernel never
 touches a generator.  States are named tuples of tensors whose first field is ``position`` of shape ``(chain, dim)``.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -16,7 +15,9 @@ import torch
 from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 
-from inference.potential import Potential, Program
+from inference._checks import count, nonnegative, positive
+from inference.citation import Citable
+from inference.potential import InDims, Potential, Program
 from inference.runtime.streams import Streams
 
 __all__ = ["Kernel", "Lift", "Noise", "StepInputs", "Transition", "count", "nonnegative", "positive"]
@@ -81,7 +82,7 @@ class _Moving(NamedTuple):
     clock: Tensor
 
 
-class Kernel(ABC):
+class Kernel(Citable, ABC):
     """A Markov kernel on the unconstrained space of a Pyro model.
 
     Attributes:
@@ -109,6 +110,10 @@ class Kernel(ABC):
             raise TypeError("model (or potential_fn) must be callable")
         self.model, self.potential_fn = model, potential_fn
         self.transforms, self.max_plate_nesting, self.init_strategy = transforms, max_plate_nesting, init_strategy
+
+    def own_potential(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], in_dims: InDims) -> Potential | None:
+        """The target of a kernel that does not move in unconstrained space, at the arguments of ``run``; else None."""
+        return None
 
     @abstractmethod
     def noise(self, potential: Potential) -> Noise:
@@ -251,36 +256,6 @@ def _overwrite(target: Any, source: Any) -> None:
         return
     for part, value in zip(target, source, strict=True):
         _overwrite(part, value)
-
-
-def count(name: str, value: Any, least: int) -> int:
-    """``value`` as an integer of at least ``least``; raises naming the argument."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return value
-
-
-def positive(name: str, value: Any, *, upper: float = math.inf) -> float:
-    """``value`` as a float in ``(0, upper]``; raises ``TypeError`` or ``ValueError`` naming the argument."""
-    return _real(name, value, 0.0, upper, open_below=True)
-
-
-def nonnegative(name: str, value: Any, *, upper: float = math.inf) -> float:
-    """``value`` as a float in ``[0, upper]``; raises ``TypeError`` or ``ValueError`` naming the argument."""
-    return _real(name, value, 0.0, upper, open_below=False)
-
-
-def _real(name: str, value: Any, lower: float, upper: float, *, open_below: bool) -> float:
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    inside = (value > lower if open_below else value >= lower) and value <= upper and math.isfinite(value)
-    if not inside:
-        raise ValueError(f"{name} must lie in {'(' if open_below else '['}{lower:g}, {upper:g}], got {value!r}")
-    return float(value)
 
 
 def per_chain_norm(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from inference.citation import Paper
 from inference.kernels.shared_trajectory import Carry, SharedTrajectory
 from inference.potential import Potential
 
@@ -40,6 +41,17 @@ class ChEES(SharedTrajectory):
 
     Draws carry ``acceptance_rate``, ``step_size``, ``trajectory_length``, ``energy`` and ``diverging``.
     """
+
+    papers: ClassVar[tuple[Paper, ...]] = (
+        Paper(
+            "inproceedings",
+            "hoffman2021chees",
+            author="Hoffman, Matthew D. and Radul, Alexey and Sountsov, Pavel",
+            title="An Adaptive-{MCMC} Scheme for Setting Trajectory Lengths in {H}amiltonian {M}onte {C}arlo",
+            booktitle="International Conference on Artificial Intelligence and Statistics",
+            year=2021,
+        ),
+    )
 
     harmonic: ClassVar[bool] = True
     gradients_per_step: ClassVar[int] = 1

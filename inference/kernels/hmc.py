@@ -7,12 +7,13 @@ that no trajectory length resonates.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 
+from inference.citation import Paper
 from inference.kernels.adaptation import DualAverage, Moments
 from inference.kernels.base import Info, Lift, Noise, StepInputs, positive
 from inference.kernels.hamiltonian import DIVERGENCE, Hamiltonian, leapfrog
@@ -64,6 +65,28 @@ class HMC(Hamiltonian):
 
     At most 1,024 leapfrog steps are taken in a trajectory.
     """
+
+    papers: ClassVar[tuple[Paper, ...]] = (
+        Paper(
+            "article",
+            "duane1987hybrid",
+            author="Duane, Simon and Kennedy, A. D. and Pendleton, Brian J. and Roweth, Duncan",
+            title="Hybrid {M}onte {C}arlo",
+            journal="Physics Letters B",
+            volume=195,
+            number=2,
+            pages="216--222",
+            year=1987,
+        ),
+        Paper(
+            "incollection",
+            "neal2011mcmc",
+            author="Neal, Radford M.",
+            title="{MCMC} Using {H}amiltonian Dynamics",
+            booktitle="Handbook of {M}arkov Chain {M}onte {C}arlo",
+            year=2011,
+        ),
+    )
 
     pool_every = 10
 

@@ -21,6 +21,7 @@ import torch
 from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 
+from inference.citation import Paper
 from inference.kernels.base import Info, Kernel, Noise, StepInputs, positive
 from inference.kernels.descent import descend
 from inference.kernels.isokinetic import check_dim, minimal_norm_step, unit
@@ -95,6 +96,18 @@ class MCLMC(Kernel):
     A step costs two gradients and its draws are correlated: give ``MCMC`` a ``thin``.  Draws carry ``energy_error``,
     the error E of their own step, ``step_size``, ``trajectory_length`` and ``diverging``.
     """
+
+    papers: ClassVar[tuple[Paper, ...]] = (
+        Paper(
+            "article",
+            "robnik2023microcanonical",
+            author="Robnik, Jakob and De Luca, G. Bruno and Silverstein, Eva and Seljak, Uro\\v{s}",
+            title="Microcanonical {H}amiltonian {M}onte {C}arlo",
+            journal="Journal of Machine Learning Research",
+            volume=24,
+            year=2023,
+        ),
+    )
 
     stochastic: ClassVar[bool] = False
 

@@ -23,6 +23,7 @@ import torch
 from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 
+from inference.citation import Paper
 from inference.kernels.base import Info, Kernel, Noise, StepInputs, positive
 from inference.kernels.descent import descend
 from inference.kernels.pooling import first_window, pool, windows
@@ -89,6 +90,26 @@ class MEADS(Kernel):
     the damping tr(C^2) leaves out each chain's product with itself, without which few chains in many dimensions would
     always see a large eigenvalue (for the step size it stays in: a single chain in a steep place must count).
     """
+
+    papers: ClassVar[tuple[Paper, ...]] = (
+        Paper(
+            "inproceedings",
+            "hoffman2022meads",
+            author="Hoffman, Matthew D. and Sountsov, Pavel",
+            title="Tuning-Free Generalized {H}amiltonian {M}onte {C}arlo",
+            booktitle="International Conference on Artificial Intelligence and Statistics",
+            year=2022,
+        ),
+        Paper(
+            "misc",
+            "neal2020nonreversibly",
+            author="Neal, Radford M.",
+            title="Non-reversibly Updating a Uniform [0, 1] Value for {M}etropolis Accept/Reject Decisions",
+            eprint="2001.11950",
+            archiveprefix="arXiv",
+            year=2020,
+        ),
+    )
 
     stochastic: ClassVar[bool] = False
 

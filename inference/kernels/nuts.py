@@ -13,12 +13,13 @@ tree, so that a short tree never waits for a long one.
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 
+from inference.citation import Paper
 from inference.kernels.adaptation import DualAverage, Moments
 from inference.kernels.base import Info, Lift, Noise, StepInputs, Transition
 from inference.kernels.hamiltonian import DIVERGENCE, Hamiltonian, leapfrog
@@ -138,6 +139,37 @@ class NUTS(Hamiltonian):
 
     Draws' records hold ``tree_depth`` and ``num_steps``, the leapfrog steps taken.
     """
+
+    papers: ClassVar[tuple[Paper, ...]] = (
+        Paper(
+            "article",
+            "hoffman2014nuts",
+            author="Hoffman, Matthew D. and Gelman, Andrew",
+            title="The {N}o-{U}-{T}urn Sampler: Adaptively Setting Path Lengths in {H}amiltonian {M}onte {C}arlo",
+            journal="Journal of Machine Learning Research",
+            volume=15,
+            pages="1593--1623",
+            year=2014,
+        ),
+        Paper(
+            "misc",
+            "betancourt2017conceptual",
+            author="Betancourt, Michael",
+            title="A Conceptual Introduction to {H}amiltonian {M}onte {C}arlo",
+            eprint="1701.02434",
+            archiveprefix="arXiv",
+            year=2017,
+        ),
+        Paper(
+            "misc",
+            "phan2019composable",
+            author="Phan, Du and Pradhan, Neeraj and Jankowiak, Martin",
+            title="Composable Effects for Flexible and Accelerated Probabilistic Programming in {N}um{P}yro",
+            eprint="1912.11554",
+            archiveprefix="arXiv",
+            year=2019,
+        ),
+    )
 
     pool_every = 75  # chains wait for one another there
 

@@ -20,6 +20,7 @@ import torch
 from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 
+from inference.citation import Paper
 from inference.kernels.base import Info, Kernel, Lift, Noise, StepInputs, positive
 from inference.kernels.tempered_hmc import TemperedHMC
 from inference.potential import Potential, Program, TemperedPotential
@@ -93,6 +94,18 @@ class ParallelTempering(Kernel):
         jitter: step sizes are uniform on epsilon (1 - jitter, 1).
         transforms, max_plate_nesting, init_strategy: as in Pyro.
     """
+
+    papers: ClassVar[tuple[Paper, ...]] = (
+        Paper(
+            "article",
+            "syed2022nonreversible",
+            author="Syed, Saifuddin and Bouchard-C\\^ot\\'e, Alexandre and Deligiannidis, George and Doucet, Arnaud",
+            title="Non-Reversible Parallel Tempering: A Scalable Highly Parallel {MCMC} Scheme",
+            journal="Journal of the Royal Statistical Society: Series B",
+            volume=84,
+            year=2022,
+        ),
+    )
 
     stochastic: ClassVar[bool] = False
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from inference.kernels.base import positive
+from inference._checks import nonnegative, positive
 
 __all__ = ["ConstantSchedule", "CyclicalSchedule", "PolynomialSchedule", "Schedule", "StepControl", "as_schedule"]
 
@@ -97,9 +97,9 @@ class CyclicalSchedule(Schedule):
         self.step_size = positive("step_size", step_size)
         if not isinstance(num_cycles, int) or isinstance(num_cycles, bool) or num_cycles < 1:
             raise ValueError(f"num_cycles must be a positive integer, got {num_cycles!r}")
-        if not 0 <= exploration < 1:
+        self.num_cycles, self.exploration = num_cycles, nonnegative("exploration", exploration, upper=1.0)
+        if self.exploration == 1.0:
             raise ValueError(f"exploration must lie in [0, 1), got {exploration!r}")
-        self.num_cycles, self.exploration = num_cycles, float(exploration)
         self._length = 1
 
     def kept_steps(self, num_samples: int, thin: int) -> Sequence[int]:

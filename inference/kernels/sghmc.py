@@ -8,11 +8,12 @@ On a quadratic U = k z^2 / 2 the chain is an AR(2) process with stationary varia
 alpha))).
 """
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from inference.citation import Paper
 from inference.kernels.base import Info, positive
 from inference.kernels.stochastic_gradient import StochasticGradientKernel
 from inference.potential import Potential
@@ -39,6 +40,17 @@ class SGHMC(StochasticGradientKernel):
         friction: alpha in (0, 1]; the share of momentum lost in a step.
         **options: those of ``StochasticGradientKernel``.
     """
+
+    papers: ClassVar[tuple[Paper, ...]] = (
+        Paper(
+            "inproceedings",
+            "chen2014stochastic",
+            author="Chen, Tianqi and Fox, Emily B. and Guestrin, Carlos",
+            title="Stochastic Gradient {H}amiltonian {M}onte {C}arlo",
+            booktitle="International Conference on Machine Learning",
+            year=2014,
+        ),
+    )
 
     def __init__(
         self, model: Any = None, potential_fn: Any = None, *, step_size: Any, friction: float = 0.05, **options: Any

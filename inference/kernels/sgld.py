@@ -3,10 +3,11 @@
 z <- z - epsilon / 2 * G + N(0, epsilon),      G = grad U~ / T
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
+from inference.citation import Paper
 from inference.kernels.base import Info
 from inference.kernels.stochastic_gradient import StochasticGradientKernel
 from inference.potential import Potential
@@ -27,6 +28,17 @@ class SGLD(StochasticGradientKernel):
 
     Arguments are those of ``StochasticGradientKernel``.
     """
+
+    papers: ClassVar[tuple[Paper, ...]] = (
+        Paper(
+            "inproceedings",
+            "welling2011bayesian",
+            author="Welling, Max and Teh, Yee Whye",
+            title="Bayesian Learning via Stochastic Gradient {L}angevin Dynamics",
+            booktitle="International Conference on Machine Learning",
+            year=2011,
+        ),
+    )
 
     def init(self, position: Tensor, potential: Potential) -> SGLDState:
         """Only a position."""

@@ -20,7 +20,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pyro.nn.module import _Context
@@ -30,6 +30,7 @@ from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from inference._errors import CaptureWarning
+from inference.citation import Citable, Paper
 from inference.objectives._particles import OwnParameters, Pair, Particle, localise, modules_of, own_scope
 from inference.potential.graph import CaptureError, trace
 from inference.results.pareto import smooth_weights
@@ -67,7 +68,7 @@ class BoundEstimate:
     log_weights: Tensor = field(repr=False)
 
 
-class ELBO(nn.Module):
+class ELBO(Citable, nn.Module):
     """Negative evidence lower bound of ``guide`` for ``model``, as an objective for ``inference.fit``.
 
     Particles are batched by ``vmap``; the model need not broadcast. Discrete latent sites that the guide leaves out are
@@ -106,6 +107,25 @@ class ELBO(nn.Module):
         >>> round(objective.guide.median()["mean"].item(), 2)  # 3 / (3 + 1)
         0.75
     """
+
+    papers: ClassVar[tuple[Paper, ...]] = (
+        Paper(
+            "inproceedings",
+            "mnih2016variational",
+            author="Mnih, Andriy and Rezende, Danilo J.",
+            title="Variational Inference for {M}onte {C}arlo Objectives",
+            booktitle="International Conference on Machine Learning",
+            year=2016,
+        ),
+        Paper(
+            "inproceedings",
+            "burda2016importance",
+            author="Burda, Yuri and Grosse, Roger and Salakhutdinov, Ruslan",
+            title="Importance Weighted Autoencoders",
+            booktitle="International Conference on Learning Representations",
+            year=2016,
+        ),
+    )
 
     def __init__(
         self,

@@ -1,0 +1,1 @@
+"""What is made of draws: diagnostics, predictive laws, evidence, export."""

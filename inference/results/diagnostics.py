@@ -34,6 +34,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inference._checks import positive
+
 __all__ = [
     "Summary",
     "bfmi",
@@ -282,7 +284,7 @@ def summary(samples: Mapping[str, Tensor], prob: float = 0.9) -> Summary:
     """
     if not isinstance(samples, Mapping):
         raise TypeError(f"samples must be a mapping from site names to tensors, got {type(samples).__name__}")
-    if not 0.0 < prob < 1.0:
+    if not 0.0 < positive("prob", prob) < 1.0:
         raise ValueError(f"prob must lie strictly between 0 and 1, got {prob}")
     if not samples:
         raise ValueError("samples holds no site; there is nothing to summarise")

@@ -85,6 +85,9 @@ def to_arviz(
         "observed_data": observed_data,
         "constant_data": constant_data,
     }
+    for what, value in (("dims", dims), ("coords", coords), ("attrs", attrs)):
+        if value is not None and not isinstance(value, Mapping):
+            raise TypeError(f"{what} must be a mapping from names, got {type(value).__name__}")
     groups = {group: _arrays(group, variables) for group, variables in given.items() if variables is not None}
     groups = {group: variables for group, variables in groups.items() if variables}
     if not groups:

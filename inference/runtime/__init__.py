@@ -1,0 +1,1 @@
+"""What runs need beside their mathematics: random streams, checkpoints, progress, processes."""

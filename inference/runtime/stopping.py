@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from inference._checks import positive
 from inference.results.diagnostics import ess_bulk, ess_tail, rhat
 from inference.runtime import distributed
 
@@ -40,12 +41,12 @@ class Stop:
         """Check the criteria."""
         if self.rhat is None and self.ess is None and self.seconds is None:
             raise ValueError("Stop needs at least one of rhat, ess and seconds")
-        if self.rhat is not None and not self.rhat > 1:
+        if self.rhat is not None and not positive("rhat", self.rhat) > 1:
             raise ValueError(f"rhat must be more than 1, got {self.rhat!r}")
         for name in ("ess", "seconds"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value!r}")
+            if value is not None:
+                positive(name, value)
         if isinstance(self.least, bool) or not isinstance(self.least, int) or self.least < 4:
             raise ValueError(f"least must be an integer of at least 4, got {self.least!r}")
 

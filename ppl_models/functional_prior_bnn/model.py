@@ -17,7 +17,7 @@ from inference.fit import FitResult, fit
 from inference.kernels import Kernel
 from inference.mcmc import MCMC
 from inference.runtime.generators import scoped_seed
-from ppl_models.base import check_batch_size, check_count
+from ppl_models.base import check_batch_size, check_count, unchanged_on_error
 from ppl_models.functional_prior_bnn.matching import prior_objective
 from ppl_models.functional_prior_bnn.networks import evaluate
 from ppl_models.functional_prior_bnn.point_estimate import NegativeLogPosterior
@@ -158,10 +158,9 @@ class FunctionalPriorBNN(BayesianNetwork):
         check_count("num_steps", num_steps)
         self._follow(x_train)
         x = self._check_x("x_train", x_train)
-        units, before = copy.deepcopy(self.input_units), copy.deepcopy(self.prior.state_dict())
-        if self.standardised:
-            self.input_units.learn(x)
-        try:
+        with unchanged_on_error(self):
+            if self.standardised:
+                self.input_units.learn(x)
             self.prior.start_tuning()
             with self.prior.tuning():
                 objective = prior_objective(
@@ -182,10 +181,6 @@ class FunctionalPriorBNN(BayesianNetwork):
                     checkpoint=checkpoint,
                     progress=progress,
                 )
-        except BaseException:
-            self.input_units.load_state_dict(units.state_dict())
-            self.prior.load_state_dict(before)
-            raise
         self.result = None
         return history
 
@@ -264,20 +259,21 @@ class FunctionalPriorBNN(BayesianNetwork):
             full_batch=size is None,
         )
         check_count("num_chains", num_chains)
-        x, y = self._learn_units(raw_x, raw_y)
-        mcmc = MCMC(
-            kernel,
-            num_samples,
-            warmup_steps,
-            initial_params=starting_points(self, x[:1], num_chains, seed, start_from),
-            num_chains=num_chains,
-            thin=thin,
-            seed=seed,
-            checkpoint=checkpoint,
-            progress=progress,
-            compile=compile,
-        )
-        mcmc.run(x, y, batch_size=size)
+        with unchanged_on_error(self):
+            x, y = self._learn_units(raw_x, raw_y)
+            mcmc = MCMC(
+                kernel,
+                num_samples,
+                warmup_steps,
+                initial_params=starting_points(self, x[:1], num_chains, seed, start_from),
+                num_chains=num_chains,
+                thin=thin,
+                seed=seed,
+                checkpoint=checkpoint,
+                progress=progress,
+                compile=compile,
+            )
+            mcmc.run(x, y, batch_size=size)
         info = {
             "method": sampler if isinstance(sampler, str) else type(kernel).__name__,
             "temperature": float(temperature),
@@ -321,9 +317,10 @@ class FunctionalPriorBNN(BayesianNetwork):
         raw_y = self.likelihood.check(y_train, len(raw_x), self.network.out_features, raw_x)
         size = check_batch_size(batch_size, len(raw_x))
         check_count("num_members", num_members)
-        x, y = self._learn_units(raw_x, raw_y)
-        objective = NegativeLogPosterior(self, x, y, num_members, size, seed)
-        history = fit(objective, num_steps=num_steps, lr=lr, seed=seed, progress=progress)
+        with unchanged_on_error(self):
+            x, y = self._learn_units(raw_x, raw_y)
+            objective = NegativeLogPosterior(self, x, y, num_members, size, seed)
+            history = fit(objective, num_steps=num_steps, lr=lr, seed=seed, progress=progress)
         info = {"method": "map", "seconds": history.seconds, "num_gradients": history.num_steps * num_members}
         return self._keep(objective.samples(), {}, raw_x, raw_y, info)
 
@@ -363,7 +360,7 @@ class FunctionalPriorBNN(BayesianNetwork):
         """
         if self.result is None or self.result.model is self:
             super().save(path)
-        else:  # the model that the draws belong to: a later fit that failed may have left other units here
+        else:  # the model that the draws belong to
             self.result.model.save(path)
 
     def _extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from inference.citation import Citable
 from inference.results.export import to_arviz
 from ppl_models.functional_prior_bnn.networks import evaluate
 from ppl_models.functional_prior_bnn.predictions import Prediction
+from ppl_models.functional_prior_bnn.sampling import sampler_class
 
 if TYPE_CHECKING:
     from ppl_models.functional_prior_bnn.model import FunctionalPriorBNN
@@ -23,7 +25,7 @@ _RHAT_POINTS = 512
 _RHAT_DRAWS = 4  # two in each half of a chain
 
 
-class Posterior:
+class Posterior(Citable):
     """What ``FunctionalPriorBNN.fit`` returns: draws, and the model as it was when they were made.
 
     Attributes:
@@ -150,6 +152,10 @@ class Posterior:
             groups["log_likelihood"] = {"y": prediction.pointwise_log_likelihood(self.y_train)}
             groups["observed_data"] = {"y": self.y_train}
         return to_arviz(posterior, sample_stats=stats or None, dims=dims, attrs=self.info, **groups)
+
+    def _used(self) -> tuple[object, ...]:
+        kernel = sampler_class(self.info["method"])
+        return (self.model,) if kernel is None else (self.model, kernel)
 
     def save(self, path: str | Path) -> None:
         """Write model, draws and training data to one file; ``FunctionalPriorBNN.load`` reads it.

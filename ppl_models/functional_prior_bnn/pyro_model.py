@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
 from torch import Tensor
 
+from inference.citation import Paper
 from ppl_models.base import Model, Standardiser, check_inputs
 from ppl_models.functional_prior_bnn.likelihoods import Likelihood, build_likelihood
 from ppl_models.functional_prior_bnn.networks import Network, build_network, evaluate
@@ -24,6 +25,20 @@ _NOISE_LOCATION, _NOISE_SCALE = math.log(0.1), 1.0
 
 class BayesianNetwork(Model):
     """A neural network with a prior on its weights; for arguments and sites see ``FunctionalPriorBNN``."""
+
+    papers: ClassVar[tuple[Paper, ...]] = (
+        Paper(
+            "article",
+            "tran2022functional",
+            author="Tran, Ba-Hien and Rossi, Simone and Milios, Dimitrios and Filippone, Maurizio",
+            title="All You Need is a Good Functional Prior for {B}ayesian Deep Learning",
+            journal="Journal of Machine Learning Research",
+            volume=23,
+            number=74,
+            pages="1--56",
+            year=2022,
+        ),
+    )
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to
 
+from inference import kernels
 from inference.kernels import HMC, SGHMC, SGLD, AdaptiveSGHMC, Kernel, ScaleGibbs
 from inference.runtime.generators import derive_seed, scoped_seed
 
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
     from ppl_models.functional_prior_bnn.model import FunctionalPriorBNN
     from ppl_models.functional_prior_bnn.posterior import Posterior
 
-__all__ = ["build_kernel", "starting_points"]
+__all__ = ["build_kernel", "sampler_class", "starting_points"]
 
-_SAMPLERS = ("adaptive_sghmc", "sghmc", "sgld", "hmc")
+_SAMPLERS: dict[str, type[Kernel]] = {"adaptive_sghmc": AdaptiveSGHMC, "sghmc": SGHMC, "sgld": SGLD, "hmc": HMC}
 # With its mass adapted HMC sees a posterior of about unit scale. A quarter of that Gaussian's period takes it to an
 # independent point; the whole period, Pyro's default, back to where it started.
 _QUARTER_PERIOD = math.pi / 2
@@ -72,6 +73,12 @@ def build_kernel(
     if sampler == "sghmc":
         return SGHMC(bnn, friction=friction, **options)
     return AdaptiveSGHMC(bnn, friction=friction, noise_correction=not full_batch, **options)
+
+
+def sampler_class(method: str) -> type[Kernel] | None:
+    """The kernel that a posterior's ``method`` names; None for none of this library's, such as ``"map"``."""
+    found = _SAMPLERS.get(method, getattr(kernels, method, None))
+    return found if isinstance(found, type) else None
 
 
 def starting_points(

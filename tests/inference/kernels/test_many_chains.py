@@ -11,9 +11,7 @@ from inference import MCMC
 from inference.kernels import MCLMC, MEADS, AdjustedMCLMC, ChEES, pooling
 from inference.kernels import meads as meads_module
 from inference.kernels.base import StepInputs
-from inference.potential import Program
 from inference.results.diagnostics import mcse_mean
-from tests.accelerator import fake_accelerator
 from tests.inference import posteriordb, zoo
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*transitions diverged:inference.SamplerWarning")
@@ -107,37 +105,6 @@ def test_reference_posteriors(kernel, name):
 
 
 # ---------------------------------------------------------------------- seeds and resume
-def short(kernel, **options):
-    _, _, energy, start = correlated(3)
-    start = {"w": start["w"][:8]}
-    settings = {"num_samples": 60, "warmup_steps": 24, "num_chains": 8, "thin": 1, **options}
-    return run(kernel(potential_fn=energy), initial_params=start, **settings)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_same_seed_same_bits(kernel):
-    one, two, other = (short(kernel, seed=seed).get_samples()["w"] for seed in (3, 3, 4))
-    assert torch.equal(one, two) and not torch.equal(one, other)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("stop", [13, 200])
-def test_resume_is_exact(kernel, stop, tmp_path):
-    """Interrupted in the warm-up or among the draws, and resumed from the last checkpoint: the same bits."""
-    options = {"num_samples": 300, "checkpoint_every": 0.0}
-
-    def cut(event):
-        if event["step"] >= stop:
-            raise KeyboardInterrupt
-
-    whole = short(kernel, num_samples=300)
-    with pytest.warns(match="interrupted"):
-        short(kernel, checkpoint=tmp_path, progress=cut, **options)
-    resumed = short(kernel, checkpoint=tmp_path, **options)
-    for name, draws in whole.get_samples().items():
-        assert torch.equal(draws, resumed.get_samples()[name])
-    for name, values in whole.sample_stats.items():
-        assert torch.equal(values, resumed.sample_stats[name]), name
 
 
 # ---------------------------------------------------------------------- many processes
@@ -234,40 +201,9 @@ def test_adaptation_over_two_ranks_is_that_of_one_process(kernel, monkeypatch):
 
 
 # ---------------------------------------------------------------------- devices
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_no_stray_cpu_tensor_on_an_accelerator(kernel):
-    """A step and a window on fake tensors of another device, in single precision, which it keeps."""
-    fixed = {"adapt_step_size": False, "adapt_mass_matrix": False}
-    if kernel is MEADS:
-        fixed["adapt_damping"] = False
-    sampler = kernel(potential_fn=lambda z: z, **fixed)
-    with fake_accelerator() as device:
-        potential = Quadratic(torch.empty(3, device=device))
-        state = sampler.init(torch.empty(8, 3, device=device), potential)
-        noise = {"normal": torch.empty(8, 3, device=device), "uniform": torch.empty(8, 1, device=device)}
-        control = {n: torch.empty((), device=device) for n in sampler.controls(0, 1, 10)}
-        move = sampler.build(potential, lambda function, calls: Program(function, record=False))
-        state, info = move(state, StepInputs(noise, control, {}), 2)
-        state = sampler.end_window(state, 8, 12, potential)  # no first window: chains far out are looked for there
-        leaves = [v for v in state if isinstance(v, torch.Tensor)] + list(info.values())
-        assert all(v.device.type == device.type for v in leaves)
-        assert all(v.dtype is torch.float32 for v in leaves if v.is_floating_point())
 
 
 # ---------------------------------------------------------------------- bad arguments
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({}, ValueError, "exactly one of model and potential_fn"),
-        ({"model": 3}, TypeError, "callable"),
-        ({"model": zoo.logistic, "step_size": 0.0}, ValueError, "step_size must lie in"),
-        ({"model": zoo.logistic, "step_size": "big"}, TypeError, "step_size must be a number"),
-    ],
-)
-def test_bad_settings_are_named(kernel, options, error, message):
-    with pytest.raises(error, match=message):
-        kernel(**options)
 
 
 @pytest.mark.parametrize(
@@ -300,17 +236,6 @@ def test_too_few_chains_or_dimensions_are_refused():
         run(MEADS(one), num_samples=2, warmup_steps=2, num_chains=4)
     z = run(ChEES(one), num_samples=100, warmup_steps=100, num_chains=16).get_samples(group_by_chain=True)["z"]
     assert z_scores(z, 0.0) < 4 and z_scores(z**2, 1.0) < 4
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_minibatches_are_refused(kernel):
-    def model(x):
-        w = pyro.sample("w", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
-        with pyro.plate("n", len(x), subsample_size=10) as i:
-            pyro.sample("y", dist.Normal(x[i] @ w, 1.0), obs=x[i, 0])
-
-    with pytest.raises(ValueError, match="subsampled"):
-        run(kernel(model), zoo.X, num_samples=2, warmup_steps=2, num_chains=8)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

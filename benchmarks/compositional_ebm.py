@@ -1,0 +1,589 @@
+"""Unnormalised models: the paper's claims and the peers, on one core.
+
+    python -m benchmarks.compositional_ebm landscape     # steps of exact gradient descent far from the noise
+    python -m benchmarks.compositional_ebm variance      # Var(u) against beta and M, figure
+    python -m benchmarks.compositional_ebm speed         # a step of each; cost against M and dimension, figure
+    python -m benchmarks.compositional_ebm toys NAME     # test log-likelihoods in two dimensions, with peers
+    python -m benchmarks.compositional_ebm mixtures D    # log Z of a mixture in D dimensions, compositional and NCE
+    python -m benchmarks.compositional_ebm digits        # density, accuracy, out-of-distribution AUROC
+    python -m benchmarks.compositional_ebm regression    # KL of the conditional energy
+    python -m benchmarks.compositional_ebm prior         # a VAE's gain by an energy prior
+
+Each prints a table; figures go to ``out/compositional_ebm``.  ``--seeds N`` repeats and prints medians.
+"""
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from inference import CompositionalLikelihood, fit
+from inference.objectives.unnormalised import NoiseContrastive
+from inference.objectives.unnormalised.compositional import mix
+from inference.objectives.unnormalised.noise import GaussianNoise
+from inference.runtime.generators import generator, scoped_seed
+from ppl_models import ConditionalEnergyModel, EnergyClassifier, EnergyModel
+from ppl_models.compositional_ebm import LatentEnergyPrior
+
+OUT = Path("out") / "compositional_ebm"
+TOYS = ("8gaussians", "checkerboard", "rings", "pinwheel", "2spirals", "moons")
+
+
+def toy(name: str, n: int, seed: int) -> Tensor:
+    """Two-dimensional densities of the FFJORD code, ``(n, 2)``."""
+    rng = np.random.default_rng(seed)
+    if name == "8gaussians":
+        angle = rng.integers(8, size=n) * np.pi / 4
+        x = 2 * np.sqrt(2) * np.stack([np.cos(angle), np.sin(angle)], 1) + rng.normal(size=(n, 2)) * 0.5 / np.sqrt(2)
+    elif name == "checkerboard":
+        first = rng.uniform(size=n) * 4 - 2
+        second = rng.uniform(size=n) - rng.integers(0, 2, n) * 2 + np.floor(first) % 2
+        x = 2 * np.stack([first, second], 1)
+    elif name == "rings":
+        radius = np.array([0.75, 1.5, 2.25, 3.0])[rng.integers(4, size=n)]
+        angle = rng.uniform(size=n) * 2 * np.pi
+        x = radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1) + 0.08 * rng.normal(size=(n, 2))
+    elif name == "pinwheel":
+        features = rng.normal(size=(n, 2)) * np.array([0.3, 0.1]) + np.array([1.0, 0.0])
+        angle = rng.integers(5, size=n) * 2 * np.pi / 5 + 0.25 * np.exp(features[:, 0])
+        turn = np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], 1).reshape(-1, 2, 2)
+        x = 2 * np.einsum("ti,tij->tj", features, turn)
+    elif name == "2spirals":
+        length = np.sqrt(rng.uniform(size=n)) * 540 * 2 * np.pi / 360
+        arm = np.where(rng.uniform(size=n) < 0.5, 1.0, -1.0)
+        x = np.stack([-np.cos(length) * length, np.sin(length) * length], 1) + rng.uniform(size=(n, 2)) * 0.5
+        x = arm[:, None] * x / 3 + 0.1 * rng.normal(size=(n, 2))
+    elif name == "moons":
+        upper = rng.uniform(size=n) < 0.5
+        angle = rng.uniform(size=n) * np.pi
+        x = np.where(upper[:, None], np.stack([np.cos(angle), np.sin(angle)], 1), 0.0)
+        x = x + np.where(upper[:, None], 0.0, np.stack([1 - np.cos(angle), 0.5 - np.sin(angle)], 1))
+        x = 2 * (x + 0.1 * rng.normal(size=(n, 2))) + np.array([-1.0, -0.2])
+    else:
+        raise ValueError(f"toy must be one of {TOYS}, got {name!r}")
+    return torch.tensor(x, dtype=torch.float32)
+
+
+def truth(name: str, x: Tensor) -> float | None:
+    """Mean true log-density, where it has a simple form."""
+    if name == "8gaussians":
+        angle = torch.arange(8) * math.pi / 4
+        centre = 2 * math.sqrt(2) * torch.stack([angle.cos(), angle.sin()], 1)
+        law = dist.Normal(centre, 0.5 / math.sqrt(2)).to_event(1)
+        return float((law.log_prob(x[:, None]).logsumexp(1) - math.log(8)).mean())
+    return -math.log(32) if name == "checkerboard" else None
+
+
+def best_gmm(train: Tensor, test: Tensor, sizes: tuple[int, ...] = (8, 16, 32, 64)) -> tuple[float, float]:
+    """scikit-learn's mixture, its size by a held-out fifth of the training data: nats and seconds."""
+    from sklearn.mixture import GaussianMixture
+
+    started, cut = time.process_time(), len(train) * 4 // 5
+    scores = {k: GaussianMixture(k, random_state=0).fit(train[:cut]).score(train[cut:]) for k in sizes}
+    best = max(scores, key=scores.__getitem__)
+    value = GaussianMixture(best, random_state=0).fit(train).score(test)
+    return float(value), time.process_time() - started
+
+
+def best_kde(train: Tensor, test: Tensor, most: int = 2000) -> tuple[float, float]:
+    """scikit-learn's kernel density, its bandwidth by held-out data; scored on the first ``most`` test rows."""
+    from sklearn.neighbors import KernelDensity
+
+    started, cut = time.process_time(), len(train) * 4 // 5
+    held = train[cut:][:most]
+    widths = (0.05, 0.08, 0.12, 0.2, 0.3)
+    scores = {h: KernelDensity(bandwidth=h).fit(train[:cut]).score(held) for h in widths}
+    best = max(scores, key=scores.__getitem__)
+    value = KernelDensity(bandwidth=best).fit(train).score(test[:most]) / min(most, len(test))
+    return float(value), time.process_time() - started
+
+
+def table(title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    """A Markdown table."""
+    print(f"\n## {title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for row in rows:
+        print("| " + " | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row) + " |", flush=True)
+
+
+# ---------------------------------------------------------------- the landscape
+class _Nodes(dist.Normal):  # type: ignore[misc]
+    """A grid as noise, whose weights are those of the rectangle rule."""
+
+    has_rsample = False
+
+    def __init__(self, grid: Tensor, log_density: Tensor) -> None:
+        super().__init__(torch.zeros_like(grid), torch.ones_like(grid), validate_args=False)
+        self.grid, self.log_density = grid, log_density
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        return self.grid
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.log_density
+
+
+class _Mean(PyroModule):
+    """``l(x) = theta x - x^2 / 2``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.ImproperUniform(constraints.real, (), ()), obs=x)
+            pyro.factor("energy", self.theta * x - x**2 / 2)
+
+
+def landscape(most: int = 3000) -> None:
+    """Exact-gradient descent from theta = 0 to a mean R from the noise N(0, 1): steps until |theta - R| < 0.1.
+
+    Expectations over noise are sums on a grid in the product's own objective; NCE and eNCE use their gradients in
+    closed quadrature with (theta, c), as the method's table does.
+    """
+    rows = []
+    for r in (4.0, 8.0, 16.0):
+        grid = torch.linspace(-12.0, r + 12.0, 3001, dtype=torch.float64)
+        width = float(grid[1] - grid[0])
+        model = _Mean()
+        law = _Nodes(grid, torch.full_like(grid, -math.log(width * len(grid))))
+
+        def noise(law: Any = law) -> None:
+            pyro.sample("x", law)
+
+        class Grid(PyroModule):
+            def __init__(self, law: Any) -> None:
+                super().__init__()
+                self.law = law
+
+            def forward(self) -> None:
+                pyro.sample("x", self.law)
+
+        objective = CompositionalLikelihood(
+            model, Grid(law), beta=1.0, correction="none", warmup_steps=0, on_collapse="ignore"
+        )
+        x = torch.full((2,), r, dtype=torch.float64)
+        steps = 0
+        while abs(float(model.theta.detach()) - r) >= 0.1 and steps < 100:
+            model.zero_grad()
+            objective(x).backward()
+            with torch.no_grad():
+                model.theta.sub_(0.5 * model.theta.grad)
+            steps += 1
+        row: list[Any] = [r, steps]
+        p = torch.exp(-0.5 * (grid - r) ** 2) / math.sqrt(2 * math.pi) * width
+        q = torch.exp(-0.5 * grid**2) / math.sqrt(2 * math.pi) * width
+        base = 0.5 * math.log(2 * math.pi)
+        for kind, normalised in (("nce", False), ("nce", True), ("ence", False), ("ence", True)):
+            found = []
+            for rate in (0.003, 0.01, 0.03, 0.1) if normalised else (0.1, 1.0, 3.0, 10.0):
+                theta, c, target = 0.0, base, base + r**2 / 2
+                for step in range(1, most + 1):
+                    ratio = theta * grid + base - c
+                    if kind == "nce":
+                        at_data, at_noise = -torch.sigmoid(-ratio) * p / 2, torch.sigmoid(ratio) * q / 2
+                    else:
+                        at_data, at_noise = -0.25 * (-ratio / 2).exp() * p, 0.25 * (ratio / 2).exp() * q
+                    slope = at_data + at_noise
+                    g = torch.stack([(slope * grid).sum(), -slope.sum()])
+                    if normalised:
+                        g = g / g.norm().clamp(min=1e-300)
+                    theta, c = theta - rate * float(g[0]), c - rate * float(g[1])
+                    if not math.isfinite(theta) or abs(theta) > 1e3:
+                        break
+                    if abs(theta - r) < 0.1 and abs(c - target) < 0.2:
+                        found.append(step)
+                        break
+            row.append(min(found) if found else f">{most}")
+        rows.append(tuple(row))
+    names = ("R", "likelihood (compositional, beta 1)", "NCE, GD", "NCE, normalised GD", "eNCE, GD", "eNCE, NGD")
+    table("Steps of exact-gradient descent from 0 to R, best of four rates", names, rows)
+
+
+# ---------------------------------------------------------------- variance of u
+def variance() -> None:
+    """Var(u) / Z^2 at fixed parameters, N(1, 1) from N(0, 1), against beta / (2 - beta) (e - 1) / M."""
+    rows = []
+    for m in (4, 16, 64, 256):
+        for beta in (0.02, 0.1, 0.3, 1.0):
+            draw, b = generator(m, f"variance {beta}"), torch.tensor(beta, dtype=torch.float64)
+            chains, keep, skip = 400, 40, int(4 / beta)
+            log_u, kept = torch.zeros(chains, dtype=torch.float64), []
+            for step in range(skip + keep):
+                z = torch.randn(m, chains, generator=draw)
+                log_u = mix(log_u, torch.logsumexp(z.double() - 0.5, 0) - math.log(m), b)
+                if step >= skip:
+                    kept.append(log_u.exp())
+            exact = beta / (2 - beta) * (math.e - 1) / m
+            measured = float(torch.stack(kept).var())
+            rows.append((m, beta, exact, measured, measured / exact))
+    table("Relative variance of the running Z", ("M", "beta", "exact", "measured", "ratio"), rows)
+    import matplotlib.pyplot as plt
+
+    OUT.mkdir(parents=True, exist_ok=True)
+    figure, ax = plt.subplots(figsize=(4.6, 3.4), layout="constrained")
+    for m, colour in zip((4, 16, 64, 256), ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=True):
+        own = [row for row in rows if row[0] == m]
+        ax.loglog([row[1] for row in own], [row[2] for row in own], color=colour, lw=1)
+        ax.loglog([row[1] for row in own], [row[3] for row in own], "o", color=colour, label=f"M = {m}")
+    ax.set(xlabel="β", ylabel="Var(u) / Z²", title="lines: exact; dots: measured")
+    ax.legend(frameon=False)
+    figure.savefig(OUT / "variance.png", dpi=150)
+
+
+# ---------------------------------------------------------------- speed
+def _step_seconds(objective: nn.Module, x: Tensor, repeats: int, rounds: int = 5) -> float:
+    optimiser = torch.optim.Adam(objective.parameters())
+    found = []
+    for _ in range(rounds):
+        started = time.process_time()
+        for _ in range(repeats):
+            optimiser.zero_grad()
+            objective(x).backward()
+            optimiser.step()
+        found.append((time.process_time() - started) / repeats)
+    return min(found)
+
+
+def speed() -> None:
+    """CPU seconds of one step (Adam included), the best of five rounds, on the default network."""
+    rows, curves = [], []
+    for dim, m in ((2, 64), (2, 256), (2, 1024), (16, 256), (64, 256)):
+        with scoped_seed(0):
+            x = torch.randn(256, dim)
+            ebm = EnergyModel(event_shape=(dim,), hidden=(128, 128))
+            noise = GaussianNoise.fit(x)
+            ebm._start(x, noise, 0, frozen=False)
+            made: dict[str, Callable[[], nn.Module]] = {
+                "NCE": lambda e=ebm, q=noise, m=m: NoiseContrastive(e, q, m),
+                "compositional": lambda e=ebm, q=noise, m=m: CompositionalLikelihood(
+                    e, q, m, correction="none", on_collapse="ignore"
+                ),
+                "ratio": lambda e=ebm, q=noise, m=m: CompositionalLikelihood(e, q, m, on_collapse="ignore"),
+            }
+            seconds = {}
+            for name, make in made.items():
+                objective = make()
+                objective(x).backward()
+                seconds[name] = 1e3 * _step_seconds(objective, x, 15)
+        curves.append((dim, m, seconds))
+        plain, nce, ratio = seconds["compositional"], seconds["NCE"], seconds["ratio"]
+        rows.append((dim, m, nce, plain, ratio, plain / nce, ratio / plain))
+    names = ("D", "M", "NCE, ms", "compositional, ms", "with ratio, ms", "compositional / NCE", "ratio / plain")
+    table("One step, B = 256, network D-128-128-1", names, rows)
+    import matplotlib.pyplot as plt
+
+    OUT.mkdir(parents=True, exist_ok=True)
+    figure, axes = plt.subplots(1, 2, figsize=(7, 3), layout="constrained", sharey=True)
+    for ax, key, fixed, label in ((axes[0], 1, (0, 2), "noise draws M (D = 2)"), (axes[1], 0, (1, 256), "dimension D")):
+        own = [c for c in curves if c[fixed[0]] == fixed[1]]
+        for name, marker in (("NCE", "s"), ("compositional", "o"), ("ratio", "^")):
+            ax.plot([c[key] for c in own], [c[2][name] for c in own], marker=marker, label=name)
+        ax.set(xscale="log", xlabel=label, ylim=(0, None))
+    axes[0].set_ylabel("CPU ms a step")
+    axes[0].legend(frameon=False)
+    figure.savefig(OUT / "cost.png", dpi=150)
+
+
+# ---------------------------------------------------------------- densities
+def _torchebm_dsm(train: Tensor, seconds: float, seed: int) -> tuple[EnergyModel, int]:
+    """torchebm's denoising score matching on our default network for about as many CPU seconds."""
+    from torchebm.core import BaseModel
+    from torchebm.losses import DenoisingScoreMatching
+
+    ebm = EnergyModel(event_shape=(2,), base=None, seed=seed)
+    ebm._start(train, GaussianNoise.fit(train), seed, frozen=False)
+
+    class Theirs(BaseModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = ebm.energy
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+    model = Theirs()
+    loss, optimiser = DenoisingScoreMatching(model=model, noise_scale=0.1), torch.optim.Adam(model.parameters(), 5e-3)
+    started, steps = time.process_time(), 0
+    with scoped_seed(seed):
+        while time.process_time() - started < seconds:
+            optimiser.param_groups[0]["lr"] = 5e-3 * (1 - (time.process_time() - started) / seconds) + 1e-5
+            batch = train[torch.randint(len(train), (256,))]
+            optimiser.zero_grad()
+            loss(batch).backward()
+            optimiser.step()
+            steps += 1
+    ebm._measure(0)
+    return ebm, steps
+
+
+def _flow(train: Tensor, test: Tensor, seconds: float, seed: int) -> float:
+    """zuko's neural spline flow for as many CPU seconds."""
+    import zuko
+
+    with scoped_seed(seed):
+        flow = zuko.flows.NSF(2, transforms=3, hidden_features=(64, 64))
+        shift, scale = train.mean(0), train.std(0)
+        optimiser = torch.optim.Adam(flow.parameters(), 5e-3)
+        started = time.process_time()
+        while time.process_time() - started < seconds:
+            optimiser.param_groups[0]["lr"] = 5e-3 * (1 - (time.process_time() - started) / seconds) + 1e-5
+            batch = (train[torch.randint(len(train), (256,))] - shift) / scale
+            optimiser.zero_grad()
+            (-flow().log_prob(batch).mean()).backward()
+            optimiser.step()
+        with torch.no_grad():
+            return float(flow().log_prob((test - shift) / scale).mean() - scale.log().sum())
+
+
+def toys(names: tuple[str, ...], seeds: int, num_steps: int = 2000, peers: bool = True) -> None:
+    """Test log-likelihood in nats, 10,000 rows to train and to test, medians over seeds; CPU seconds."""
+    rows = []
+    for name in names:
+        scores: dict[str, list[float]] = {}
+        clock: dict[str, list[float]] = {}
+        lags = []
+        for seed in range(seeds):
+            train, test = toy(name, 10_000, 2 * seed), toy(name, 10_000, 2 * seed + 1)
+            budget = 0.0
+            for method in ("compositional", "nce"):
+                ebm, started = EnergyModel(event_shape=(2,), seed=seed), time.process_time()
+                ebm.fit(train, method=method, num_steps=num_steps, seed=seed, progress=False)
+                clock.setdefault(method, []).append(time.process_time() - started)
+                scores.setdefault(method, []).append(float(ebm.log_prob(test).mean()))
+                if method == "compositional":
+                    budget = clock[method][-1]
+                    exact = ebm.log_partition("quadrature", 360_000).value
+                    assert ebm.result is not None
+                    lags.append(abs(float(ebm.result.history["log_partition"][-1]) - exact))
+            for peer, run in (("GMM", best_gmm), ("KDE", best_kde)):
+                value, seconds = run(train, test)
+                scores.setdefault(peer, []).append(value)
+                clock.setdefault(peer, []).append(seconds)
+            if peers:
+                try:
+                    theirs, _ = _torchebm_dsm(train, budget, seed)
+                    scores.setdefault("torchebm DSM", []).append(float(theirs.log_prob(test).mean()))
+                    scores.setdefault("zuko NSF", []).append(_flow(train, test, budget, seed))
+                except ImportError as error:
+                    print(f"a peer is not installed: {error}")
+            known = truth(name, test)
+            if known is not None:
+                scores.setdefault("truth", []).append(known)
+        for method, values in scores.items():
+            seconds = statistics.median(clock[method]) if method in clock else math.nan
+            spread = f"{min(values):.3f} to {max(values):.3f}"
+            rows.append((name, method, round(statistics.median(values), 3), spread, seconds))
+        print(f"{name}: largest |log u - grid log Z| {max(lags):.3f}", flush=True)
+    table("Test log-likelihood", ("data", "method", "median nats", "range", "CPU s"), rows)
+
+
+def mixtures(dim: int, seeds: int, num_steps: int = 1500) -> None:
+    """A mixture of four normals in ``dim`` dimensions: p~ is the true density times e^{-c}, learned with its log Z.
+
+    The model is a tilt of its noise, so that the learned log p(x) on test data has the truth beside it; the error of
+    log Z is against importance sampling from the true law, of which the model is a small tilt.
+    """
+    rows = []
+    for seed in range(seeds):
+        draw = generator(seed, "mixture")
+        centres = 1.5 * torch.randn(4, dim, generator=draw)
+
+        def rows_of(n: int, centres: Tensor = centres, draw: torch.Generator = draw) -> Tensor:
+            index = torch.randint(4, (n,), generator=draw)
+            return centres[index] + torch.randn(n, dim, generator=draw)
+
+        train, test = rows_of(8000), rows_of(4000)
+        law = dist.MixtureSameFamily(dist.Categorical(torch.ones(4)), dist.Normal(centres, 1.0).to_event(1))
+        best = float(law.log_prob(test).mean())
+        budget = 0.0
+        for method, noise in (("compositional", "auto"), ("nce", "auto"), ("nce", GaussianNoise.fit(train, 1.3))):
+            ebm, started = EnergyModel(event_shape=(dim,), hidden=(64, 64), seed=seed), time.process_time()
+            ebm.fit(train, noise=noise, method=method, num_steps=num_steps, lr=2e-3, seed=seed, progress=False)
+            seconds = time.process_time() - started
+            budget = budget or seconds
+            assert ebm.result is not None
+            learned = float(ebm.result.history["log_partition"][-1])
+            with torch.no_grad():
+                z = rows_of(100_000)
+                weights = (ebm._law(None).log_prob(z) - law.log_prob(z)).double()
+            exact = float(torch.logsumexp(weights, 0)) - math.log(len(z))
+            kind = "adaptive" if isinstance(noise, str) else "one normal"
+            score = float(ebm.log_prob(test).mean())
+            rows.append((dim, seed, method, kind, learned - exact, score, best, seconds))
+    names = ("D", "seed", "method", "noise", "learned log Z - log Z", "test nats", "truth", "CPU s")
+    table("Mixtures of known density", names, rows)
+
+
+# ---------------------------------------------------------------- digits, regression, prior
+def digits(seeds: int) -> None:
+    """scikit-learn's digits: density of 16 components, accuracy, AUROC of flipped digits and image patches."""
+    from sklearn.datasets import load_digits, load_sample_images
+    from sklearn.metrics import roc_auc_score
+    from sklearn.mixture import GaussianMixture
+
+    raw = load_digits()
+    order = np.random.default_rng(0).permutation(len(raw.data))
+    x, y = torch.tensor(raw.data / 16, dtype=torch.float32)[order], torch.tensor(raw.target)[order]
+    train, test = slice(0, 1300), slice(1300, None)
+    flipped = x[test].reshape(-1, 8, 8).flip(1).reshape(-1, 64)
+    pictures = np.concatenate(
+        [p.mean(2)[: len(p) // 8 * 8, : p.shape[1] // 8 * 8] for p in load_sample_images().images]
+    )
+    patches = pictures.reshape(pictures.shape[0] // 8, 8, -1, 8).transpose(0, 2, 1, 3).reshape(-1, 64)
+    patches = torch.tensor(patches[:: len(patches) // 500][:500] / 255, dtype=torch.float32)
+    rows = []
+    for seed in range(seeds):
+        clf, started = EnergyClassifier(seed=seed), time.process_time()
+        clf.fit(x[train], y[train], seed=seed, progress=False)
+        seconds = time.process_time() - started
+        z, held = clf._components(x[train]).numpy(), clf._components(x[test]).numpy()
+        gmm = GaussianMixture(30, reg_covar=0.05, random_state=0).fit(z)
+        kde, _ = best_kde(torch.tensor(z), torch.tensor(held))
+
+        def auroc(score: Callable[[Tensor], Any], other: Tensor) -> float:
+            inside, outside = np.asarray(score(x[test])), np.asarray(score(other))
+            return float(roc_auc_score(np.r_[np.zeros(len(inside)), np.ones(len(outside))], np.r_[inside, outside]))
+
+        scores = {
+            "energy": lambda v, c=clf: c.ood_score(v),
+            "GMM": lambda v, c=clf, g=gmm: -g.score_samples(c._components(v).numpy()),
+            "softmax": lambda v, c=clf: -c.predict_proba(v).max(1).values,
+        }
+        found = {n: (auroc(s, flipped), auroc(s, patches)) for n, s in scores.items()}
+        accuracy = float((clf.predict(x[test]) == y[test]).float().mean())
+        nats = float(clf.log_prob(x[test]).mean())
+        rows.append(
+            (seed, nats, float(gmm.score(held)), kde, accuracy, *[v for p in found.values() for v in p], seconds)
+        )
+    names = ("seed", "nats", "GMM(30)", "KDE", "accuracy", "flip", "patch", "GMM flip", "GMM patch", "softmax flip")
+    table("Digits", (*names, "softmax patch", "CPU s"), rows)
+
+
+def branches(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Data set 1 of the energy-regression code: two branches for x < 0, a log-normal for x >= 0."""
+    rng = np.random.default_rng(seed)
+    x = rng.uniform(-3, 3, n)
+    sign = np.where(rng.uniform(size=n) < 0.8, 1, -1)
+    left, right = sign * np.sin(x) + 0.075 * rng.normal(size=n), np.exp(0.25 * rng.normal(size=n)) - 1
+    return x, np.where(x < 0, left, right)
+
+
+def true_conditional(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """log p(y | x) of ``branches``."""
+    from scipy.stats import lognorm, norm
+
+    two = 0.8 * norm.pdf(y, np.sin(x), 0.075) + 0.2 * norm.pdf(y, -np.sin(x), 0.075)
+    return np.where(x < 0, np.log(two + 1e-300), lognorm.logpdf(y + 1, 0.25))
+
+
+def regression_kl(model: ConditionalEnergyModel) -> float:
+    """KL(truth || model), the mean over 129 x, on 2048 points of y in (-3, 3)."""
+    x, width = np.linspace(-2.95, 2.95, 129), 6 / 2048
+    y = (np.arange(2048) + 0.5) * width - 3
+    at_x, at_y = np.repeat(x, 2048), np.tile(y, 129)
+    log_p = true_conditional(at_x, at_y).reshape(129, 2048)
+    log_q = model.log_prob(at_y, at_x).double().numpy().reshape(129, 2048)
+    p = np.exp(log_p) * width
+    return float((p * (np.where(p > 0, log_p, 0.0) - log_q)).sum(1).mean())
+
+
+def regression(seeds: int, num_steps: int = 2000) -> None:
+    """KL of conditional energies by normaliser and noise draws."""
+    rows = []
+    for normaliser, draws in (("table", 64), ("network", 64), ("minibatch", 64), ("minibatch", 8)):
+        for seed in range(seeds):
+            model, started = ConditionalEnergyModel(normaliser=normaliser, seed=seed), time.process_time()
+            model.fit(*branches(2000, seed), noise_samples=draws, num_steps=num_steps, seed=seed, progress=False)
+            rows.append((normaliser, draws, seed, regression_kl(model), time.process_time() - started))
+    table("Conditional energies", ("normaliser", "draws a row", "seed", "KL, nats", "CPU s"), rows)
+
+
+class Autoencoder(nn.Module):
+    """A VAE of the digits with a normal decoder of learned spread."""
+
+    def __init__(self, latents: int = 8) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU())
+        self.head = nn.Linear(128, 2 * latents)
+        self.decoder = nn.Sequential(
+            nn.Linear(latents, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 64)
+        )
+        self.log_scale = nn.Parameter(torch.tensor(-1.0))
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the code."""
+        mean, log_scale = self.head(self.encoder(x)).chunk(2, 1)
+        return mean, log_scale.exp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The negative evidence bound."""
+        mean, scale = self.encode(x)
+        z = mean + scale * torch.randn_like(mean)
+        fit_term = dist.Normal(self.decoder(z), self.log_scale.exp()).log_prob(x).sum(1)
+        divergence = 0.5 * (mean.square() + scale.square() - 1).sum(1) - scale.log().sum(1)
+        return (divergence - fit_term).mean()
+
+
+def prior(seeds: int, num_steps: int = 4000) -> None:
+    """A VAE of the digits, then an energy prior on its codes."""
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    order = np.random.default_rng(0).permutation(len(raw.data))
+    x = torch.tensor(raw.data / 16, dtype=torch.float32)[order]
+    rows = []
+    for seed in range(seeds):
+        with scoped_seed(seed):
+            vae = Autoencoder()
+        fit(vae, x[:1300], num_steps=num_steps, batch_size=128, lr=1e-3, seed=seed, progress=False)
+        energy = LatentEnergyPrior(8, seed=seed)
+        with torch.no_grad(), scoped_seed(seed):
+            mean, scale = vae.encode(x[:1300])
+            result = energy.fit(mean, scale, seed=seed, progress=False)
+            gains = []
+            for part in (x[:1300], x[1300:]):
+                center, spread = vae.encode(part)
+                gains.append(energy.bound_gain(center + spread * torch.randn_like(center)))
+        rows.append((seed, *gains, float(result.history["ess"][-100:].mean())))
+    table("Energy prior of a digits VAE", ("seed", "bound gain, training", "bound gain, test", "ess share"), rows)
+
+
+def main() -> None:
+    """Run one part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ("landscape", "variance", "speed", "toys", "mixtures", "digits", "regression", "prior")
+    parser.add_argument("part", choices=parts)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=2000)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    if given.part == "toys":
+        toys(tuple(given.names) or TOYS, given.seeds, given.steps)
+    elif given.part == "mixtures":
+        for dim in given.names or ("8", "16"):
+            mixtures(int(dim), given.seeds, given.steps)
+    elif given.part == "digits":
+        digits(given.seeds)
+    elif given.part == "regression":
+        regression(given.seeds, given.steps)
+    elif given.part == "prior":
+        prior(given.seeds, given.steps)
+    else:
+        {"landscape": landscape, "variance": variance, "speed": speed}[given.part]()
+
+
+if __name__ == "__main__":
+    main()

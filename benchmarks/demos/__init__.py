@@ -1,0 +1,1 @@
+"""One small demonstration a model; ``benchmarks.demo`` finds them by their files."""

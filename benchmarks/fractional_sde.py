@@ -1,0 +1,216 @@
+"""Fractional SDEs beside their peers: gradient steps against torchsde, exact noise against fbm and stochastic.
+
+    python -m benchmarks.fractional_sde --out out
+
+Gradient steps: a posterior SDE of two 200-200 networks, batch 32, D = 4, K = 5, over [0, 1] with speeds up to 20, by
+``sde.solve`` and by torchsde's solvers on the same augmented SDE (``sde.solve_torchsde``).  The weak error is that of
+Var X(1) with zero networks, for which it is known: a fast step that needs more steps for the same error is not faster.
+Memory: growth of the resident set over a gradient step with segment checkpointing. Cost: seconds a gradient step over
+K, N and D.  Peers that are not installed are left out and named.
+"""
+
+import argparse
+import resource
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.record import markdown_table, one_core, save, spread
+from sde import MarkovFractionalBrownianMotion, Step, fractional_gaussian_noise, solve, solve_torchsde, uniform_grid
+
+BATCH, DIM, PROCESSES = 32, 4, 5
+
+
+class Drift(nn.Module):
+    """200-200 tanh of the state;"""
+
+    def __init__(self, inputs: int, dim: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(inputs, 200), nn.Tanh(), nn.Linear(200, 200), nn.Tanh(), nn.Linear(200, dim))
+
+    def forward(self, time: Any, x: Tensor) -> Tensor:
+        """``(B, D)``."""
+        out: Tensor = self.net(x)
+        return out
+
+
+class Control(Drift):
+    """The same of state and processes."""
+
+    def __init__(self, dim: int, processes: int) -> None:
+        super().__init__(dim * (1 + processes), dim)
+
+    def forward(self, step: Step, x: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+        """``(B, D)``."""
+        out: Tensor = self.net(torch.cat([x, v.flatten(1)], -1))
+        return out
+
+
+def noise_of(processes: int) -> MarkovFractionalBrownianMotion:
+    return MarkovFractionalBrownianMotion(0.3, processes, 20.0, 1.0, "rl", "gamma", "geometric")
+
+
+def solver(name: str, steps: int, processes: int) -> Callable[..., Any]:
+    """A function of (drift, control, x0, seed) that returns a path."""
+    noise, grid = noise_of(processes), uniform_grid(1.0, steps)
+    if name == "here":
+        made = noise.discretise(grid)
+        return lambda drift, control, x0, seed: solve(
+            drift, 1.0, noise, made, x0, control=control, seed=seed, keep=[steps]
+        )
+    method, _, adjoint = name.partition(", ")
+    return lambda drift, control, x0, seed: solve_torchsde(
+        drift, 1.0, noise, [0.0, 1.0], x0, step_size=1 / steps, control=control, method=method,
+        adjoint=bool(adjoint), seed=seed,
+    )  # fmt: skip
+
+
+def gradient_seconds(name: str, steps: int, repeats: int, dim: int = DIM, processes: int = PROCESSES) -> list[float]:
+    """Seconds of forward and backward."""
+    torch.manual_seed(0)
+    drift, control = Drift(dim, dim), Control(dim, processes)
+    run, x0 = solver(name, steps, processes), torch.zeros(BATCH, dim)
+    out = []
+    for i in range(repeats + 1):
+        started = time.perf_counter()
+        path = run(drift, control, x0, i)
+        (path.x[-1].square().sum() + path.kl.sum()).backward()
+        if i:
+            out.append(time.perf_counter() - started)
+    return out
+
+
+def weak_error(name: str, steps: int, paths: int = 20_000) -> tuple[float, float]:
+    """Relative error of Var X(1) and its standard error, without drift and control."""
+    truth = float(noise_of(PROCESSES).covariance([1.0])[0, 0])
+    with torch.no_grad():
+        path = solver(name, steps, PROCESSES)(lambda t, x: torch.zeros_like(x), None, torch.zeros(paths, 1), 1)
+    return float(path.x[-1].var()) / truth - 1, (2 / paths) ** 0.5
+
+
+def gradients(repeats: int) -> list[dict[str, Any]]:
+    rows = []
+    for name, steps in (
+        ("here", 25), ("here", 50), ("here", 100), ("euler", 100), ("midpoint", 100), ("reversible_heun", 100),
+        ("reversible_heun, adjoint", 100), ("euler", 400), ("midpoint", 50),
+    ):  # fmt: skip
+        seconds = gradient_seconds(name, steps, repeats)
+        error, se = weak_error(name.partition(", ")[0], steps)
+        label = "sde.solve, exact steps" if name == "here" else f"torchsde {name}"
+        rows.append({"solver": label, "steps": steps, "seconds a gradient step": spread(seconds),
+                     "error of Var X(1)": f"{error:+.2%} (s.e. {se:.1%})"})  # fmt: skip
+        print(rows[-1], flush=True)
+    return rows
+
+
+def exact_noise(length: int = 1000, paths: int = 500, repeats: int = 5) -> list[dict[str, Any]]:
+    rows = []
+
+    def add(name: str, run: Callable[[], Any], count: int, times: int) -> None:
+        run()
+        found = []
+        for _ in range(times):
+            started = time.perf_counter()
+            run()
+            found.append(1e3 * (time.perf_counter() - started) / count)
+        rows.append({"sampler": name, "ms a path": spread(found)})
+        print(rows[-1], flush=True)
+
+    add("sde.fractional_gaussian_noise", lambda: fractional_gaussian_noise(0.7, length, paths, seed=0), paths, repeats)
+    if find_spec("fbm"):
+        from fbm import FBM
+
+        process = FBM(n=length, hurst=0.7, length=1, method="daviesharte")
+        add("fbm 0.3.0, daviesharte", process.fgn, 1, 30)
+        hosking = FBM(n=length, hurst=0.7, length=1, method="hosking")
+        add("fbm 0.3.0, hosking", hosking.fgn, 1, 2)
+    else:
+        print("fbm is not installed")
+    if find_spec("stochastic"):
+        from stochastic.processes.noise import FractionalGaussianNoise
+
+        noise = FractionalGaussianNoise(hurst=0.7, t=1)
+        add("stochastic 0.6.0", lambda: noise.sample(length), 1, 100)
+    else:
+        print("stochastic is not installed (it asks for numpy below 2: pip install --no-deps stochastic==0.6.0)")
+    return rows
+
+
+def peak_growth(steps: int) -> float:
+    """Growth of the process's largest resident set over a gradient step of a checkpointed solve, in bytes."""
+    noise = MarkovFractionalBrownianMotion(0.7, 5, kind="rl")
+    drift = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 2))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    path = solve(
+        lambda t, x: drift(x), 1.0, noise, uniform_grid(1.0, steps), torch.zeros(256, 2), seed=0, keep=[steps],
+        checkpoint_segments="sqrt",
+    )  # fmt: skip
+    path.x.sum().backward()
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+def memory() -> list[dict[str, Any]]:
+    rows = []
+    for steps in (100, 2500, 10_000):
+        rows.append({"steps": steps, "growth of the resident set, MB": f"{peak_growth(steps) / 1e6:.1f}"})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def cost(out: Path | None, repeats: int) -> list[dict[str, Any]]:
+    rows = []
+    for label, values in (("K", (2, 5, 10, 20)), ("N", (25, 50, 100, 200)), ("D", (1, 4, 16, 64))):
+        for value in values:
+            setting = {"steps": 50, "dim": DIM, "processes": PROCESSES}
+            setting[{"K": "processes", "N": "steps", "D": "dim"}[label]] = value
+            seconds = gradient_seconds("here", repeats=repeats, **setting)
+            rows.append({"varied": label, "value": value, "seconds": float(np.median(seconds))})
+    print(markdown_table(rows), flush=True)
+    if out is not None and find_spec("matplotlib"):
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        figure, axes = plt.subplots(1, 3, figsize=(8, 2.6), sharey=True)
+        names = {"K": "processes K", "N": "solver steps N", "D": "dimensions D"}
+        for axis, label in zip(axes, "KND", strict=True):
+            part = [row for row in rows if row["varied"] == label]
+            axis.plot([row["value"] for row in part], [1e3 * row["seconds"] for row in part], "o-", color="#0072B2")
+            axis.set(xscale="log", xlabel=names[label], ylim=(0, None))
+        axes[0].set_ylabel("ms a gradient step")
+        out.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out / "fractional_sde_cost.png", dpi=150, bbox_inches="tight")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", choices=("gradients", "noise", "memory", "cost"))
+    arguments = parser.parse_args()
+    one_core()
+    torch.set_num_threads(1)
+    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "noise": exact_noise,
+        "gradients": lambda: gradients(arguments.repeats),
+        "memory": memory,
+        "cost": lambda: cost(arguments.out, arguments.repeats),
+    }
+    for name, part in parts.items():
+        if arguments.only in (None, name):
+            rows = part()
+            print(f"\n{name}\n{markdown_table(rows)}\n", flush=True)
+            if arguments.out is not None:
+                save(arguments.out / f"fractional_sde_{name}.json", rows, ["torch", "torchsde", "fbm", "stochastic"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,320 @@
+"""Marginalization models on binary tables, digits, strings, text and spin lattices, one JSON line a result.
+
+Run ``python -m benchmarks.marginalization_model nltcs`` (or plants, dna, jester, digits, moses, text, ising10, ising30,
+timing), with ``--device auto`` for an accelerator if there is one, ``--quick`` for seconds, and ``--steps``,
+``--hidden``, ``--depth``, ``--seed`` to change the settings.  ``moses`` needs the package molsets (its data files
+alone: install it with ``--no-deps``).
+"""
+
+import argparse
+import gzip
+import json
+import math
+import time
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inference.runtime.generators import generator
+from ppl_models import MarginalizationModel
+from ppl_models.datasets import load_binary, load_digits
+from ppl_models.marginalization_model import LatticeIsing
+from ppl_models.marginalization_model.distribution import all_values
+
+__all__ = ["digits", "emit", "half_observed", "main"]
+
+TABLES = ("nltcs", "plants", "dna", "jester")
+# steps of each stage, width, depth, dropout: chosen on the validation rows
+SETTINGS: dict[str, tuple[int, int, int, float]] = {
+    "nltcs": (2000, 128, 3, 0.0),
+    "plants": (3000, 384, 4, 0.1),
+    "dna": (600, 256, 2, 0.3),
+    "jester": (2000, 384, 3, 0.2),
+    "digits": (1500, 384, 3, 0.2),
+    "moses": (6000, 256, 6, 0.0),
+    "text": (4000, 256, 6, 0.1),
+    "ising10": (3000, 64, 5, 0.0),
+    "ising30": (6000, 64, 6, 0.0),
+}
+QUICK = (30, 32, 2, 0.0)
+
+
+def emit(**result: Any) -> None:
+    """One JSON line; numbers to six digits."""
+    rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in result.items()}
+    print(json.dumps(rounded), flush=True)
+
+
+def half_observed(x: Tensor, seed: int = 0) -> Tensor:
+    """Rows with a random half of their variables missing; the same rows for each method."""
+    order = torch.rand(x.shape, generator=generator(seed, "half")).argsort(1).argsort(1)
+    return x.masked_fill((order < x.shape[1] // 2).to(x.device), -1)
+
+
+def seconds(run: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
+    """Least wall time of a call."""
+    found = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        run()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        found.append(time.perf_counter() - start)
+    return min(found[1:])
+
+
+def settings_of(options: argparse.Namespace) -> tuple[int, int, int, float]:
+    steps, hidden, depth, dropout = QUICK if options.quick else SETTINGS[options.task]
+    return options.steps or steps, options.hidden or hidden, options.depth or depth, dropout
+
+
+def digits() -> tuple[Tensor, Tensor, Tensor]:
+    """scikit-learn's digits, pixels of at least 8, cut at random: 1297, 200 and 300 rows."""
+    import numpy as np
+
+    order = torch.from_numpy(np.random.RandomState(0).permutation(1797))
+    x = (load_digits().x[order] >= 8).long()
+    return x[:1297], x[1297:1497], x[1497:]
+
+
+def moses(rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first strings of MOSES as 57 symbols out of 27, padding included."""
+    spec = find_spec("moses")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("moses needs the data of molsets: pip install --no-deps molsets==0.3.1")
+    folder = Path(spec.submodule_search_locations[0]) / "dataset" / "data"
+
+    def lines(name: str, count: int) -> list[str]:
+        with gzip.open(folder / f"{name}.csv.gz", "rt") as file:
+            next(file)
+            return [line.split(",")[0].strip() for line, _ in zip(file, range(count), strict=False)]
+
+    train, test = lines("train", rows), lines("test", 2000)
+    index = {symbol: i + 1 for i, symbol in enumerate(sorted(set("".join(train + test))))}
+    coded = [torch.tensor([[index[c] for c in s] + [0] * (57 - len(s)) for s in part]) for part in (train, test)]
+    return coded[0][1000:], coded[0][:1000], coded[1]
+
+
+def text(length: int = 64) -> tuple[Tensor, Tensor, Tensor]:
+    """The manual pages that ship with Python, as windows of lower-case letters and spaces."""
+    topics = import_module("pydoc_data.topics").topics
+    letters = "".join(
+        c if c.isalpha() and c.isascii() else " " for c in " ".join(topics[k] for k in sorted(topics)).lower()
+    )
+    codes = torch.tensor([ord(c) - 96 if c != " " else 0 for c in " ".join(letters.split())])
+    cuts = [0, int(0.9 * len(codes)), int(0.95 * len(codes)), len(codes)]
+    train, valid, test = (codes[a:b] for a, b in pairwise(cuts))
+    return train.unfold(0, length, 4), valid.unfold(0, length, length), test.unfold(0, length, length)
+
+
+def data_task(options: argparse.Namespace, device: torch.device) -> None:
+    """Train on rows; the chain rule, the one pass, half-observed rows, speed."""
+    name, (steps, hidden, depth, dropout) = options.task, settings_of(options)
+    levels, network = 2, options.network or "mlp"
+    if name in TABLES:
+        train, valid, test = load_binary(name)
+    elif name == "digits":
+        train, valid, test = digits()
+    else:
+        train, valid, test = moses(2000 if options.quick else options.rows) if name == "moses" else text()
+        levels, network = 27, options.network or "transformer"
+    if options.quick:
+        train, valid, test = train[:1000], valid[:100], test[:100]
+    if name in ("moses", "text"):
+        valid, test = valid[:1000], test[:500]
+    train, valid, test = (part.to(device) for part in (train, valid, test))
+    size = train.shape[1]
+    mam = MarginalizationModel([levels] * size, network, hidden=hidden, depth=depth, dropout=dropout, seed=options.seed)
+    mam.to(device)
+    start = time.perf_counter()
+    result = mam.fit(
+        train,
+        valid,
+        options.seed,
+        num_steps=steps,
+        marginal_steps=options.marginal_steps or steps,
+        num_rows=1000 if options.quick else options.pool,
+        batch_size=min(options.batch, len(train)),
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        progress=options.progress,
+    )
+    wall = time.perf_counter() - start
+    common = {
+        "task": name,
+        "device": str(device),
+        "seed": options.seed,
+        "steps": steps,
+        "hidden": hidden,
+        "depth": depth,
+    }
+    best = None if result.conditionals.best_step is None else int(result.conditionals.best_step)
+    emit(**common, what="training", seconds=wall, best_step=best, network=network, dropout=dropout)
+    for what, rows in (("complete", test), ("half observed", half_observed(test))):
+        found = mam.evaluate(rows, seed=options.seed)
+        scale = size * math.log(2)
+        emit(**common, what=what, **found._asdict(), bits_per_variable=-found.ensemble / scale)
+    rows = half_observed(test)
+    once = seconds(lambda: mam.log_prob(rows), device)
+    along = seconds(lambda: mam.log_prob_autoregressive(rows, orders=1), device, 1)
+    emit(
+        **common,
+        what="speed, half observed",
+        queries_per_second=len(rows) / once,
+        one_order_per_second=len(rows) / along,
+        ratio=along / once,
+    )
+    if name == "nltcs":
+        enumerate_states(mam, common)
+
+
+def enumerate_states(mam: MarginalizationModel, common: dict[str, Any]) -> None:
+    """All 65,536 states of nltcs: total mass of one pass, and pairwise marginals against summed conditionals."""
+    states = all_values(mam.cardinalities)
+    mass = float(mam.log_prob(states).double().logsumexp(0).exp())
+    size = mam.num_variables
+    along = mam.distribution(order=list(range(size)))
+    with torch.no_grad():
+        joint = torch.cat([along.log_prob(part) for part in states.split(8192)]).double().exp()
+    worst = 0.0
+    for i in range(size):
+        for j in range(i + 1, size):
+            query = torch.full((4, size), -1, device=states.device)
+            query[:, i], query[:, j] = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
+            summed = torch.zeros(4, dtype=joint.dtype, device=joint.device)
+            summed.index_add_(0, 2 * states[:, i] + states[:, j], joint)
+            worst = max(worst, float((mam.log_prob(query).double().exp() - summed).abs().max()))
+    emit(**common, what="enumeration", mass=mass, conditionals_mass=float(joint.sum()), worst_pair=worst)
+
+
+def heat_bath(lattice: LatticeIsing, rows: int, sweeps: int, device: torch.device, seed: int) -> Tensor:
+    """Draws of a lattice with even sides by Gibbs sampling of its two colours in turn."""
+    draw = generator(seed, "heat bath", device=device)
+    height, width = lattice.shape
+    colour = (torch.arange(height)[:, None] + torch.arange(width)) % 2 == 0
+    s = torch.randint(2, (rows, height, width), generator=draw, device=device) * 2.0 - 1
+    for sweep in range(2 * sweeps):
+        around = s.roll(1, 1) + s.roll(-1, 1) + s.roll(1, 2) + s.roll(-1, 2)
+        up = torch.sigmoid(2 * (2 * lattice.coupling * around + lattice.field))
+        new = 2.0 * (torch.rand(s.shape, generator=draw, device=device) < up) - 1
+        s = torch.where((colour if sweep % 2 else ~colour).to(device), new, s)
+    return ((s + 1) / 2).long().flatten(1)
+
+
+def lattice_task(options: argparse.Namespace, device: torch.device) -> None:
+    """Train on an Ising energy; exact divergences both ways and log Z."""
+    steps, hidden, depth, _ = settings_of(options)
+    side = 10 if options.task == "ising10" else 30
+    lattice = LatticeIsing(side, coupling=0.1, field=0.2)
+    # A torus of 30 x 30 is three of 10 x 30 to 1e-8 nats at this coupling.
+    strip = lattice if side == 10 else LatticeIsing(10, coupling=0.1, field=0.2, height=30)
+    log_z, entropy = strip.log_partition() * side / 10, strip.entropy() * side / 10
+    size = side * side
+    mam = MarginalizationModel(
+        [2] * size,
+        options.network or "lattice",
+        hidden=hidden,
+        depth=depth,
+        marginal=options.marginal,
+        seed=options.seed,
+    ).to(device)
+    start = time.perf_counter()
+    result = mam.fit_energy(
+        lattice.log_density,
+        options.objective,
+        options.seed,
+        num_steps=steps,
+        batch_size=16 if options.quick else min(options.batch, 256),
+        lr=options.lr,
+        progress=options.progress,
+    )
+    wall = time.perf_counter() - start
+    common = {"task": options.task, "device": str(device), "seed": options.seed, "steps": steps, "hidden": hidden}
+    common |= {"depth": depth, "objective": options.objective}
+    emit(**common, what="training", seconds=wall, restarts=result.restarts)
+    count = 64 if options.quick else (4096 if side == 10 else 256)
+    start = time.perf_counter()
+    found = mam.log_partition("bridge", num_samples=count, seed=1)
+    reverse = log_z - found.log_weights  # log q - log p of draws of q
+    error = float(reverse.std() / math.sqrt(count))
+    emit(
+        **common,
+        what="log Z and KL(model || target)",
+        truth=log_z,
+        importance_error=found.lower - log_z,
+        bridge_error=found.value - log_z,
+        network_error=mam.log_partition("network").value - log_z,
+        lower=found.lower,
+        upper=found.upper,
+        ess=found.ess,
+        pareto_k=found.pareto_k,
+        kl=float(reverse.mean()),
+        kl_standard_error=error,
+        seconds=time.perf_counter() - start,
+    )
+    draws = heat_bath(lattice, count, 20 if options.quick else 200, device, options.seed)
+    along = mam.log_prob_autoregressive(draws, orders=1, seed=2).mean.double()
+    pass_log_p = mam.log_prob(draws).double()
+    emit(
+        **common,
+        what="KL(target || model)",
+        rows=count,
+        entropy=entropy,
+        one_order_nll=-float(along.mean()),
+        kl_one_order=-float(along.mean()) - entropy,
+        # the entropy's noise cancels where the draws' own log-density is known
+        kl_paired=float((lattice.log_density(draws).double() - log_z - along).mean()),
+        kl_paired_standard_error=float((lattice.log_density(draws).double() - along).std() / math.sqrt(count)),
+        one_pass_nll=-float(pass_log_p.mean()),
+    )
+    half = half_observed(draws)
+    once = seconds(lambda: mam.log_prob(half[:16]), device)
+    order = seconds(lambda: mam.log_prob_autoregressive(half[:16], orders=1), device, 1)
+    emit(**common, what="speed of 16 half-observed rows", seconds=once, one_order_seconds=order, ratio=order / once)
+
+
+def timing_task(options: argparse.Namespace, device: torch.device) -> None:
+    """Time of a one-pass query of 16 complete rows and of one order of the chain rule, as D grows."""
+    for size in (16, 36) if options.quick else (25, 50, 100, 200, 400, 900):
+        mam = MarginalizationModel([2] * size, hidden=options.hidden or 256, depth=options.depth or 3).to(device)
+        rows = torch.randint(2, (16, size), generator=generator(0, "rows")).to(device)
+        once = seconds(lambda mam=mam, rows=rows: mam.log_prob(rows), device, 5)  # type: ignore[misc]
+        order = seconds(lambda mam=mam, rows=rows: mam.log_prob_autoregressive(rows, orders=1), device, 1)  # type: ignore[misc]
+        emit(task="timing", device=str(device), variables=size, one_pass=once, one_order=order, ratio=order / once)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=[*SETTINGS, "timing"])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--marginal-steps", type=int)
+    parser.add_argument("--hidden", type=int)
+    parser.add_argument("--depth", type=int)
+    parser.add_argument("--network")
+    parser.add_argument("--marginal", default="shared", help="of the lattices")
+    parser.add_argument("--objective", default="consistency", help="of the lattices")
+    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.01)
+    parser.add_argument("--pool", type=int, default=8192, help="rows of the second stage")
+    parser.add_argument("--rows", type=int, default=200_000, help="training strings of MOSES")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--progress", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1 if options.device == "cpu" else torch.get_num_threads())
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = (found or torch.device("cpu")) if options.device == "auto" else torch.device(options.device)
+    task = {"timing": timing_task, "ising10": lattice_task, "ising30": lattice_task}.get(options.task, data_task)
+    task(options, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,384 @@
+"""Monotone Boltzmann machines beside their peers: solvers, competing updates, marginals, cost, and images.
+
+    python -m benchmarks.monotone_dbm solvers updates marginals cost images --out out
+
+``solvers``: products with Phi and milliseconds a thousand queries to a residual of 1e-6 on a stiff problem, beside
+torchdeq's solvers on the published map, and Newton-CG at 1e-3 beside three dense passes.  ``updates``: residuals of the
+competing updates, on a monotone and an unconstrained machine.  ``marginals``: error of mean field, its correction and
+loopy belief propagation against enumeration.  ``cost``: products against the stiffness and the size.  ``images``:
+Fashion-MNIST at equal wall time.  Peers that are not installed are left out and named.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.record import markdown_table, save
+from ppl_models import ConvMonotoneDBM, MonotoneDBM
+from ppl_models.monotone_dbm.mean_field import SOLVERS, MeanFieldProblem, solve
+from ppl_models.monotone_dbm.operators import of_matrix
+from ppl_models.monotone_dbm.prox import prox_softmax
+
+Row = dict[str, Any]
+_D = torch.float64
+
+
+def stiff(strength: float, groups: int = 96, rows: int = 32, rank: int = 24) -> tuple[MonotoneDBM, MeanFieldProblem]:
+    """Groups of 4 whose columns of A share a direction with the given strength, so that Phi has one very negative
+    eigenvalue, and random fields; no observations.
+    """
+    model = MonotoneDBM([4] * groups, rank=rank, monotonicity=0.01).double()
+    noise = torch.Generator().manual_seed(0)
+    shared = torch.tensor([1.5, 0.5, -0.5, -1.5], dtype=_D).repeat(groups)
+    with torch.no_grad():
+        weight = torch.randn(rank, 4 * groups, generator=noise, dtype=_D) / rank**0.5
+        weight[0] += strength * shared
+        model.operator.weight.copy_(weight)  # type: ignore[operator]
+        phi = model.operator.prepare()
+    bias = torch.randn(rows, 4 * groups, generator=noise, dtype=_D)
+    free = torch.ones(rows, 4 * groups, dtype=torch.bool)
+    return model, MeanFieldProblem(model.groups, phi.apply, bias, torch.zeros_like(bias), free)
+
+
+def timed(run: Callable[[], Any]) -> tuple[Any, float]:
+    """What ``run`` returns, and the fastest of three calls in seconds."""
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        result = run()
+        seconds.append(time.perf_counter() - started)
+        if seconds[0] > 5:
+            break
+    return result, min(seconds)
+
+
+def solvers() -> list[Row]:
+    model, problem = stiff(3.0)
+    low, high = model.spectrum()
+    phi = of_matrix(model.potentials())
+    print(f"eigenvalues of Phi from {low:.1f} to {high:.3f}, {len(problem.bias)} queries, N = {len(model.bias)}")
+    cases: list[tuple[str, Row]] = [("newton (default)", {"solver": "newton"})]
+    cases += [("published: forward_backward 0.125 + anderson", {"step_size": 0.125, "anderson": True})]
+    cases += [("forward_backward 0.125", {"step_size": 0.125})]
+    for name in SOLVERS[1:]:
+        if name in ("coordinate", "krahenbuhl"):
+            continue
+        cases += [(name + " + anderson" * a, {"solver": name, "anderson": a}) for a in (False, True)]
+    rows = []
+    for name, options in cases:
+        options = {"solver": "forward_backward", **options}
+        limit = None if name.startswith("newton") else 400
+
+        def run(options: Row = options, limit: int | None = limit) -> Any:
+            return solve(problem, phi, tolerance=1e-6, max_iterations=limit, **options)
+
+        found, seconds = timed(run)
+        rows.append(_row(name, found.evaluations, found.residual, seconds, len(problem.bias)))
+    rows += _torchdeq(problem)
+    loose, seconds = timed(lambda: solve(problem, phi, tolerance=1e-3))
+    x = problem.bias
+    _, dense = timed(lambda: [x @ phi.matrix for _ in range(3)])  # type: ignore[operator]
+    rows.append(_row("newton at 1e-3", loose.evaluations, loose.residual, seconds, len(x)))
+    rows.append({"solver": "three products alone", "products": 3, "largest residual": "", **_ms(dense, len(x))})
+    return rows
+
+
+def _row(name: str, products: int, residual: Tensor, seconds: float, queries: int) -> Row:
+    worst = float(residual.max())
+    return {"solver": name, "products": products, "largest residual": f"{worst:.1e}", **_ms(seconds, queries)}
+
+
+def _ms(seconds: float, queries: int) -> Row:
+    return {"ms a 1,000 queries": f"{1e6 * seconds / queries:,.0f}"}
+
+
+def _torchdeq(problem: MeanFieldProblem) -> list[Row]:
+    try:
+        from torchdeq.solver import get_solver
+    except ImportError:
+        print("torchdeq is not installed and left out")
+        return []
+    rows = []
+    for name in ("anderson", "broyden", "fixed_point_iter"):
+        calls = [0]
+
+        def step(q: Tensor, calls: list[int] = calls) -> Tensor:
+            calls[0] += 1
+            inner = 0.875 * q + 0.125 * (problem.apply(q) + problem.bias)
+            return problem.groups.each(lambda part: prox_softmax(part, 0.125), inner)
+
+        start = problem.response(torch.zeros_like(problem.bias))
+        started = time.perf_counter()
+        found = get_solver(name)(step, start, max_iter=150, tol=1e-6, stop_mode="abs")[0]
+        seconds = time.perf_counter() - started
+        residual = problem.residual(found, problem.apply(found) + problem.bias)
+        rows.append(_row(f"torchdeq {name} on the published map", calls[0], residual, seconds, len(start)))
+    return rows
+
+
+def updates(out: Path) -> list[Row]:
+    """Residual of each update against its products, on a monotone and an unconstrained machine."""
+    import matplotlib.pyplot as plt
+
+    rows: list[Row] = []
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+    for axis, kind in zip(axes, ("monotone", "unconstrained"), strict=True):
+        model, problem = stiff(1.0, groups=48, rows=8)
+        if kind == "unconstrained":
+            model.operator.monotone = False  # the same A, not scaled
+        with torch.no_grad():
+            phi = model.operator.prepare()
+        problem = MeanFieldProblem(model.groups, phi.apply, problem.bias, problem.clamped, problem.free)
+        low, high = model.spectrum()
+        truth = solve(problem, phi, "coordinate", tolerance=1e-9, max_iterations=300)
+        goal = problem.response(truth.value)
+        for name in ("parallel", "damped", "mirror", "krahenbuhl", "forward_backward", "newton"):
+            trail: list[tuple[int, float]] = []
+
+            def note(products: int, residual: Tensor, trail: list[tuple[int, float]] = trail) -> None:
+                trail.append((products, float(residual.max())))
+
+            limit = 50 if name == "newton" else 400
+            options: Row = {"step_size": 0.125} if name == "forward_backward" else {}
+            found = solve(problem, phi, name, tolerance=1e-9, max_iterations=limit, callback=note, **options)
+            distance = float((problem.response(found.value) - goal).abs().max())
+            values = [max(r, 1e-12) for _, r in trail]
+            axis.plot([p for p, _ in trail], values, label=name, lw=1.6 if name == "newton" else 1.1)
+            rows.append(
+                {
+                    "machine": f"{kind}, eigenvalues {low:.1f} to {high:.2f}",
+                    "update": name,
+                    "products": found.evaluations,
+                    "residual": f"{float(found.residual.max()):.1e}",
+                    "distance from coordinate descent": f"{distance:.1e}",
+                }
+            )
+        axis.set(title=kind, yscale="log", xscale="log", xlabel="products with Phi", ylim=(1e-10, 2))
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("largest residual of the update's own rule")
+    axes[1].legend(frameon=False, fontsize=8)
+    figure.savefig(out / "dbm_updates.png", dpi=150)
+    return rows
+
+
+def marginals() -> list[Row]:
+    """Mean absolute error of marginals over 20 random models of seven groups of 3."""
+    sums: dict[str, list[float]] = {}
+    products: dict[str, list[int]] = {}
+    for seed in range(20):
+        noise = torch.Generator().manual_seed(seed)
+        model = MonotoneDBM([3] * 7, rank=8, monotonicity=0.1).double()
+        with torch.no_grad():
+            model.operator.weight.copy_(torch.randn(8, 21, generator=noise, dtype=_D))  # type: ignore[operator]
+            model.bias.copy_(torch.randn(21, generator=noise, dtype=_D))
+        exact = model.exact_marginals()[0]
+        found, better = model.marginals(tolerance=1e-6), model.correlations()
+        messages, rounds = _belief_propagation(model.potentials(), model.bias.detach(), 7, 3)
+        results = {
+            "mean field": (found.probabilities[0], found.products),
+            "mean field, corrected to second order": (better.marginals[0], found.products + 12),
+            "loopy belief propagation (own)": (messages, rounds),
+        }
+        for name, (value, count) in results.items():
+            sums.setdefault(name, []).append(float((value - exact).abs().mean()))
+            products.setdefault(name, []).append(count)
+    return [
+        {
+            "method": name,
+            "mean absolute error": f"{sum(errors) / 20:.5f}",
+            "largest of 20 models": f"{max(errors):.5f}",
+            "products or rounds": f"{sum(products[name]) / 20:.0f}",
+        }
+        for name, errors in sums.items()
+    ]
+
+
+def _belief_propagation(phi: Tensor, bias: Tensor, groups: int, states: int) -> tuple[Tensor, int]:
+    """Marginals by synchronous sum-product with damping one half; a round costs about one product with Phi."""
+    pair = phi.reshape(groups, states, groups, states).permute(0, 2, 1, 3)  # (from, to, state, state)
+    local = bias.reshape(groups, states)
+    messages = torch.zeros(groups, groups, states, dtype=phi.dtype)
+    for rounds in range(1, 201):  # noqa: B007
+        arriving = local + messages.sum(0)
+        without = arriving[:, None] - messages.transpose(0, 1)
+        new = (pair + without[..., None]).logsumexp(2).log_softmax(-1)
+        new = new * (1 - torch.eye(groups, dtype=phi.dtype))[..., None]
+        change = float((new - messages).abs().max())
+        messages = 0.5 * messages + 0.5 * new
+        if change < 1e-6:
+            break
+    return (local + messages.sum(0)).softmax(-1), rounds
+
+
+def cost(out: Path) -> list[Row]:
+    """Products of Newton and of the published solver to 1e-6 against stiffness and size."""
+    import matplotlib.pyplot as plt
+
+    rows: list[Row] = []
+    for groups, strength in ((96, 0.0), (96, 0.3), (96, 1.0), (96, 3.0), (24, 3.0), (48, 3.0), (192, 3.0)):
+        model, problem = stiff(strength, groups, rows=8)
+        low, _ = model.spectrum()
+        phi = of_matrix(model.potentials())
+        newton = solve(problem, phi, tolerance=1e-6)
+        published = solve(
+            problem, phi, "forward_backward", tolerance=1e-6, step_size=0.125, anderson=True, max_iterations=600
+        )
+        rows.append(
+            {
+                "N": 4 * groups,
+                "lambda_min": f"{low:.1f}",
+                "newton": newton.evaluations,
+                "published": published.evaluations,
+                "published converged": bool(published.converged.all()),
+            }
+        )
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True, layout="constrained")
+    for axis, chosen, x, label in (
+        (axes[0], rows[:4], lambda r: -float(r["lambda_min"]), "-lambda_min (N = 384)"),
+        (axes[1], sorted([*rows[4:], rows[3]], key=lambda r: r["N"]), lambda r: r["N"], "N (strength 3)"),
+    ):
+        for name, colour in (("newton", "#0072B2"), ("published", "#D55E00")):
+            axis.plot([x(r) for r in chosen], [r[name] for r in chosen], "o-", color=colour, label=name)
+        axis.set(xlabel=label, xscale="log", ylim=(0, None))
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("products with Phi to 1e-6")
+    axes[0].legend(frameon=False)
+    figure.savefig(out / "dbm_cost.png", dpi=150)
+    return rows
+
+
+def images(out: Path, seconds: float, size: int, tests: int) -> list[Row]:
+    """Fashion-MNIST: label accuracy and mean squared error of hidden pixels, each method with the same time."""
+    from sklearn.impute import KNNImputer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.neural_network import BernoulliRBM
+
+    from ppl_models.datasets import load_fashion_mnist
+
+    data = load_fashion_mnist()
+    x, y = (data.x_train[:size] * 3.999).floor() / 3, data.y_train[:size]
+    test, truth = (data.x_test[:tests] * 3.999).floor() / 3, data.y_test[:tests]
+    flat, flat_test = x.flatten(1), test.flatten(1)
+    noise = torch.Generator().manual_seed(0)
+    train_mask = torch.rand(size, 784, generator=noise) < 0.4
+    net = ConvMonotoneDBM((1, 28, 28), 4, 10, curvature=2)
+    net.fit(x, y, num_steps=2, batch_size=32, progress=False)
+    started = time.perf_counter()
+    net.fit(x, y, num_steps=4, batch_size=32, progress=False)
+    steps = max(20, int(seconds / ((time.perf_counter() - started) / 5)))
+    net = ConvMonotoneDBM((1, 28, 28), 4, 10, curvature=2)
+    started = time.perf_counter()
+    net.fit(x, y, num_steps=steps, batch_size=32, progress=False)
+    spent = time.perf_counter() - started
+    print(f"ConvMonotoneDBM: {steps} steps in {spent:.0f} s")
+    joint = torch.cat([flat, torch.nn.functional.one_hot(y, 10).float()], 1)
+    rbm, passes, started = (
+        BernoulliRBM(256, learning_rate=0.05, batch_size=64, n_iter=1, random_state=0),
+        0,
+        time.perf_counter(),
+    )
+    rbm.fit(joint[:64].numpy())
+    while time.perf_counter() - started < spent:
+        for part in joint.split(64):
+            rbm.partial_fit(part.numpy())
+        passes += 1
+    encoded = torch.cat([flat * train_mask, train_mask.float()], 1)
+    logistic = LogisticRegression(max_iter=100).fit(encoded.numpy(), y.numpy())
+    few = min(size, 1000)
+    rows: list[Row] = []
+    for share in (0.2, 0.4, 0.6):
+        mask = torch.rand(tests, 784, generator=torch.Generator().manual_seed(1)) < share
+        hidden = ~mask
+        square = mask.reshape(tests, 28, 28)
+        values = torch.where(mask, flat_test, torch.nan)
+        filled = torch.tensor(KNNImputer(n_neighbors=5).fit(flat[:few].numpy()).transform(values.numpy()))
+        nearest = KNeighborsClassifier(1).fit(flat.numpy(), y.numpy())
+        rbm_pixels, rbm_labels = _rbm_query(rbm, flat_test, mask)
+        means = flat.mean(0).expand(tests, -1)
+        coded = torch.cat([flat_test * mask, mask.float()], 1)
+        table: dict[str, tuple[Tensor | None, Tensor | None]] = {
+            "ConvMonotoneDBM": (net.complete(test, square).flatten(1), net.classify(test, square).argmax(1)),
+            f"RBM, scikit-learn, {passes} passes": (rbm_pixels, rbm_labels),
+            "logistic regression": (None, torch.tensor(logistic.predict(coded.numpy()))),
+            "5-NN imputation, 1-NN on it": (filled, torch.tensor(nearest.predict(filled.numpy()))),
+            "training mean": (means, None),
+        }
+        for name, (pixels, labels) in table.items():
+            error = "" if pixels is None else f"{float((pixels - flat_test)[hidden].square().mean()):.4f}"
+            accuracy = "" if labels is None else f"{float((labels == truth).float().mean()):.3f}"
+            rows.append({"observed": f"{share:.0%}", "method": name, "accuracy": accuracy, "MSE": error})
+    _pictures(out, net, test, truth)
+    return rows
+
+
+def _rbm_query(rbm: Any, pixels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden pixels and labels by mean-field iterations with the observed pixels held."""
+    w, b, c = (
+        torch.tensor(v, dtype=torch.float32) for v in (rbm.components_, rbm.intercept_visible_, rbm.intercept_hidden_)
+    )
+    v = torch.full((len(pixels), w.shape[1]), 0.5)
+    v[:, :784] = torch.where(mask, pixels, 0.5)
+    v[:, 784:] = 0.1
+    for _ in range(50):
+        made = torch.sigmoid(torch.sigmoid(v @ w.T + c) @ w + b)
+        v[:, :784] = torch.where(mask, pixels, made[:, :784])
+        v[:, 784:] = made[:, 784:]
+    return v[:, :784], v[:, 784:].argmax(1)
+
+
+def _pictures(out: Path, net: ConvMonotoneDBM, test: Tensor, truth: Tensor) -> None:
+    """Completions of a few test images, and of one image's upper half under each class."""
+    import matplotlib.pyplot as plt
+
+    chosen = [int((truth == c).nonzero()[0]) for c in range(10) if bool((truth == c).any())]
+    some = test[chosen]
+    mask = torch.rand(len(some), 28, 28, generator=torch.Generator().manual_seed(2)) < 0.4
+    shown = torch.where(mask[:, None], some, 0.5)
+    completed = net.complete(some, mask)
+    half = torch.zeros(28, 28, dtype=torch.bool)
+    half[:10] = True
+    repeated = test[chosen[:1]].expand(10, -1, -1, -1)
+    by_class = net.complete(repeated, half, labels=torch.arange(10))
+    rows = {"image": some, "40% shown": shown, "completed": completed, "top given,\neach class": by_class}
+    figure, axes = plt.subplots(len(rows), 10, figsize=(9, 4), layout="constrained")
+    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
+        for axis, picture in zip(line, pictures, strict=False):
+            axis.imshow(picture[0], cmap="gray", vmin=0, vmax=1)
+        for axis in line:
+            axis.set(xticks=[], yticks=[])
+    figure.savefig(out / "dbm_fashion.png", dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ("solvers", "updates", "marginals", "cost", "images")
+    parser.add_argument("parts", nargs="*", choices=names, default=list(names))
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--seconds", type=float, default=600.0, help="training time of each image method")
+    parser.add_argument("--size", type=int, default=10_000, help="training images")
+    parser.add_argument("--tests", type=int, default=1_000, help="test images")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    given.out.mkdir(parents=True, exist_ok=True)
+    runs: dict[str, Callable[[], list[Row]]] = {
+        "solvers": solvers,
+        "updates": lambda: updates(given.out),
+        "marginals": marginals,
+        "cost": lambda: cost(given.out),
+        "images": lambda: images(given.out, given.seconds, given.size, given.tests),
+    }
+    for name in given.parts:
+        rows = runs[name]()
+        print(f"\n{name}\n{markdown_table(rows)}", flush=True)
+        save(given.out / f"dbm_{name}.json", rows, ["torch", "torchdeq", "scikit-learn"])
+
+
+if __name__ == "__main__":
+    main()

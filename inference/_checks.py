@@ -1,0 +1,39 @@
+"""Checks of numbers that every door shares."""
+
+import math
+from numbers import Integral
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["count", "nonnegative", "positive"]
+
+
+def count(name: str, value: Any, least: int = 1) -> int:
+    """``value`` as an integer of at least ``least``; raises naming the argument."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)
+
+
+def positive(name: str, value: Any, *, upper: float = math.inf) -> float:
+    """``value`` as a float in ``(0, upper]``; raises ``TypeError`` or ``ValueError`` naming the argument."""
+    return _real(name, value, 0.0, upper, open_below=True)
+
+
+def nonnegative(name: str, value: Any, *, upper: float = math.inf) -> float:
+    """``value`` as a float in ``[0, upper]``; raises ``TypeError`` or ``ValueError`` naming the argument."""
+    return _real(name, value, 0.0, upper, open_below=False)
+
+
+def _real(name: str, value: Any, lower: float, upper: float, *, open_below: bool) -> float:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    inside = (value > lower if open_below else value >= lower) and value <= upper and math.isfinite(value)
+    if not inside:
+        raise ValueError(f"{name} must lie in {'(' if open_below else '['}{lower:g}, {upper:g}], got {value!r}")
+    return float(value)

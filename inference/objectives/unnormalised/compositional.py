@@ -1,0 +1,222 @@
+"""Maximum likelihood of unnormalised models by stochastic compositional optimisation (MECO).
+
+Jiang, Qin, Wu, Chen, Yang and Zhang, "Learning Unnormalized Statistical Models via Compositional Optimization", ICML
+2023, arXiv:2306.07485.  The negative log-likelihood of ``p = exp(l_theta) / Z(theta)`` is
+
+    F(theta) = -mean_i l_theta(x_i) + log g(theta),      g(theta) = E_q[exp(l_theta(z)) / q(z)] = Z(theta),
+
+an expectation inside a logarithm.  A running estimate u of g follows the parameters:
+
+    a_j    = l_theta(z_j) - log q(z_j),   z_j ~ q,   j = 1..M,     log g_t = logsumexp(a) - log M
+    log u_t = logaddexp(log(1 - beta) + log u_{t-1}, log beta + log g_t),     u_0 = g_0
+    G_t    = -mean_i grad l(x_i) + sum_j w_j grad l(z_j),          w_j = exp(a_j - log u_t) / M
+
+All is done with logarithms.  As u_t contains its own batch, the weights sum to at most 1 / beta.  At fixed parameters u
+has the mean Z and the relative variance ``beta / (2 - beta) (E_q[(p / q)^2] - 1) / M``.
+
+u lags where Z moves fast.  Gradient descent of rate eta on a model with ``R = |grad log Z|`` is stable only for about
+``eta R^2 < (2 - beta) / (1 - beta)``.  ``correction="ratio"`` moves u along with the parameters by the ratio of the
+same noise batch's estimates at the new and at the old ones,
+
+    log u_{t-1}  <-  log u_{t-1} + log g(theta_t; z_t) - log g(theta_{t-1}; z_t),
+
+(a STORM correction that keeps u positive; it is not in the paper), at the cost of one more pass of the noise without a
+gradient.  Before, ``warmup_steps`` steps are made with beta = 1.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from inference.kernels.base import count
+from inference.objectives.unnormalised.objective import UnnormalisedObjective, positive_weights
+from inference.objectives.unnormalised.schedules import BetaSchedule, Constant, as_beta
+from inference.runtime import distributed
+
+__all__ = ["CompositionalLikelihood", "mix"]
+
+_CORRECTIONS = ("ratio", "none")
+_ADAPTATIONS = ("none", "data", "cross_entropy")
+
+
+def mix(log_u: Tensor, log_g: Tensor, beta: Tensor) -> Tensor:
+    """``log((1 - beta) u + beta g)`` in the log domain."""
+    return torch.logaddexp(torch.log1p(-beta) + log_u, beta.log() + log_g)
+
+
+class CompositionalLikelihood(UnnormalisedObjective):
+    """Negative mean log-likelihood of any unnormalised Pyro model, as an objective for ``inference.fit``.
+
+    The loss that it returns is ``-mean l(x) + log u``; its gradient is the estimator G above.  The model sees data
+    and noise in one call, with as many rows as both together; plates are sized by the rows it is given.  A tensor of
+    the batch that no noise site observes is a covariate; then the noise's rows take the data's covariates in turn, and
+    one constant normalises the joint law over the data's covariates (the joint tilt, which is consistent for the
+    conditional only in families closed under a factor that depends on the covariates; see
+    ``ConditionalCompositionalLikelihood``).
+
+    Args:
+        model: Pyro model ``model(x, ...)`` that observes ``x`` at a site in a plate of ``len(x)`` rows; its density may
+            hold an ``ImproperUniform``, factors in the plate, or a law without its constant.
+        guide: the noise: a Pyro callable that draws the same site, for one row (``pyro.sample("x", q)``), or for the
+            rows it is given, or in a plate of its own.  Its support must hold the model's.
+        noise_samples: noise draws M in a step; by default those of the guide's own plate, or else 256.
+        beta: weight of the new batch in u: a number in (0, 1], or a schedule (``Cosine``, ``InverseTime``,
+            ``Proximal``, ``TargetVariance``).  1 is importance-sampled maximum likelihood, biased by O(1 / M).
+        correction: ``"ratio"`` or ``"none"``, see above.
+        warmup_steps: steps with beta = 1 before the schedule.
+        adapt: what the guide's own parameters learn: ``"none"``; ``"data"``: the likelihood of the data;
+            ``"cross_entropy"``: that of the model, through self-normalised weights (minimise over q the
+            logmeanexp of ``l(z) - log q(z)`` at fixed z).
+        on_collapse: ``"raise"``, ``"warn"`` or ``"ignore"`` when the noise weights collapse.
+
+    Attributes:
+        log_u: the running estimate of log Z, ``()`` in float64.
+        history: of each step ``log_partition`` (log u), ``log_partition_batch``, ``ess`` (the effective share of the
+            noise) and ``beta``.
+
+    Raises:
+        CollapseError: in a fit, when fewer than 1 % of the noise draws carried the estimate for 50 steps.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro.nn import PyroModule, PyroParam
+        >>> class Quartic(PyroModule):  # p(x) ~ exp(-c x^4)
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.c = PyroParam(torch.tensor(1.0), dist.constraints.positive)
+        ...     def forward(self, x):
+        ...         with pyro.plate("data", len(x)):
+        ...             pyro.sample("x", dist.ImproperUniform(dist.constraints.real, (), ()), obs=x)
+        ...             pyro.factor("energy", -self.c * x**4)
+        >>> def noise():
+        ...     pyro.sample("x", dist.Normal(0.0, 1.0))
+        >>> x = torch.linspace(-1, 1, 101)  # sample mean of x^4 is 0.2081, so c = 1 / (4 * 0.2081)
+        >>> from inference.fit import fit
+        >>> objective = CompositionalLikelihood(Quartic(), noise)
+        >>> _ = fit(objective, x, num_steps=600, lr=0.02, average_last=0.5, progress=False)
+        >>> round(objective.pair.model.c.item(), 1)
+        1.2
+    """
+
+    columns: ClassVar[tuple[str, ...]] = ("log_partition", "log_partition_batch", "ess", "beta")
+    log_u: Tensor
+    share: Tensor
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        noise_samples: int | None = None,
+        *,
+        beta: float | BetaSchedule = 0.1,
+        correction: str = "ratio",
+        warmup_steps: int = 100,
+        adapt: str = "none",
+        on_collapse: str = "raise",
+    ) -> None:
+        if guide is None:
+            raise ValueError(
+                "an unnormalised model needs noise to estimate its constant: give a guide that draws the site that the "
+                "model observes"
+            )
+        super().__init__(model, guide, noise_samples, on_collapse=on_collapse)
+        if correction not in _CORRECTIONS:
+            raise ValueError(f"correction must be one of {_CORRECTIONS}, got {correction!r}")
+        if adapt not in _ADAPTATIONS:
+            raise ValueError(f"adapt must be one of {_ADAPTATIONS}, got {adapt!r}")
+        self.schedule = as_beta(beta)
+        self.correction, self.adapt = correction, adapt
+        self.warmup_steps = count("warmup_steps", warmup_steps, 0)
+        self.register_buffer("log_u", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("share", torch.ones((), dtype=torch.float64))
+        self._refuse_no_average()
+
+    def forward(self, *batch: Tensor) -> Tensor:
+        """The loss on a batch, a scalar; in training it advances u."""
+        self._prepare(batch)
+        if not self._advances():
+            return self.log_u - self.log_density(*batch).mean()
+        draws = self.pair.draw(self.noise_samples, batch, record=True)
+        at_data, at_noise = self._joined(batch, draws)
+        a = (at_noise.detach() - draws.log_q).double()
+        log_g, log_second = _log_means(a)
+        with torch.no_grad():
+            share = (2 * log_g - log_second).exp()
+            log_u, beta = self._follow(log_g, share, draws, batch)
+            weights = (a - log_u).exp().to(at_noise.dtype) / len(a)
+            self.log_u.copy_(log_u)
+        surrogate = positive_weights(weights, at_noise) - at_data.mean()
+        if self.adapt == "cross_entropy":
+            log_q = self.pair.log_q(draws.values, batch, record=True)
+            surrogate = surrogate + torch.logsumexp(at_noise.detach() - log_q, 0)
+        elif self.adapt == "data":
+            surrogate = surrogate - self.pair.log_q(self.pair.data(batch), batch, record=True).mean()
+        self._write(log_u, log_g, share, beta)
+        value = log_u.to(surrogate.dtype) - at_data.detach().mean()
+        return value + surrogate - surrogate.detach()
+
+    def refresh(self, num_samples: int = 100_000, seed: int = 0) -> None:
+        """Set u to a fresh estimate, as is due after the parameters were averaged or put back."""
+        log_weights = self.log_weights(num_samples, seed)
+        self.log_u.copy_(torch.logsumexp(log_weights, 0) - math.log(len(log_weights)))
+
+    # ------------------------------------------------------------------ the running estimate
+    def _follow(self, log_g: Tensor, share: Tensor, draws: Any, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """log u_t and beta_t; keeps the parameters for the next step's correction."""
+        before = self.log_u
+        if self.correction == "ratio" and self.pair.learned:
+            current = self.pair.learned
+            kept = {n: self._buffers.get(_key(n)) for n in current}
+            if any(v is None for v in kept.values()):
+                for n, p in current.items():
+                    self.register_buffer(_key(n), p.detach().clone())
+            else:
+                old = self.pair.log_density(draws.values, self._covariates(batch, draws), record=True, parameters=kept)
+                change = log_g - _log_means((old - draws.log_q).double())[0]
+                before = before + torch.where(torch.isfinite(change), change, torch.zeros_like(change))
+                torch._foreach_copy_(list(kept.values()), [p.detach() for p in current.values()])
+        if not isinstance(self.schedule, Constant):  # the schedule sees an average over some batches
+            self.share.copy_(torch.where(self.step == 0, share, self.share.lerp(share, 0.05)))
+        beta = self.schedule(self.step, before, self.share, self.noise_samples)
+        beta = torch.where(self.step < self.warmup_steps, torch.ones_like(beta), beta)
+        followed = mix(before, log_g, beta)
+        return torch.where(self.step == 0, log_g, followed), beta
+
+    def _covariates(self, batch: tuple[Tensor, ...], draws: Any) -> tuple[Tensor, ...]:
+        index = torch.arange(len(draws.log_q), device=batch[0].device) % len(batch[0])
+        covariates = self.pair.covariates(batch)
+        return tuple(t[index] if k in covariates else t for k, t in enumerate(batch))
+
+    def _prepare(self, batch: tuple[Tensor, ...]) -> None:
+        first = not self.pair.inspected
+        super()._prepare(batch)
+        if first:
+            self._refuse_no_average()
+
+    def _refuse_no_average(self) -> None:
+        constant = isinstance(self.schedule, Constant) and self.schedule.beta == 1.0
+        if constant and self.noise_samples == 1:
+            raise ValueError(
+                "noise_samples=1 with beta=1 has the weight 1 at every step, so that nothing estimates Z: use beta "
+                "below 1, or more noise_samples"
+            )
+
+    def _state_names(self) -> set[str]:
+        return super()._state_names() | {"log_u", "share"}
+
+
+def _key(name: str) -> str:
+    return "previous/" + name.replace(".", "/")
+
+
+def _log_means(a: Tensor) -> tuple[Tensor, Tensor]:
+    """log of the mean of exp(a), and of exp(2 a); over all ranks' noise where there are several."""
+    found = torch.logsumexp(torch.stack([a, 2 * a]), 1) - math.log(len(a))
+    if distributed.world_size() > 1:
+        ranks = distributed.gather_rows(found[None], to_all=True)
+        found = torch.logsumexp(ranks, 0) - math.log(len(ranks))
+    first, second = found.unbind()
+    return first, second

@@ -1,0 +1,387 @@
+"""Conditional densities known up to a constant for each x: ``p(y | x) = b(y) exp(-E(x, y)) / Z(x)``.
+
+Gustafsson, Danelljan, Bhat and Schön, "Energy-Based Models for Deep Probabilistic Regression", ECCV 2020, with the
+normalisers followed by compositional estimates (``inference.objectives.unnormalised.conditional``): regression whose
+predictive law may have any shape, several modes included.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
+
+import pyro
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from inference.citation import Paper
+from inference.objectives.unnormalised import CompositionalLikelihood, ConditionalCompositionalLikelihood
+from inference.objectives.unnormalised.mixture import MixtureNoise
+from inference.objectives.unnormalised.noise import DefensiveMixture, GaussianNoise, Noise, noise_from_config
+from inference.runtime.generators import derive_seed, generator, scoped_seed
+from ppl_models.base import Model, Standardiser, check_count, to_tensor
+from ppl_models.compositional_ebm.distribution import EnergyDistribution, refuse_output_bias
+from ppl_models.compositional_ebm.methods import EnergyFit, check_schedule, optimise
+from ppl_models.compositional_ebm.networks import EnergyNetwork, mlp
+from ppl_models.compositional_ebm.noise import as_noise, default_batch
+
+__all__ = ["ConditionalEnergyModel", "ConditionalPrediction"]
+
+_NORMALISERS = ("table", "network", "minibatch", "joint")
+_GRID = 512  # points in one dimension; 64 a side in two
+_IMPORTANCE = 4096  # shared noise draws for log Z(x) in more than two dimensions
+_VALUES_AT_ONCE = 1 << 20
+
+
+class ConditionalPrediction(NamedTuple):
+    """Attributes:
+    mean: ``(N, *event)``.
+    variance: ``(N, *event)``.
+    quantiles: ``(len(levels), N, *event)``, of each coordinate.
+    levels: of the quantiles.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    quantiles: Tensor
+    levels: tuple[float, ...]
+
+
+class PairEnergy(nn.Module):
+    """The default network: ``(x, y)`` side by side, standardised, with Fourier features where they are few."""
+
+    def __init__(self, x_columns: int, y_columns: int, hidden: tuple[int, ...], seed: int) -> None:
+        super().__init__()
+        self.network = EnergyNetwork(x_columns + y_columns, hidden, bandwidth=1.0, seed=seed)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """``(row, Dx)`` and ``(row, Dy)`` to ``(row,)``."""
+        out: Tensor = self.network(torch.cat([x, y], 1))
+        return out
+
+
+class _LogNormaliser(nn.Module):
+    """log u(x) of ``normaliser="network"``."""
+
+    def __init__(self, columns: int, seed: int) -> None:
+        super().__init__()
+        self.units = Standardiser(columns)
+        self.layers = mlp((columns, 64, 64, 1), seed, output_bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layers(self.units(x)).squeeze(1)
+        return out
+
+
+class _Guide(PyroModule):
+    def __init__(self, noise: Noise) -> None:
+        super().__init__()
+        self.noise = noise
+
+    def forward(self, y: Tensor, x: Tensor) -> None:
+        pyro.sample("y", self.noise.distribution())
+
+
+class ConditionalEnergyModel(Model):
+    """An energy of y given x.
+
+    ``model(y, x)`` is the Pyro model with the site ``y`` in the plate ``data``.
+
+    Args:
+        energy: a module ``(x (B, Dx), y (B, Dy)) -> (B,)`` without an output bias; None: a perceptron on standardised
+            inputs, with random Fourier features where x and y have up to four columns together.
+        normaliser: how log Z(x) is followed in training: ``"table"`` (one running estimate a row of data),
+            ``"network"`` (a network of x), ``"minibatch"`` (each row's own noise draws), or ``"joint"`` (one constant
+            for all x, which is right only for families closed under a factor that depends on x).
+        base: ``"tilt"``: b is the noise; None: b = 1.
+        hidden: widths of the default network.
+        seed: of its initial weights.
+        x_columns, y_columns: Dx and Dy, where known before a fit.
+
+    Attributes:
+        noise: the noise over y.
+        result: what the last fit returned; None before.
+    """
+
+    papers: ClassVar[tuple[Paper, ...]] = (
+        Paper(
+            "inproceedings",
+            "jiang2023learning",
+            author="Jiang, Wei and Qin, Jiayu and Wu, Lingyu and Chen, Changyou and Yang, Tianbao and Zhang, Lijun",
+            title="Learning Unnormalized Statistical Models via Compositional Optimization",
+            booktitle="International Conference on Machine Learning",
+            year=2023,
+        ),
+    )
+
+    kind: ClassVar[str] = "ConditionalEnergyModel"
+
+    def __init__(
+        self,
+        energy: nn.Module | None = None,
+        normaliser: str = "table",
+        base: str | None = "tilt",
+        *,
+        hidden: tuple[int, ...] = (64, 64),
+        seed: int = 0,
+        x_columns: int | None = None,
+        y_columns: int | None = None,
+    ) -> None:
+        super().__init__()
+        if energy is not None and not isinstance(energy, nn.Module):
+            raise TypeError(f"energy must be a torch module or None, got {type(energy).__name__}")
+        if normaliser not in _NORMALISERS:
+            raise ValueError(f"normaliser must be one of {_NORMALISERS}, got {normaliser!r}")
+        if base not in ("tilt", None):
+            raise ValueError(f"base must be 'tilt' or None, got {base!r}")
+        refuse_output_bias(energy)
+        self.normaliser, self.base, self.hidden, self.seed = normaliser, base, tuple(hidden), seed
+        self._custom, self.flat_y = energy is not None, False
+        self.energy: nn.Module | None = energy
+        self.noise: Noise | None = None
+        self.result: EnergyFit | None = None
+        self.x_columns, self.y_columns = x_columns, y_columns
+        if x_columns is not None and y_columns is not None:
+            self._build(x_columns, y_columns)
+
+    def _build(self, x_columns: int, y_columns: int) -> None:
+        self.x_columns, self.y_columns = x_columns, y_columns
+        if not self._custom:
+            self.energy = PairEnergy(x_columns, y_columns, self.hidden, self.seed)
+
+    # ------------------------------------------------------------------ the Pyro model
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """The Pyro model of ``y`` ``(row, Dy)`` at ``x`` ``(row, Dx)``."""
+        with pyro.plate("data", len(x)):
+            observed: Tensor = pyro.sample("y", self._law(x), obs=y)
+        return observed
+
+    def _law(self, x: Tensor) -> EnergyDistribution:
+        assert self.energy is not None and self.noise is not None
+        energy, base = self.energy, self.noise.distribution() if self.base == "tilt" else None
+        return EnergyDistribution(lambda y: energy(x, y), (self.y_columns or 1,), base)
+
+    # ------------------------------------------------------------------ fitting
+    def fit(
+        self,
+        x: Any,
+        y: Any,
+        noise: Any = "auto",
+        noise_samples: int = 64,
+        batch_size: int | None = 64,
+        beta: float = 0.5,
+        num_steps: int = 3000,
+        seed: int = 0,
+        *,
+        penalty: float = 1e-3,
+        lr: float = 3e-3,
+        weight_decay: float = 0.0,
+        checkpoint: str | Path | None = None,
+        progress: bool | Callable[[dict[str, Any]], None] = True,
+    ) -> EnergyFit:
+        """Fit to pairs.
+
+        Args:
+            x: covariates ``(N, Dx)`` or ``(N,)``.
+            y: responses ``(N, Dy)`` or ``(N,)``, continuous.
+            noise: over y: ``"auto"`` (a mixture of normals fitted to all y, with a tenth of a wide normal), a
+                distribution, or a noise model.
+            noise_samples: draws for each row of a batch.
+            beta: weight of a new estimate in a row's own, for ``"table"``; small where ``noise_samples`` is small.
+            penalty: weight of ``(log Z(x))^2``, which keeps the free function of x in E from wandering.
+            batch_size, num_steps, seed, lr, weight_decay, checkpoint, progress: as in ``EnergyModel.fit``.
+
+        Raises:
+            TypeError, ValueError, NonFiniteError, CollapseError: as in ``EnergyModel.fit``.
+        """
+        x, y = self._columns("x", x), self._columns("y", y)
+        if len(x) != len(y):
+            raise ValueError(f"x has {len(x)} rows and y {len(y)}: they must match")
+        self.flat_y = self._was_flat
+        check_count("num_steps", num_steps)
+        check_count("noise_samples", noise_samples)
+        check_schedule(lr, weight_decay, 0.0)
+        size = default_batch(batch_size, len(x), 64)
+        y = y.to(x)
+        if isinstance(noise, str) and noise == "auto":
+            # never discrete: a response of few values is still a number
+            few = MixtureNoise.fit(y, max(1, min(10, len(y) // 20)), inflation=1.2, ridge=1e-2, seed=seed)
+            found: Noise = DefensiveMixture(few, GaussianNoise.fit(y, 1.5), 0.1)
+        else:
+            found = as_noise(noise, y, None, seed)
+        self._build(x.shape[1], y.shape[1])
+        assert self.energy is not None
+        self.energy.to(device=x.device, dtype=x.dtype)
+        if isinstance(self.energy, PairEnergy):
+            self.energy.network.units.learn(torch.cat([x, y], 1))
+        self.noise, self.result = found, None
+        objective, data = self._objective(x, y, noise_samples, beta, penalty, seed)
+        loop, history = optimise(
+            objective,
+            data,
+            num_steps=num_steps,
+            batch_size=size,
+            lr=lr,
+            weight_decay=weight_decay,
+            average_last=0.0,
+            seed=seed,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+        self.result = EnergyFit(history, None, self.normaliser, loop)
+        return self.result
+
+    def _objective(
+        self, x: Tensor, y: Tensor, noise_samples: int, beta: float, penalty: float, seed: int
+    ) -> tuple[nn.Module, tuple[Tensor, ...]]:
+        assert self.noise is not None
+        guide = _Guide(self.noise)
+        if self.normaliser == "joint":
+            return CompositionalLikelihood(self, guide, 4 * noise_samples, beta=min(beta, 0.1)), (y, x)
+        network = None
+        if self.normaliser == "network":
+            network = _LogNormaliser(x.shape[1], derive_seed(seed, "normaliser")).to(x)
+            network.units.learn(x)
+        objective = ConditionalCompositionalLikelihood(
+            self,
+            guide,
+            len(x),
+            noise_samples,
+            normaliser=self.normaliser,
+            network=network,
+            beta=beta,
+            penalty=penalty,
+        )
+        return objective, (torch.arange(len(x), device=x.device), y, x)
+
+    def _columns(self, name: str, value: Any) -> Tensor:
+        value = to_tensor(name, value)
+        value = value if value.is_floating_point() else value.to(torch.get_default_dtype())
+        if value.dim() not in (1, 2):
+            raise ValueError(f"{name} must have shape (N,) or (N, D), got {tuple(value.shape)}")
+        self._was_flat = value.dim() == 1
+        value = value[:, None] if value.dim() == 1 else value
+        wanted = self.x_columns if name == "x" else self.y_columns
+        if wanted is not None and value.shape[1] != wanted:
+            raise ValueError(f"{name} must have {wanted} columns, got {value.shape[1]}")
+        return value
+
+    # ------------------------------------------------------------------ queries
+    @torch.no_grad()
+    def log_prob(self, y: Any, x: Any) -> Tensor:
+        """Normalised log p(y | x) in nats, ``(N,)``.
+
+        log Z(x) is a sum over a grid for one or two columns of y, and importance sampling for more.
+
+        Raises:
+            RuntimeError: the model has not been fitted.
+            TypeError, ValueError: bad data.
+        """
+        x, y = self._query(x), self._columns("y", y).to(self._like())
+        if len(x) != len(y):
+            raise ValueError(f"x has {len(x)} rows and y {len(y)}: they must match")
+        return self._law(x).log_prob(y) - self.log_partition(x)
+
+    @torch.no_grad()
+    def log_partition(self, x: Any, seed: int = 0) -> Tensor:
+        """log Z(x), ``(N,)``."""
+        different, which = torch.unique(self._query(x), dim=0, return_inverse=True)
+        values, log_volume = self._table(different, seed)[1:]
+        return (torch.logsumexp(values, 1) + log_volume)[which]
+
+    @torch.no_grad()
+    def sample(self, x: Any, n: int, seed: int = 0) -> Tensor:
+        """Draws of y at each x, ``(n, N, Dy)``, or ``(n, N)`` where y was given without columns."""
+        self._query(x)
+        check_count("n", n)
+        x = self._query(x)
+        points, values, _ = self._table(x, seed)
+        draw = generator(seed, "conditional", device=x.device)
+        index = torch.multinomial(values.double().softmax(1), n, replacement=True, generator=draw)
+        chosen = points[index]
+        if self._width is not None:
+            u = torch.rand(chosen.shape, generator=draw, dtype=chosen.dtype, device=chosen.device)
+            chosen = chosen + (u - 0.5) * self._width
+        chosen = chosen.transpose(0, 1)
+        return chosen.squeeze(2) if self.flat_y else chosen
+
+    @torch.no_grad()
+    def predict(self, x: Any, levels: tuple[float, ...] = (0.05, 0.5, 0.95), num_samples: int = 2000) -> Any:
+        """Mean, variance and quantiles of y at each x; see ``ConditionalPrediction``."""
+        draws = self.sample(x, num_samples)
+        grid = torch.tensor(levels, dtype=draws.dtype, device=draws.device)
+        return ConditionalPrediction(draws.mean(0), draws.var(0), draws.quantile(grid, 0), tuple(levels))
+
+    def _table(self, x: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Points ``(P, Dy)``, log p~ + weight of each at each x ``(N, P)``, and what makes their sum log Z."""
+        assert self.noise is not None and self.y_columns is not None
+        dim = self.y_columns
+        with scoped_seed(derive_seed(seed, "points"), x.device):
+            drawn = self.noise.draw(_IMPORTANCE)
+        self._width: Tensor | None = None
+        if dim <= 2:
+            low, high = drawn.amin(0), drawn.amax(0)
+            low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)
+            side = _GRID if dim == 1 else 64
+            self._width = (high - low) / side
+            steps = torch.arange(side, dtype=low.dtype, device=low.device) + 0.5
+            axes = [low[i] + self._width[i] * steps for i in range(dim)]
+            points = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, dim)
+            offset, constant = torch.zeros_like(points[:, 0]), self._width.log().sum()
+        else:
+            points, offset = drawn, -self.noise.log_prob(drawn)
+            constant = -torch.tensor(float(len(drawn)), dtype=x.dtype, device=x.device).log()
+        chunk = max(1, _VALUES_AT_ONCE // len(points))
+        blocks = []
+        for part in x.split(chunk):
+            rows = part.repeat_interleave(len(points), 0)
+            values = self._law(rows).log_prob(points.repeat(len(part), 1)).reshape(len(part), -1)
+            blocks.append(values + offset)
+        return points, torch.cat(blocks), constant
+
+    def _query(self, x: Any) -> Tensor:
+        if self.noise is None or self.energy is None:
+            raise RuntimeError("this query needs a fitted model: call fit(x, y) first")
+        return self._columns("x", x).to(self._like())
+
+    def _like(self) -> Tensor:
+        assert self.energy is not None
+        return next(iter(self.energy.parameters()))
+
+    # ------------------------------------------------------------------ files
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments and the sizes that the fit saw."""
+        return {
+            "normaliser": self.normaliser,
+            "base": self.base,
+            "hidden": list(self.hidden),
+            "seed": self.seed,
+            "x_columns": self.x_columns,
+            "y_columns": self.y_columns,
+        }
+
+    @classmethod
+    def load(cls, path: str | Path, **objects: Any) -> Self:
+        """The model that ``save`` wrote; ``energy`` is given again where it was yours."""
+        return super().load(path, **objects)
+
+    def _extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        meta: dict[str, Any] = {"flat_y": self.flat_y, "custom": self._custom}
+        if self.noise is None:
+            return {}, meta
+        meta["noise"] = {"kind": type(self.noise).__name__, "config": self.noise.config()}
+        return dict(self.noise.state_dict()), meta
+
+    def _restore_extra(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        if meta["custom"] and not self._custom:
+            raise ValueError("the energy was a module of yours, which a file cannot hold: give load(path, energy=...)")
+        self.flat_y = meta["flat_y"]
+        if "noise" in meta:
+            self.noise = noise_from_config(meta["noise"]["kind"], meta["noise"]["config"], tensors)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The energy's tensors; the noise has a place of its own in the file."""
+        state = super().state_dict(*args, **kwargs)
+        for name in [n for n in state if n.startswith("noise.")]:
+            del state[name]
+        return state

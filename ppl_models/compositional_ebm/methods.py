@@ -1,0 +1,181 @@
+"""The training methods by name, what each of them takes, and what a fit returns."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from inference._errors import NonFiniteError
+from inference.fit import FitResult, fit
+from inference.objectives.unnormalised import (
+    CompositionalLikelihood,
+    ContrastiveDivergence,
+    DenoisingScoreMatching,
+    ExponentialNoiseContrastive,
+    NoiseContrastive,
+    SelfNormalisedLikelihood,
+    SlicedScoreMatching,
+)
+from inference.objectives.unnormalised.objective import UnnormalisedObjective
+from inference.results.evidence import LogPartition
+from inference.results.export import to_arviz
+
+__all__ = ["METHODS", "EnergyFit", "build_objective", "optimise"]
+
+METHODS: dict[str, tuple[type[UnnormalisedObjective], dict[str, Any]]] = {
+    "compositional": (CompositionalLikelihood, {}),
+    "mle": (CompositionalLikelihood, {"beta": 1.0, "correction": "none"}),
+    "snl": (SelfNormalisedLikelihood, {}),
+    "nce": (NoiseContrastive, {}),
+    "ence": (ExponentialNoiseContrastive, {}),
+    "cd": (ContrastiveDivergence, {"start": "data"}),
+    "pcd": (ContrastiveDivergence, {"start": "buffer"}),
+    "short_run": (ContrastiveDivergence, {"start": "noise"}),
+    "dsm": (DenoisingScoreMatching, {}),
+    "ssm": (SlicedScoreMatching, {}),
+}
+_WITHOUT_NOISE = (ContrastiveDivergence, DenoisingScoreMatching, SlicedScoreMatching)
+
+
+def build_objective(
+    method: str,
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    noise_samples: int,
+    beta: Any,
+    options: Mapping[str, Any],
+) -> UnnormalisedObjective:
+    """The objective of a method; ``options`` are further arguments of its class.
+
+    Raises:
+        TypeError, ValueError: no such method, or an option that it does not have.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {sorted(METHODS)}, got {method!r}")
+    kind, defaults = METHODS[method]
+    arguments = {**defaults, **options}
+    if kind is CompositionalLikelihood:
+        arguments.setdefault("beta", beta)
+    if not issubclass(kind, _WITHOUT_NOISE):
+        arguments["noise_samples"] = noise_samples
+    return kind(model, guide, **arguments)
+
+
+@dataclass(frozen=True, eq=False)
+class EnergyFit:
+    """What a fit did.
+
+    Attributes:
+        history: of each step ``loss`` and, by method, ``log_partition``, ``log_partition_batch``, ``ess`` (effective
+            share of the noise draws) and ``beta``, each ``(num_steps,)``; ``validation_loss`` where there was held-out
+            data.
+        log_partition: log Z of the fitted model by importance sampling, with its error; None where a model has another
+            for each row.
+        method: the method's name.
+        optimisation: the loop's own result.
+    """
+
+    history: dict[str, Tensor]
+    log_partition: LogPartition | None
+    method: str
+    optimisation: FitResult = field(repr=False)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the optimisation."""
+        return self.optimisation.seconds
+
+    def summary(self) -> str:
+        """One line: how it went, and how far log Z can be trusted."""
+        text = f"{self.method}: {self.optimisation.summary()}"
+        found = self.log_partition
+        if found is not None:
+            text += f"; log Z = {found.value:.4g} (s.e. {found.standard_error:.2g}, Pareto k {found.khat:.2f})"
+        if "ess" in self.history and len(self.history["ess"]):
+            text += f"; {float(self.history['ess'][-100:].mean()):.1%} of the noise effective at the end"
+        return text
+
+    def to_arviz(self) -> Any:
+        """ArviZ object: the histories as ``sample_stats`` ``(chain, draw)``, a draw a step."""
+        stats = {n: v[None] for n, v in self.history.items() if n != "validation_loss"}
+        attrs = {"method": self.method}
+        if self.log_partition is not None:
+            attrs |= {"log_partition": self.log_partition.value, "log_partition_se": self.log_partition.standard_error}
+        return to_arviz(sample_stats=stats, attrs=attrs)
+
+
+def optimise(
+    objective: nn.Module,
+    data: tuple[Tensor, ...],
+    *,
+    density: UnnormalisedObjective | None = None,
+    valid: tuple[Tensor, ...] | None = None,
+    num_steps: int,
+    batch_size: int | None,
+    lr: float,
+    weight_decay: float,
+    average_last: float,
+    seed: int,
+    optimizer: Callable[..., Any] | None = None,
+    checkpoint: str | Path | None,
+    progress: bool | Callable[[dict[str, Any]], None],
+) -> tuple[FitResult, dict[str, Tensor]]:
+    """Run the loop with Adam and a cosine from ``lr`` to zero, and name what went wrong in terms of the energy.
+
+    Args:
+        density: the part of the objective that has the record; the objective itself if None.
+
+    Raises:
+        NonFiniteError: with the step and the share of the batch whose energy was not finite.
+        CollapseError: the noise weights collapsed.
+    """
+    inner = objective if density is None else density
+    assert isinstance(inner, UnnormalisedObjective)
+
+    def make(parameters: Any) -> Any:
+        if optimizer is not None:
+            return optimizer(parameters)
+        if weight_decay:
+            return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+        return torch.optim.Adam(parameters, lr=lr)
+
+    try:
+        found = fit(
+            objective,
+            data,
+            num_steps=num_steps,
+            batch_size=batch_size,
+            optimizer=make,
+            scheduler=lambda o: CosineAnnealingLR(o, num_steps),
+            validation=valid,
+            average_last=average_last,
+            seed=seed,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+    except NonFiniteError as error:
+        share = inner.nonfinite_share
+        if share:
+            raise NonFiniteError(
+                f"the energy was NaN or infinite on {share:.1%} of the rows of the batch and noise: {error}"
+            ) from error
+        raise
+    inner.look()
+    history = {"loss": found.losses.double(), **inner.history}
+    if len(found.validation_losses):
+        history["validation_loss"] = found.validation_losses
+    return found, history
+
+
+def check_schedule(lr: Any, weight_decay: Any, average_last: Any) -> None:
+    """Refuse rates out of range, before any work."""
+    for name, value, least in (("lr", lr, 0.0), ("weight_decay", weight_decay, 0.0), ("average_last", average_last, 0)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < least:
+            raise ValueError(f"{name} must be a finite number of at least {least:g}, got {value!r}")
+    if lr == 0:
+        raise ValueError("lr must be positive, got 0")

@@ -1,0 +1,65 @@
+"""Energy networks.  None has an output bias: a constant in the energy is not identified."""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from inference.runtime.generators import generator, scoped_seed
+from ppl_models.base import Standardiser
+
+__all__ = ["EnergyNetwork", "mlp"]
+
+_LOW_DIMENSION = 4
+_FREQUENCIES = 64
+
+
+def mlp(sizes: Sequence[int], seed: int, output_bias: bool = False) -> nn.Sequential:
+    """Linear layers with SiLU between, without output bias, from initial weights that ``seed`` names."""
+    with scoped_seed(seed):
+        layers: list[nn.Module] = []
+        for i, (a, b) in enumerate(itertools.pairwise(sizes)):
+            last = i == len(sizes) - 2
+            layers.append(nn.Linear(a, b, bias=output_bias or not last))
+            if not last:
+                layers.append(nn.SiLU())
+    return nn.Sequential(*layers)
+
+
+class EnergyNetwork(nn.Module):
+    """The default network: standardised inputs, random Fourier features in few dimensions, a SiLU perceptron.
+
+    In up to four dimensions the inputs are joined by the sines and cosines of 64 random projections, without which
+    perceptrons are slow to learn sharp densities (Tancik et al., NeurIPS 2020).
+
+    Args:
+        columns: size of a flattened event.
+        hidden: widths of the hidden layers.
+        outputs: 1 gives ``(row,)``, more ``(row, outputs)``.
+        bandwidth: standard deviation of the frequencies, in radians per standard deviation of the data.
+        seed: of frequencies and initial weights.
+    """
+
+    frequencies: Tensor
+
+    def __init__(
+        self, columns: int, hidden: Sequence[int] = (64, 64), outputs: int = 1, bandwidth: float = 2.0, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.units = Standardiser(columns)
+        fourier = _FREQUENCIES if columns <= _LOW_DIMENSION else 0
+        draw = torch.randn(columns, fourier, generator=generator(seed, "frequencies"))
+        self.register_buffer("frequencies", draw * bandwidth)
+        self.layers = mlp((columns + 2 * fourier, *hidden, outputs), seed)
+        self.outputs = outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(row, *event)`` to ``(row,)`` or ``(row, outputs)``."""
+        z = self.units(x.reshape(len(x), -1))
+        if self.frequencies.shape[1]:
+            angle = z @ self.frequencies
+            z = torch.cat([z, math.sqrt(2) * angle.sin(), math.sqrt(2) * angle.cos()], 1)
+        out: Tensor = self.layers(z)
+        return out.squeeze(1) if self.outputs == 1 else out

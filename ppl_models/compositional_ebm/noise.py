@@ -1,0 +1,186 @@
+"""Which noise a model starts from, and what users may give for it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import Distribution, constraints
+
+from inference.objectives.unnormalised.bounded import BoxNoise, HalfLineNoise
+from inference.objectives.unnormalised.mixture import MixtureNoise
+from inference.objectives.unnormalised.noise import (
+    BernoulliNoise,
+    DefensiveMixture,
+    DistributionNoise,
+    FlowNoise,
+    GaussianNoise,
+    KernelNoise,
+    Noise,
+    PoissonNoise,
+)
+from inference.runtime.generators import scoped_seed
+from ppl_models.base import check_count
+
+__all__ = [
+    "BernoulliNoise",
+    "BoxNoise",
+    "CallableNoise",
+    "DefensiveMixture",
+    "DistributionNoise",
+    "FlowNoise",
+    "GaussianNoise",
+    "HalfLineNoise",
+    "KernelNoise",
+    "MixtureNoise",
+    "Noise",
+    "PoissonNoise",
+    "as_noise",
+    "auto_noise",
+]
+
+_FEW = 3  # dimensions that one inflated normal still covers well
+_INFLATION = 1.3
+
+
+class CallableNoise(Noise):
+    """A user's Pyro callable that draws one row at the site ``"x"``."""
+
+    def __init__(self, guide: Callable[[], Any]) -> None:
+        with scoped_seed(0), torch.no_grad(), poutine.block():
+            site = poutine.trace(guide).get_trace().nodes.get("x")
+        if site is None or site["type"] != "sample":
+            raise ValueError('noise must draw the site "x": pyro.sample("x", ...)')
+        if site["fn"].batch_shape:
+            raise ValueError(
+                f"noise must draw one row at a time, without a plate; its site has batch shape "
+                f"{tuple(site['fn'].batch_shape)}"
+            )
+        super().__init__(site["fn"].event_shape)
+        self.guide = guide
+        self._law = site["fn"].support
+
+    @property
+    def support(self) -> Any:
+        """That of the site."""
+        return self._law
+
+    def draw(self, num: int) -> Tensor:
+        """As in ``Noise``."""
+        with torch.no_grad(), poutine.block(), poutine.trace() as recorder, pyro.plate("rows", num):
+            self.guide()
+        value: Tensor = recorder.trace.nodes["x"]["value"]
+        return value
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """As in ``Noise``."""
+        with poutine.block(), poutine.trace() as recorder, pyro.plate("rows", len(x)), poutine.condition(data={"x": x}):
+            self.guide()
+        total = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+        node = recorder.trace.nodes["x"]
+        return total + node["fn"].log_prob(x)
+
+    def config(self) -> dict[str, Any]:
+        """Refused: a file cannot hold code."""
+        raise ValueError("this noise is a function of yours, which a file cannot hold: give it to load(noise=...)")
+
+
+def is_discrete(support: Any) -> bool:
+    """Whether a constraint is on whole numbers."""
+    return bool(support.is_discrete)
+
+
+def whole_numbers(x: Tensor) -> bool:
+    """Whether data are counts or labels: integers by type, or by value throughout."""
+    return not x.is_floating_point() or bool((x == x.round()).all())
+
+
+def auto_noise(x: Tensor, support: Any = None, seed: int = 0) -> Noise:
+    """Noise for data ``(row, *event)``: that which covers them and little else.
+
+    Zeros and ones get Bernoulli noise, counts Poisson; a box or half-line, as ``support`` says, uniform or exponential
+    noise; real data of up to three dimensions a normal of 1.3 times their standard deviations, and more dimensions a
+    mixture of normals with a tenth of a wide normal.
+    """
+    inner = support.base_constraint if isinstance(support, constraints.independent) else support
+    if (inner is None and whole_numbers(x)) or (inner is not None and is_discrete(inner)):
+        if bool(((x == 0) | (x == 1)).all()):
+            return BernoulliNoise.fit(x)
+        if bool((x < 0).any()):
+            raise ValueError("data of whole numbers below zero have no automatic noise: give noise=")
+        return PoissonNoise.fit(x)
+    low, high = getattr(inner, "lower_bound", None), getattr(inner, "upper_bound", None)
+    if low is not None and high is not None:
+        shape = x.shape[1:]
+        edges = [torch.as_tensor(e, dtype=x.dtype, device=x.device).expand(shape) for e in (low, high)]
+        return BoxNoise(edges[0], edges[1])
+    if low is not None:
+        return HalfLineNoise.fit(x, float(low))
+    if high is not None or inner not in (None, constraints.real):
+        raise ValueError(f"there is no automatic noise for the support {support}: give noise=")
+    wide = GaussianNoise.fit(x, _INFLATION)
+    if x[0].numel() <= _FEW:
+        return wide
+    components = max(1, min(30, len(x) // (10 * x[0].numel())))
+    return DefensiveMixture(MixtureNoise.fit(x, components, inflation=1.1, ridge=0.05, seed=seed), wide, 0.1)
+
+
+def as_noise(noise: Any, x: Tensor, support: Any = None, seed: int = 0) -> Noise:
+    """What a user gave for the noise, as a noise model on the data's device, checked against the data.
+
+    Raises:
+        TypeError, ValueError: it is none, of another event shape, discrete where the data are continuous or the other
+            way round, or it cannot draw some of the data.
+    """
+    if noise is None:
+        raise ValueError("an unnormalised model needs noise: give noise='auto', a distribution or a Pyro callable")
+    if isinstance(noise, str):
+        if noise != "auto":
+            raise ValueError(f"noise must be 'auto', a distribution or a Pyro callable, got {noise!r}")
+        found = auto_noise(x, support, seed)
+    elif isinstance(noise, Noise):
+        found = noise
+    elif isinstance(noise, Distribution):
+        found = DistributionNoise(noise)
+    elif callable(noise):
+        found = CallableNoise(noise)
+    else:
+        raise TypeError(f"noise must be 'auto', a distribution or a Pyro callable, got {type(noise).__name__}")
+    if tuple(found.event_shape) != tuple(x.shape[1:]):
+        raise ValueError(f"the noise has event shape {tuple(found.event_shape)}, the data have {tuple(x.shape[1:])}")
+    discrete = whole_numbers(x)
+    if discrete and not is_discrete(found.support):
+        raise ValueError(
+            "the data are whole numbers and the noise is continuous: a density has no maximum there. Give discrete "
+            "noise (PoissonNoise, BernoulliNoise, noise='auto'), or add noise of a unit's width to the data"
+        )
+    if not discrete and is_discrete(found.support):
+        raise ValueError("the data are continuous and the noise is discrete: give continuous noise")
+    found.to(device=x.device, dtype=x.dtype if x.is_floating_point() else None)
+    with torch.no_grad():
+        values = torch.cat([found.log_prob(part) for part in x.split(4096)])
+    outside = ~torch.isfinite(values)
+    if bool(outside.any()):
+        raise ValueError(
+            f"{int(outside.sum())} of {len(x)} rows of data lie outside the noise's support (the first is row "
+            f"{int(outside.nonzero()[0])}): the noise must be able to draw whatever the data may be"
+        )
+    return found
+
+
+def default_batch(batch_size: Any, rows: int, default: int = 256) -> int | None:
+    """The batch size; the default shrinks to the data, a user's own does not.
+
+    Raises:
+        TypeError, ValueError: it is no count, or above the number of rows.
+    """
+    if batch_size is None:
+        return None
+    size = check_count("batch_size", batch_size)
+    if size > rows:
+        if size != default:
+            raise ValueError(f"batch_size={size} is larger than the data, which have {rows} rows")
+        return None
+    return size

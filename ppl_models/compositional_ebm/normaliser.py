@@ -1,0 +1,110 @@
+"""log Z of a fitted energy, each way with its error."""
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inference._errors import SamplerWarning
+from inference.log_partition import ais_sandwich, bridge_sampling
+from inference.objectives.unnormalised.noise import Noise
+from inference.potential import TemperedFunction
+from inference.results.evidence import LogPartition, from_weights, with_upper_bound
+from inference.runtime.generators import derive_seed, scoped_seed
+from ppl_models.compositional_ebm.distribution import EnergyDistribution
+from ppl_models.compositional_ebm.sampling import FlatNoise, chains, resample
+
+__all__ = ["estimate", "importance", "quadrature"]
+
+_METHODS = ("importance", "ais", "bridge", "quadrature")
+_CHUNK = 16_384
+_UNRELIABLE_K = 0.7
+
+
+def importance(law: EnergyDistribution, noise: Noise, num_samples: int, seed: int) -> LogPartition:
+    """Importance sampling from the noise, with a stochastic bound on either side."""
+    like = next(iter([*noise.buffers(), *noise.parameters()]), None)
+    blocks = []
+    with torch.no_grad(), scoped_seed(derive_seed(seed, "log Z"), None if like is None else like.device):
+        for start in range(0, num_samples, _CHUNK):
+            z = noise.draw(min(_CHUNK, num_samples - start))
+            blocks.append((law.log_prob(z) - noise.log_prob(z)).double())
+    return with_upper_bound(from_weights(torch.cat(blocks), "importance"))
+
+
+def quadrature(law: EnergyDistribution, noise: Noise, num_samples: int, seed: int) -> LogPartition:
+    """The midpoint rule on a box that holds the noise and half as much again, in one or two dimensions.
+
+    The standard error is the change when every other point is left out. A support with edges ends the box.
+    """
+    shape = torch.Size(noise.event_shape)
+    dim = max(1, shape.numel())
+    if dim > 2:
+        raise ValueError(f"quadrature is for one or two dimensions, this event has {dim}")
+    if law.support.is_discrete:
+        raise ValueError("quadrature is for continuous events: use method='importance'")
+    with scoped_seed(seed):
+        drawn = noise.draw(10_000).reshape(-1, dim)
+    low, high = drawn.amin(0), drawn.amax(0)
+    low, high = low - 0.25 * (high - low), high + 0.25 * (high - low)
+    inner = getattr(law.support, "base_constraint", law.support)
+    for name, edges, pick in (("lower_bound", low, torch.maximum), ("upper_bound", high, torch.minimum)):
+        bound = getattr(inner, name, None)
+        if bound is not None:
+            edges.copy_(pick(edges, torch.as_tensor(bound, dtype=edges.dtype, device=edges.device).expand_as(edges)))
+    points = max(16, int(num_samples ** (1 / dim)) // 2 * 2)
+    width = (high - low) / points
+    axes = [low[i] + width[i] * (torch.arange(points, device=low.device) + 0.5) for i in range(dim)]
+    grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, *shape)
+    with torch.no_grad():
+        values = torch.cat([law.log_prob(part).double() for part in grid.split(_CHUNK)])
+    value = torch.logsumexp(values, 0) + width.double().log().sum()
+    coarse = values.reshape((points,) * dim)[(slice(None, None, 2),) * dim]
+    other = torch.logsumexp(coarse.reshape(-1), 0) + width.double().log().sum() + dim * math.log(2)
+    error = abs(float(value - other))
+    empty = values[:0]
+    return LogPartition(
+        value=float(value),
+        standard_error=error,
+        lower=float(value) - error,
+        upper=float(value) + error,
+        ess=math.nan,
+        pareto_k=math.nan,
+        exact=False,
+        method="quadrature",
+        log_weights=empty,
+        reverse_log_weights=empty,
+    )
+
+
+def estimate(law: EnergyDistribution, noise: Noise, method: str, num_samples: int, seed: int, **options: Any) -> Any:
+    """log Z of an unnormalised law by the named method; see ``EnergyModel.log_partition``."""
+    if method not in _METHODS:
+        raise ValueError(f"method must be one of {_METHODS}, got {method!r}")
+    if method in ("importance", "quadrature"):
+        if options:
+            raise TypeError(f"method={method!r} takes no options, got {sorted(options)}")
+        found = (importance if method == "importance" else quadrature)(law, noise, num_samples, seed)
+        if found.khat > _UNRELIABLE_K:
+            warnings.warn(
+                f"the weights have Pareto k = {found.khat:.2f} > {_UNRELIABLE_K}: neither log Z nor its error can be "
+                "trusted; use method='ais', or noise with heavier tails",
+                SamplerWarning,
+                stacklevel=3,
+            )
+        return found
+    if law.support.is_discrete:
+        raise ValueError(f"method={method!r} moves along gradients, and the data are discrete: use 'importance'")
+    shape = torch.Size(noise.event_shape)
+
+    def flat(x: Tensor) -> Tensor:
+        return law.log_prob(x.reshape(-1, *shape))
+
+    path = TemperedFunction(flat, FlatNoise(noise))
+    if method == "ais":
+        return ais_sandwich(path, seed=seed, **options)
+    start = resample(law, noise, options.pop("num_chains", 64), seed)
+    draws = chains(law, start, "hmc", options.pop("num_draws", 200), seed).get_samples(group_by_chain=True)["x"]
+    return bridge_sampling(path, {"x": draws.reshape(*draws.shape[:2], -1)}, seed=seed, **options)

@@ -1,0 +1,117 @@
+"""Draws of a fitted energy: resampled noise, Markov chains by the shared kernels, annealing."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+from torch.distributions import biject_to
+
+from inference.kernels import HMC, NUTS, SGLD
+from inference.mcmc import MCMC
+from inference.objectives.unnormalised.noise import Noise, NoiseDistribution
+from inference.potential import TemperedFunction
+from inference.runtime.generators import derive_seed, scoped_seed
+from inference.smc import SMC
+from ppl_models.compositional_ebm.distribution import EnergyDistribution
+
+__all__ = ["FlatNoise", "chains", "resample", "sample"]
+
+_CANDIDATES = 20  # noise draws for each draw that is asked for
+_MOST_CHAINS = 512
+_METHODS = ("sir", "hmc", "nuts", "sgld", "annealed")
+
+
+class FlatNoise(NoiseDistribution):
+    """A noise over flattened events, as a distribution over vectors."""
+
+    def __init__(self, noise: Noise) -> None:
+        super().__init__(noise)
+        self._event_shape = torch.Size((max(1, int(torch.Size(noise.event_shape).numel())),))
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Draws ``(*sample_shape, dim)``."""
+        shape = torch.Size(sample_shape)
+        with torch.no_grad():
+            return self.noise.draw(shape.numel()).reshape(shape + self.event_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density of vectors ``(row, dim)``."""
+        return self.noise.log_prob(value.reshape(-1, *self.noise.event_shape)).reshape(value.shape[:-1])
+
+
+def resample(law: EnergyDistribution, noise: Noise, num: int, seed: int) -> Tensor:
+    """Sampling-importance-resampling from the noise: ``num`` of 20 times as many candidates, systematically."""
+    count = max(_CANDIDATES * num, 4096)
+    like = next(iter([*noise.buffers(), *noise.parameters()]), None)
+    with torch.no_grad(), scoped_seed(derive_seed(seed, "sir"), None if like is None else like.device):
+        z = noise.draw(count)
+        weights = (law.log_prob(z) - noise.log_prob(z)).double().softmax(0)
+        start = torch.rand((), device=z.device, dtype=torch.float64)
+        place = (torch.arange(num, device=z.device, dtype=torch.float64) + start) / num
+        index = torch.searchsorted(weights.cumsum(0).clamp(max=1.0), place).clamp(max=count - 1)
+        return z[index][torch.randperm(num, device=z.device)]
+
+
+def chains(
+    law: EnergyDistribution,
+    start: Tensor,
+    method: str,
+    num_samples: int,
+    seed: int,
+    *,
+    warmup_steps: int = 100,
+    thin: int = 5,
+    step_size: float | None = None,
+    progress: bool | Callable[[dict[str, Any]], None] = False,
+) -> MCMC:
+    """Markov chains from ``start`` ``(chain, *event)``, all in one program."""
+
+    def model() -> None:
+        pyro.sample("x", law)
+
+    if method == "hmc":
+        kernel: Any = HMC(model, step_size=0.1 if step_size is None else step_size, num_steps=10)
+    elif method == "nuts":
+        kernel = NUTS(model, step_size=0.1 if step_size is None else step_size)
+    else:
+        kernel = SGLD(model, step_size=1e-2 if step_size is None else step_size)
+    unconstrained = biject_to(law.support).inv(start)
+    mcmc = MCMC(
+        kernel,
+        num_samples,
+        warmup_steps,
+        initial_params={"x": unconstrained},
+        num_chains=len(start),
+        thin=thin,
+        seed=seed,
+        progress=progress,
+    )
+    return mcmc.run()
+
+
+def sample(
+    law: EnergyDistribution, noise: Noise, num: int, method: str, seed: int, scale: Tensor | None, **options: Any
+) -> Tensor:
+    """``num`` draws ``(num, *event)`` by one of the methods."""
+    if method not in _METHODS:
+        raise ValueError(f"method must be one of {_METHODS}, got {method!r}")
+    if method == "sir":
+        if options:
+            raise TypeError(f"method='sir' takes no options, got {sorted(options)}")
+        return resample(law, noise, num, seed)
+    if law.support.is_discrete:
+        raise ValueError(f"method={method!r} moves along gradients, and the data are discrete: use method='sir'")
+    shape = torch.Size(noise.event_shape)
+    if method == "annealed":
+        path = TemperedFunction(lambda x: law.log_prob(x.reshape(-1, *shape)), FlatNoise(noise))
+        smc = SMC(path, num_particles=max(num, 256), seed=seed, progress=False, **options).run()
+        return smc.get_samples()["x"][:num].reshape(num, *shape)
+    number = min(num, _MOST_CHAINS)
+    each = -(-num // number)
+    if method == "sgld" and "step_size" not in options and scale is not None:
+        options["step_size"] = 0.01 * float(scale.square().mean())
+    mcmc = chains(law, resample(law, noise, number, seed), method, each, seed, **options)
+    draws = mcmc.get_samples(group_by_chain=True)["x"]
+    return draws.transpose(0, 1).flatten(0, 1)[:num].reshape(num, *shape)

@@ -1,0 +1,108 @@
+"""Observed series: checks at the door, and what the data say about scales."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppl_models.base import to_tensor
+from sde._checks import as_times
+
+__all__ = ["SeriesData", "check_series"]
+
+
+class SeriesData(NamedTuple):
+    """Attributes:
+    times: strictly increasing, ``(T,)``, float64, on the CPU.
+    values: ``(N, T, *shape)``, 0 where masked.
+    mask: bool, of the shape of ``values``.
+    """
+
+    times: Tensor
+    values: Tensor
+    mask: Tensor
+
+    @property
+    def shared(self) -> bool:
+        """Whether all series miss the same."""
+        return bool((self.mask == self.mask[:1]).all())
+
+
+def check_series(times: Any, observations: Any, mask: Any, shape: tuple[int, ...]) -> SeriesData:
+    """The data as tensors.
+
+    Args:
+        times: ``(T,)``, from 0 on.
+        observations: ``(N, T, *shape)``, finite where the mask is True.
+        mask: ``(N, T)`` or ``(N, T, *shape)``; True where there is an observation. None where there are all.
+        shape: of one observation.
+
+    Raises:
+        TypeError, ValueError: wrong shapes, unsorted times, NaN or infinite values, nothing observed.
+    """
+    clock = as_times(times if isinstance(times, Tensor) else torch.as_tensor(np.asarray(times, dtype=float))).cpu()
+    what = ", ".join(map(str, ("N", len(clock), *shape)))
+    if not isinstance(observations, Tensor):
+        try:
+            array = np.asarray(observations)
+            values = torch.as_tensor(array)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"observations must be a tensor or a numeric array, got {type(observations).__name__}"
+            ) from error
+        values = values.to(torch.get_default_dtype())
+    else:
+        values = observations.detach()
+        values = values if values.is_floating_point() else values.to(torch.get_default_dtype())
+    if values.ndim != 2 + len(shape) or tuple(values.shape[1:]) != (len(clock), *shape) or len(values) == 0:
+        raise ValueError(f"observations must have shape ({what}) for {len(clock)} times, got {tuple(values.shape)}")
+    if mask is None:
+        if not bool(torch.isfinite(values).all()):
+            to_tensor("observations", values)  # names the first bad entry
+        return SeriesData(clock, values, torch.ones_like(values, dtype=torch.bool))
+    here = torch.as_tensor(mask if isinstance(mask, Tensor) else np.asarray(mask)).to(values.device)
+    if here.dtype != torch.bool and not bool(((here == 0) | (here == 1)).all()):
+        raise ValueError("mask must be boolean, True where there is an observation")
+    here = here.bool()
+    if tuple(here.shape) == tuple(values.shape[:2]):
+        here = here.reshape(*here.shape, *[1] * len(shape))
+    if here.ndim != values.ndim or any(m not in (1, n) for m, n in zip(here.shape, values.shape, strict=True)):
+        raise ValueError(f"mask must have shape (N, T) or ({what}), got {tuple(here.shape)}")
+    here = here.expand_as(values)
+    if not bool(here.any()):
+        raise ValueError("mask leaves no observation at all: nothing can be learned")
+    values = torch.where(here, values, 0.0)
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError("observations must be finite where the mask is True")
+    return SeriesData(clock, values, here.contiguous())
+
+
+class Scales(NamedTuple):
+    """Attributes:
+    mean, std: of the observed values of each dimension, ``(D,)``.
+    step: root mean square of neighbouring differences over sqrt(time between them), ``(D,)``.
+    slope: mean change per unit of time, ``(D,)``.
+    """
+
+    mean: Tensor
+    std: Tensor
+    step: Tensor
+    slope: Tensor
+
+
+def scales(data: SeriesData, hurst: float = 0.5) -> Scales:
+    """What ``(N, T, D)`` data say about scales, for starting values."""
+    x, here = data.values.double(), data.mask.double()
+    count = here.sum((0, 1)).clamp_min(1)
+    mean = (x * here).sum((0, 1)) / count
+    std = (((x - mean) ** 2 * here).sum((0, 1)) / count).sqrt()
+    gap = data.times.diff().to(x.device)[:, None]
+    both = here[:, 1:] * here[:, :-1]
+    pairs = both.sum((0, 1)).clamp_min(1)
+    move = x.diff(dim=1) * both
+    step = ((move**2 / gap ** (2 * hurst)).sum((0, 1)) / pairs).sqrt()
+    slope = move.sum((0, 1)) / (both * gap).sum((0, 1)).clamp_min(1e-12)
+    std = torch.where(std > 1e-12, std, 1.0)
+    step = torch.where(step > 1e-12, step, std)
+    return Scales(*(part.to(data.values.dtype) for part in (mean, std, step, slope)))

@@ -1,0 +1,175 @@
+"""Drifts and diffusions, by name or the user's own, each a function of time and state."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MLP", "DiagonalNeuralDiffusion", "LinearDrift", "NeuralDrift", "build_diffusion", "build_drift"]
+
+_DRIFTS = ("neural", "linear", "constant", "none")
+_DIFFUSIONS = ("constant", "neural")
+
+
+class MLP(nn.Sequential):
+    """Dense layers with tanh between them; with ``zero_last`` the output starts at 0."""
+
+    def __init__(self, sizes: Sequence[int], zero_last: bool = False) -> None:
+        layers: list[nn.Module] = []
+        for i in range(len(sizes) - 1):
+            layers += [nn.Linear(sizes[i], sizes[i + 1]), nn.Tanh()]
+        last = layers[-2]
+        assert isinstance(last, nn.Linear)
+        if zero_last:
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+        super().__init__(*layers[:-1])
+
+
+class LinearDrift(nn.Module):
+    """b = constant - theta x, each dimension on its own; theta in 1 / time, constant in units of x / time.
+
+    Args:
+        state_size: D.
+        reverts: learn theta; without it theta is 0.
+        moves: learn the constant; without it the constant is 0.
+    """
+
+    def __init__(self, state_size: int, reverts: bool = True, moves: bool = True) -> None:
+        super().__init__()
+        self.reverts, self.moves = reverts, moves
+        self.theta = nn.Parameter(torch.zeros(state_size)) if reverts else None
+        self.constant = nn.Parameter(torch.zeros(state_size)) if moves else None
+
+    def forward(self, time: Tensor, x: Tensor) -> Tensor:
+        """``(B, D)``."""
+        out = torch.zeros_like(x) if self.constant is None else self.constant.expand_as(x)
+        return out if self.theta is None else out - self.theta * x
+
+
+class NeuralDrift(nn.Module):
+    """A network of the state, in the data's units: b = (scale / time unit) net((x - centre) / scale).
+
+    Args:
+        state_size: D.
+        hidden: widths.
+    """
+
+    centre: Tensor
+    scale: Tensor
+    rate: Tensor
+
+    def __init__(self, state_size: int, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.net = MLP([state_size, *hidden, state_size])
+        self.register_buffer("centre", torch.zeros(state_size))
+        self.register_buffer("scale", torch.ones(state_size))
+        self.register_buffer("rate", torch.ones(()))
+
+    def forward(self, time: Tensor, x: Tensor) -> Tensor:
+        """``(B, D)``."""
+        out: Tensor = self.net((x - self.centre) / self.scale) * (self.scale * self.rate)
+        return out
+
+
+class ConstantDiffusion(nn.Module):
+    """s, positive, one a dimension, learned or given."""
+
+    additive = True
+
+    def __init__(self, state_size: int, value: float | None = None) -> None:
+        super().__init__()
+        self.learned = value is None
+        log_scale = torch.full((state_size,), 0.0 if value is None else math.log(value))
+        if value is None:
+            self.log_scale = nn.Parameter(log_scale)
+        else:
+            self.register_buffer("log_scale", log_scale)
+
+    @property
+    def scale(self) -> Tensor:
+        """``(D,)``."""
+        return self.log_scale.exp()
+
+    def forward(self, time: Tensor, x: Tensor) -> Tensor:
+        """``(B, D)``."""
+        return self.scale.expand_as(x)
+
+
+class DiagonalNeuralDiffusion(nn.Module):
+    """s_d(x_d) = scale_d softplus(net_d(x_d)): a network a dimension, all in one batched product.
+
+    Each sees its own dimension only, as a diagonal Stratonovich noise needs it.
+    """
+
+    additive = False
+    centre: Tensor
+    scale: Tensor
+    unit: Tensor
+
+    def __init__(self, state_size: int, hidden: Sequence[int]) -> None:
+        super().__init__()
+        sizes = [1, *hidden, 1]
+        pairs = list(itertools.pairwise(sizes))
+        self.weights = nn.ParameterList(
+            [nn.Parameter(torch.randn(state_size, m, n) / math.sqrt(m) * (i < len(pairs) - 1))
+             for i, (m, n) in enumerate(pairs)]
+        )  # fmt: skip
+        self.biases = nn.ParameterList([nn.Parameter(torch.zeros(state_size, 1, n)) for _, n in pairs])
+        self.register_buffer("centre", torch.zeros(state_size))
+        self.register_buffer("scale", torch.ones(state_size))
+        self.register_buffer("unit", torch.ones(state_size))
+
+    def forward(self, time: Tensor, x: Tensor) -> Tensor:
+        """``(B, D)``; starts at the constant ``unit``."""
+        h = ((x - self.centre) / self.scale).T.unsqueeze(-1)  # (D, B, 1)
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            h = torch.baddbmm(bias, h if i == 0 else torch.tanh(h), weight)
+        # softplus, 1 where the network is 0
+        return torch.nn.functional.softplus(h.squeeze(-1).T + math.log(math.e - 1)) * self.unit
+
+
+def build_drift(drift: Any, state_size: int, hidden: Sequence[int]) -> nn.Module:
+    """A drift by name, or the user's module ``(time, x (B, D)) -> (B, D)``."""
+    if isinstance(drift, nn.Module):
+        return _probed("drift", drift, state_size)
+    if drift == "neural":
+        return NeuralDrift(state_size, hidden)
+    if drift in _DRIFTS:
+        return LinearDrift(state_size, reverts=drift == "linear", moves=drift != "none")
+    raise ValueError(f"drift must be one of {', '.join(_DRIFTS)} or a torch module, got {drift!r}")
+
+
+def build_diffusion(diffusion: Any, state_size: int, hidden: Sequence[int]) -> nn.Module:
+    """A diffusion by name, a fixed positive number, or the user's module."""
+    if isinstance(diffusion, nn.Module):
+        return _probed("diffusion", diffusion, state_size)
+    if isinstance(diffusion, int | float) and not isinstance(diffusion, bool):
+        if not 0 < diffusion < math.inf:
+            raise ValueError(f"diffusion must be positive and finite, got {diffusion}")
+        return ConstantDiffusion(state_size, float(diffusion))
+    if diffusion == "constant":
+        return ConstantDiffusion(state_size)
+    if diffusion == "neural":
+        return DiagonalNeuralDiffusion(state_size, hidden)
+    raise ValueError(
+        f"diffusion must be one of {', '.join(_DIFFUSIONS)}, a positive number or a torch module, got {diffusion!r}"
+    )
+
+
+def _probed(name: str, module: nn.Module, state_size: int) -> nn.Module:
+    """The module, after one call that shows it takes and gives ``(B, D)``."""
+    like = next(module.parameters(), torch.zeros(()))
+    x = torch.zeros(2, state_size, dtype=like.dtype, device=like.device)
+    with torch.no_grad():
+        try:
+            out = module(x.new_zeros(()), x)
+        except Exception as error:
+            raise ValueError(f"{name} must be callable as {name}(time, x) with x (B, {state_size}): {error}") from error
+    if not isinstance(out, Tensor) or out.shape != x.shape:
+        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(f"{name}(time, x) must return (B, {state_size}), got {got} for x {tuple(x.shape)}")
+    return module

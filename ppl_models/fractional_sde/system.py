@@ -1,0 +1,208 @@
+"""The prior SDE, dX = b(t, X) dt + s(t, X) o dB: drift, diffusion, noise of learnable Hurst index, law of X(0)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppl_models.base import check_count
+from ppl_models.fractional_sde.networks import MLP, ConstantDiffusion, LinearDrift, build_diffusion, build_drift
+from sde import BrownianMotion, LinearSDE, MarkovFractionalBrownianMotion, MarkovNoise, MultifractionalMotion
+
+__all__ = ["FractionalSystem", "HurstNoise"]
+
+_HURST = ("learn", "learn_per_dimension", "learn_in_time")
+
+
+class HurstNoise(nn.Module):
+    """The driving noise and its Hurst index, a parameter through a sigmoid where it is learned.
+
+    Args:
+        state_size: D.
+        noise: ``"fractional"``, ``"brownian"``, or a ``MarkovNoise`` of the user's, which is taken as it is.
+        hurst: a number or ``(D,)`` tensor in (0, 1), ``"learn"``, ``"learn_per_dimension"`` or ``"learn_in_time"``
+            (a network of time; needs ``kind="rl"``).
+        settings: of ``MarkovFractionalBrownianMotion``.
+    """
+
+    def __init__(self, state_size: int, noise: Any, hurst: Any, settings: dict[str, Any]) -> None:
+        super().__init__()
+        # A file holds tensors among the settings as lists.
+        settings = {k: _tensor(v) for k, v in settings.items()}
+        hurst = _tensor(hurst)
+        self.state_size, self.settings = state_size, settings
+        self.given = noise if isinstance(noise, MarkovNoise) else None
+        self.brownian = isinstance(noise, str) and noise == "brownian"
+        if self.given is None and noise not in ("fractional", "brownian"):
+            raise ValueError(f"noise must be 'fractional', 'brownian' or an sde.MarkovNoise, got {noise!r}")
+        if self.given is not None and self.given.dims not in ((), (state_size,)):
+            raise ValueError(f"noise has {self.given.dims[0]} dimensions, state_size is {state_size}")
+        if isinstance(hurst, str):
+            if hurst not in _HURST:
+                raise ValueError(f"hurst must lie in (0, 1) or be one of {', '.join(_HURST)}, got {hurst!r}")
+            self.mode = hurst
+            start: Any = torch.full((state_size,) if hurst == "learn_per_dimension" else (), 0.5)
+        else:
+            self.mode, start = "fixed", hurst
+        # Built once here so that what is wrong with the settings is said at the door.
+        example = MarkovFractionalBrownianMotion(start, horizon=1.0, **settings)
+        if example.hurst.shape not in ((), (state_size,)):
+            raise ValueError(f"hurst must be a number or ({state_size},), got shape {tuple(example.hurst.shape)}")
+        if self.mode == "learn_in_time" and example.kind != "rl":
+            raise ValueError("hurst='learn_in_time' needs kind='rl', which has no past to correlate with")
+        fractional = self.given is None and not self.brownian
+        raw = torch.logit(example.hurst).to(torch.get_default_dtype())
+        if fractional and self.mode in ("learn", "learn_per_dimension"):
+            self.raw_hurst = nn.Parameter(raw)
+        else:
+            self.register_buffer("raw_hurst", raw)
+        self.net = MLP([1, 16, 16, 1], zero_last=True) if fractional and self.mode == "learn_in_time" else None
+        self._base: MarkovFractionalBrownianMotion | None = None
+        self.horizon = float("inf")
+
+    @property
+    def learned(self) -> bool:
+        """Whether H is a parameter."""
+        return self.raw_hurst.requires_grad or self.net is not None
+
+    @property
+    def constant_loadings(self) -> bool:
+        """Whether H is the same at all times."""
+        return self.net is None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the horizon is set."""
+        return self.horizon < float("inf")
+
+    @property
+    def num_processes(self) -> int:
+        """K."""
+        if self.given is not None:
+            return self.given.num_processes
+        return 1 if self.brownian else int(self.settings["num_processes"])
+
+    @property
+    def hurst(self) -> Tensor:
+        """H, ``()`` or ``(D,)``; 1/2 of Brownian noise."""
+        return torch.full_like(self.raw_hurst, 0.5) if self.brownian else torch.sigmoid(self.raw_hurst)
+
+    def hurst_at(self, times: Tensor) -> Tensor:
+        """H(t), ``(T,)``."""
+        if self.net is None:
+            return self.hurst.expand(len(times), *self.hurst.shape)
+        u = (times / self.horizon).to(self.raw_hurst).unsqueeze(-1)
+        return torch.sigmoid(self.raw_hurst + self.net(u).squeeze(-1))
+
+    def set_horizon(self, horizon: float) -> None:
+        """Build the speeds and what the weights of every H are solved with, for [0, horizon]."""
+        self.horizon = horizon
+        if self.given is None and not self.brownian:
+            start = torch.full_like(self.raw_hurst, 0.5, dtype=torch.float64)
+            self._base = MarkovFractionalBrownianMotion(start, horizon=horizon, **self.settings)
+
+    def current(self, hurst: Tensor | None = None) -> MarkovNoise:
+        """The noise at the present H, or at the one given."""
+        if self.given is not None:
+            return self.given
+        if self.brownian:
+            noise = BrownianMotion(horizon=self.horizon)
+            noise.loadings, noise.gains = (
+                noise.loadings.to(self.raw_hurst.device),
+                noise.gains.to(self.raw_hurst.device),
+            )
+            noise.initial_factor = noise.initial_factor.to(self.raw_hurst.device)
+            return noise
+        if self._base is None:
+            raise RuntimeError("the noise has no horizon yet: call fit, or give horizon to the model")
+        if self.net is not None:
+            return MultifractionalMotion(self.hurst_at, self._base.with_hurst(self.hurst.double()))
+        return self._base.with_hurst(self.hurst.double() if hurst is None else hurst.double())
+
+
+class FractionalSystem(nn.Module):
+    """Drift, diffusion, noise and the law of X(0), which the models share.
+
+    Args:
+        state_size: D.
+        drift, diffusion: see ``build_drift`` and ``build_diffusion``.
+        noise: see ``HurstNoise``.
+        initial: ``"learn"``, or mean and standard deviation of X(0); 0 for a known start.
+        hidden: widths of the networks.
+    """
+
+    given_start_std: Tensor
+
+    def __init__(
+        self, state_size: int, drift: Any, diffusion: Any, noise: HurstNoise, initial: Any, hidden: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.state_size = check_count("state_size", state_size)
+        self.drift = build_drift(drift, state_size, hidden)
+        self.diffusion = build_diffusion(diffusion, state_size, hidden)
+        self.noise = noise
+        self.learns_start = initial == "learn" if isinstance(initial, str) else False
+        if self.learns_start:
+            self.start_mean = nn.Parameter(torch.zeros(state_size))
+            self.log_start_std = nn.Parameter(torch.zeros(state_size))
+        else:
+            try:
+                mean, std = (torch.as_tensor(v, dtype=torch.get_default_dtype()) for v in initial)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"initial must be 'learn' or a pair (mean, std) of X(0), got {initial!r}") from error
+            if not bool(torch.isfinite(mean).all() & torch.isfinite(std).all() & (std >= 0).all()):
+                raise ValueError(f"initial must be finite with a std of 0 or more, got {initial!r}")
+            if any(v.shape not in ((), (state_size,)) for v in (mean, std)):
+                raise ValueError(f"initial must hold numbers or ({state_size},) vectors")
+            self.register_buffer("start_mean", mean.expand(state_size).clone())
+            self.register_buffer("given_start_std", std.expand(state_size).clone())
+
+    @property
+    def start_std(self) -> Tensor:
+        """Standard deviation of X(0), ``(D,)``."""
+        return self.log_start_std.exp() if self.learns_start else self.given_start_std
+
+    @property
+    def linear(self) -> bool:
+        """Whether likelihood and posterior are exact: linear drift, constant diffusion and H."""
+        return (
+            isinstance(self.drift, LinearDrift)
+            and isinstance(self.diffusion, ConstantDiffusion)
+            and self.noise.constant_loadings
+        )
+
+    @property
+    def additive(self) -> bool:
+        """Whether the diffusion ignores the state."""
+        return bool(getattr(self.diffusion, "additive", False))
+
+    def parameters_now(self) -> dict[str, Tensor]:
+        """Values of the linear form: ``hurst``, ``theta``, ``constant``, ``scale``, ``start_mean``, ``start_std``."""
+        drift, diffusion = self.drift, self.diffusion
+        assert isinstance(drift, LinearDrift) and isinstance(diffusion, ConstantDiffusion)
+        out = {"scale": diffusion.scale, "start_mean": self.start_mean, "start_std": self.start_std}
+        out["hurst"] = self.noise.hurst
+        if drift.theta is not None:
+            out["theta"] = drift.theta
+        if drift.constant is not None:
+            out["constant"] = drift.constant
+        return out
+
+    def linear_sde(self, values: dict[str, Tensor] | None = None) -> LinearSDE:
+        """The linear form at the given values, by default the present ones."""
+        v = self.parameters_now() if values is None else values
+        theta = v["theta"].double() if "theta" in v else 0.0
+        constant = v["constant"].double() if "constant" in v else 0.0
+        return LinearSDE(
+            self.noise.current(v["hurst"]),
+            theta,
+            v["scale"].double(),
+            constant,
+            v["start_mean"].double(),
+            v["start_std"].double(),
+        )
+
+
+def _tensor(value: Any) -> Any:
+    return torch.tensor(value["tensor"], dtype=torch.float64) if isinstance(value, dict) else value

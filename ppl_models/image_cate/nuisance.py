@@ -1,0 +1,114 @@
+"""The baseline, cross-fitted: for each image from networks that saw neither it nor others of its site.
+
+A baseline that is trained with the effects memorises the outcomes of its own units, treated ones among them, and draws
+the effects towards each other.  Here ``b(m)`` is the predictor at average treatment, fitted with a constant effect,
+
+    Y_i ~ law(b(m_i) + (T_i - e_i) delta),
+
+on all folds but that of i.  Its error is orthogonal to that of the effects (Nie and Wager, arXiv:1712.04912).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from inference import fit
+from inference.runtime.generators import derive_seed, generator, scoped_seed
+from ppl_models.image_cate.data import Units
+from ppl_models.image_cate.towers import Tower
+from ppl_models.image_cate.training import Prepared, Settings, flipped, images_of_batch, make_backbone, one_cycle
+
+__all__ = ["Baseline", "cross_fit_baseline", "folds_of_images"]
+
+_VALIDATION_SHARE = 0.2
+_CHECKS = 12  # looks at the held-out loss
+_PATIENCE = 4
+
+
+class Baseline(nn.Module):
+    """``b(m)`` with a constant effect and noise for each arm; its call is the loss, for ``inference.fit``."""
+
+    def __init__(self, prepared: Prepared, settings: Settings, seed: int) -> None:
+        super().__init__()
+        units = prepared.units
+        columns = units.modifiers.shape[-1] + units.controls.shape[-1]
+        self.likelihood, self.augment = prepared.likelihood, settings.augment
+        with scoped_seed(derive_seed(seed, "baseline")):
+            backbone = make_backbone(settings, tuple(prepared.images.shape[1:]))
+            self.tower = Tower(backbone, columns, prepared.likelihood.num_predictors).to(prepared.images)
+        share = units.treatment[units.mask].mean()
+        with torch.no_grad():
+            self.tower.head.weight.mul_(0.1)
+            self.tower.head.bias.copy_(prepared.baseline_start + share * prepared.average_effect)
+        self.effect = nn.Parameter(prepared.average_effect.clone())
+        self.noise = nn.Parameter(prepared.noise_start.clone())
+        self._data = (prepared.images, units)
+
+    def predict(self, images: Tensor, modifiers: Tensor, controls: Tensor) -> Tensor:
+        """``b`` of the units of ``images``, ``(B, U or 1, L)``."""
+        found: Tensor = self.tower(images, torch.cat([modifiers, controls], -1))
+        return found
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Mean negative log-likelihood of the units of the images ``rows``."""
+        images, units = self._data[0][rows], Units(*(x[rows] for x in self._data[1]))
+        treated = units.treatment.unsqueeze(-1)
+        images = flipped(images) if self.augment and self.training else images
+        b = self.predict(images, units.modifiers, units.controls)
+        eta = b + (treated - units.propensity.unsqueeze(-1)) * self.effect
+        noise = (1 - treated) * self.noise[0] + treated * self.noise[1]
+        each = self.likelihood.law(eta, noise).log_prob(units.outcome)
+        weight = units.weight * units.mask
+        return -(weight * torch.where(units.mask, each, torch.zeros_like(each))).sum() / weight.sum().clamp(min=1)
+
+
+class CrossFit(NamedTuple):
+    """Baselines of each fold's complement, and ``b`` of each unit from those that did not see it, ``(S, U, L)``."""
+
+    models: nn.ModuleList
+    offset: Tensor
+
+
+def folds_of_images(image_groups: Tensor, num_folds: int, seed: int) -> Tensor:
+    """Fold of each image ``(S,)``; images of a group are in one."""
+    labels, index = torch.unique(image_groups, return_inverse=True)
+    count = min(num_folds, len(labels))
+    order = torch.randperm(len(labels), generator=generator(seed, "folds")).to(image_groups.device)
+    return (order % count)[index]
+
+
+def cross_fit_baseline(prepared: Prepared, settings: Settings, folds: Tensor, seed: int) -> CrossFit:
+    """Train one baseline for each fold on the others; each stops where images held out from it tell it to."""
+    models = []
+    units = prepared.units
+    offset = prepared.images.new_zeros(*units.mask.shape, prepared.likelihood.num_predictors)
+    for fold in range(int(folds.max()) + 1):
+        own = derive_seed(seed, "baseline fold", fold)
+        rows = (folds != fold).nonzero()[:, 0]
+        rows = rows[torch.randperm(len(rows), generator=generator(own, "split")).to(rows.device)]
+        held = max(1, round(_VALIDATION_SHARE * len(rows)))
+        model = Baseline(prepared, settings, own)
+        optimizer, scheduler = one_cycle(model, settings, settings.baseline_steps)
+        fit(
+            model,
+            rows[held:],
+            num_steps=settings.baseline_steps,
+            batch_size=images_of_batch(prepared, settings, len(rows) - held),
+            optimizer=optimizer,
+            scheduler=scheduler,
+            clip_norm=5.0,
+            validation=rows[:held],
+            validate_every=max(1, settings.baseline_steps // _CHECKS),
+            patience=_PATIENCE,
+            seed=own,
+            progress=False,
+        )
+        model.eval()
+        rest = folds == fold
+        with torch.no_grad():
+            found = model.predict(prepared.images[rest], units.modifiers[rest], units.controls[rest])
+            offset[rest] = found.expand(-1, units.mask.shape[1], -1)
+        model._data = ()  # type: ignore[assignment]
+        models.append(model)
+    return CrossFit(nn.ModuleList(models), offset)

@@ -1,0 +1,220 @@
+"""Rank-weighted average treatment effects: does a ranking of units tell who gains (Yadlowsky et al., 2021)?
+
+With doubly robust scores sorted by a priority, largest first, the targeting operator characteristic at share ``j / n``
+is the mean of the top ``j`` less the mean of all.  AUTOC is its average over ``j``, QINI its average weighted by
+``j / n``.  Units of equal priority share their mean score, so the order of rows never matters.
+
+Yadlowsky, Fleming, Shah, Brunskill, Wager: Evaluating Treatment Prioritization Rules via Rank-Weighted Average
+Treatment Effects, arXiv 2111.07966.  The standard error is their half-sampling bootstrap.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from inference.runtime.generators import generator
+from ppl_models.base import check_count
+from ppl_models.image_cate.checks import as_vector, group_sums, index_groups
+
+__all__ = ["Rate", "permutation_test", "rate"]
+
+Kind = Literal["autoc", "qini"]
+_CELLS = 1 << 22  # draws times units held at once
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A rank-weighted average treatment effect.
+
+    Attributes:
+        estimate: AUTOC or QINI, in units of the outcome.
+        standard_error: standard deviation of the estimate over half-samples of groups.
+        toc: the curve ``TOC(j / n)`` for ``j = 1 .. n``, float64 ``(N,)``; the last is 0.
+        uplift: gain over treating nobody, per unit of the population, of treating the first ``j``: share treated times
+            their mean effect, ``(N,)``; the last is the average effect.
+        kind: ``"autoc"`` or ``"qini"``.
+        grid: shares at which the curve has a standard error, ``(10,)``: 0.1, 0.2, ... 1.
+        grid_toc: the curve there.
+        grid_standard_error: its standard error there.
+        num_groups: number of groups that were drawn from.
+    """
+
+    estimate: float
+    standard_error: float
+    toc: Tensor
+    uplift: Tensor
+    kind: Kind
+    grid: Tensor
+    grid_toc: Tensor
+    grid_standard_error: Tensor
+    num_groups: int
+
+    @property
+    def ratio(self) -> float:
+        """Estimate over standard error; NaN where the priority is constant, which ranks nobody."""
+        return self.estimate / self.standard_error if self.standard_error > 0 else math.nan
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided, from the normal law."""
+        return math.erfc(abs(self.ratio) / math.sqrt(2))
+
+
+def rate(
+    scores: Any,
+    priority: Any,
+    kind: Kind = "autoc",
+    groups: Any = None,
+    num_bootstrap: int = 200,
+    seed: int = 0,
+    weights: Any = None,
+) -> Rate:
+    """AUTOC or QINI of a ranking, with its curve and a standard error by site.
+
+    The priority must come from data that the scores were not made of (cross-fitting, or a split by site); otherwise the
+    estimate is optimistic.  Cross-fitting has a trap of its own: a fold with small effects leaves large ones to the fit
+    of the others, so that levels of predictions oppose those of effects; where predictions hardly vary within folds,
+    take each fold's mean off them first.  A constant priority ranks nobody: the estimate and its error are 0.
+
+    Args:
+        scores: doubly robust scores of the units' effects ``(N,)``, such as ``aipw_scores`` makes.
+        priority: who is to be treated first ``(N,)``, larger first.
+        kind: ``"autoc"`` or ``"qini"``.
+        groups: site of each unit ``(N,)``; half of the sites are drawn together.  None: units are independent.
+        num_bootstrap: number of half-samples.
+        seed: of the half-samples.
+        weights: sample weights ``(N,)``, not negative.  None: equal.
+
+    Raises:
+        ValueError: NaN, shapes that differ, fewer than two groups, an unknown kind, a negative weight.
+    """
+    scores = as_vector("scores", scores)
+    n, device = len(scores), scores.device
+    priority = as_vector("priority", priority, n, device)
+    check_kind(kind)
+    num_bootstrap = check_count("num_bootstrap", num_bootstrap, 2)
+    sites = index_groups(groups, n, device, least=2)
+    weight = scores.new_ones(n) if weights is None else as_vector("weights", weights, n, device)
+    if bool((weight < 0).any()) or not bool((weight > 0).any()):
+        raise ValueError("weights must not be negative, and not all be 0")
+
+    order = torch.argsort(priority, descending=True, stable=True)
+    starts, ends = _tie_bounds(priority[order])
+    centred = (scores - scores.mean())[order]
+    weight, site = weight[order], sites.index[order]
+    grid = torch.linspace(0.1, 1.0, 10, dtype=torch.float64, device=device)
+    value, toc, at_grid = _curve(centred, weight.unsqueeze(0), starts, ends, kind, grid)
+
+    values, curves = [], []
+    stream = generator(seed, "rate", device=device)
+    chunk = max(1, _CELLS // n)
+    for first in range(0, num_bootstrap, chunk):
+        keys = torch.rand(min(chunk, num_bootstrap - first), sites.count, generator=stream, device=device)
+        half = torch.zeros_like(keys, dtype=torch.float64)
+        half.scatter_(1, keys.topk(sites.count // 2, dim=1, sorted=False).indices, 1.0)
+        drawn, _, curve = _curve(centred, half[:, site] * weight, starts, ends, kind, grid)
+        values.append(drawn)
+        curves.append(curve)
+    return Rate(
+        estimate=float(value),
+        standard_error=float(torch.cat(values).std()),
+        toc=toc[0],
+        uplift=weight.cumsum(0) / weight.sum() * (toc[0] + weight @ scores[order] / weight.sum()),
+        kind=kind,
+        grid=grid,
+        grid_toc=at_grid[0],
+        grid_standard_error=torch.cat(curves).std(0),
+        num_groups=sites.count,
+    )
+
+
+def permutation_test(
+    scores: Any, priority: Any, kind: Kind = "autoc", groups: Any = None, num_permutations: int = 999, seed: int = 0
+) -> float:
+    """One-sided p-value of "the ranking of sites says nothing about the effect", by permuting priorities over sites.
+
+    A site enters whole, with its summed score, its size and its mean priority; exact, whatever the law of the scores,
+    where sites are exchangeable.  With ``groups=None`` units are permuted.
+
+    Args:
+        scores: doubly robust scores ``(N,)``.
+        priority: ``(N,)``, larger first.
+        kind: the statistic.
+        groups: site of each unit ``(N,)``.
+        num_permutations: the p-value is at least ``1 / (num_permutations + 1)``.
+        seed: of the permutations.
+
+    Raises:
+        ValueError: as ``rate``.
+    """
+    scores = as_vector("scores", scores)
+    n, device = len(scores), scores.device
+    priority = as_vector("priority", priority, n, device)
+    check_kind(kind)
+    num_permutations = check_count("num_permutations", num_permutations)
+    sites = index_groups(groups, n, device, least=2)
+    size = group_sums(torch.ones_like(scores), sites)
+    mean_score = group_sums(scores - scores.mean(), sites) / size
+    mean_priority = group_sums(priority, sites) / size
+    order = torch.argsort(mean_priority, descending=True, stable=True)
+    starts, ends = _tie_bounds(mean_priority[order])
+    observed, _, _ = _curve(mean_score[order], size[order].unsqueeze(0), starts, ends, kind)
+
+    stream = generator(seed, "permutation_test", device=device)
+    at_least = 0
+    chunk = max(1, _CELLS // sites.count)
+    tolerance = 1e-12 * float(mean_score.abs().max())  # the same ranking, summed in another order, counts as equal
+    for first in range(0, num_permutations, chunk):
+        keys = torch.rand(min(chunk, num_permutations - first), sites.count, generator=stream, device=device)
+        permuted = keys.argsort(dim=1)
+        value, _, _ = _curve(mean_score[permuted], size[permuted], starts, ends, kind)
+        at_least += int((value >= observed - tolerance).sum())
+    return (1 + at_least) / (1 + num_permutations)
+
+
+def check_kind(kind: str) -> None:
+    """Raises unless ``kind`` is one that there is."""
+    if kind not in ("autoc", "qini"):
+        raise ValueError(f'kind must be "autoc" or "qini", got {kind!r}')
+
+
+def _tie_bounds(sorted_priority: Tensor) -> tuple[Tensor, Tensor]:
+    """For each place, how many places stand before its run of equal priorities, and how many up to that run's end."""
+    _, run, counts = torch.unique_consecutive(sorted_priority, return_inverse=True, return_counts=True)
+    ends = counts.cumsum(0)
+    return (ends - counts)[run], ends[run]
+
+
+def _curve(
+    scores: Tensor, weights: Tensor, starts: Tensor, ends: Tensor, kind: Kind, grid: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The statistic ``(B,)``, the curve ``(B, N)`` and the curve at shares ``grid`` for B weightings of sorted units.
+
+    Args:
+        scores: sorted by priority, ``(N,)`` or ``(B, N)``.
+        weights: ``(B, N)``; a unit of weight 0 is not in the sample.
+        starts, ends: of ``_tie_bounds``.
+        kind: the statistic.
+        grid: shares; None leaves the third result empty.
+    """
+    zero = weights.new_zeros(weights.shape[0], 1)
+    mass = torch.cat([zero, weights.cumsum(1)], 1)
+    total = torch.cat([zero, (weights * scores).cumsum(1)], 1)
+    up_to = mass[:, 1:]
+    # Within a run of ties the summed score grows in proportion to the mass: each unit carries the run's mean.
+    mass_before, total_before = mass[:, starts], total[:, starts]
+    run_mass = mass[:, ends] - mass_before
+    run_mean = (total[:, ends] - total_before) / torch.where(run_mass > 0, run_mass, 1.0)
+    top = total_before + (up_to - mass_before) * run_mean
+    whole = mass[:, -1:]
+    toc = torch.where(up_to > 0, top / torch.where(up_to > 0, up_to, 1.0) - total[:, -1:] / whole, 0.0)
+    toc = torch.where(ends - starts < weights.shape[1], toc, 0.0)  # all tied: exactly 0, without a residue of rounding
+    share = up_to / whole
+    statistic = (weights * toc * (share if kind == "qini" else 1.0)).sum(1) / whole[:, 0]
+    if grid is None:
+        return statistic, toc, toc.new_empty(0)
+    place = torch.searchsorted(share.contiguous(), (grid - 1e-12).expand(len(share), -1).contiguous())
+    return statistic, toc, toc.gather(1, place.clamp_max(toc.shape[1] - 1))

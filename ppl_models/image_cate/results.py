@@ -1,0 +1,106 @@
+"""What ``ImageCATE`` returns."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from inference import to_arviz
+from ppl_models.image_cate.fitted import Fitted
+
+__all__ = ["ClusterEffects", "ImageCATEResult"]
+
+
+class ClusterEffects(NamedTuple):
+    """Effects by type, ascending; K types.
+
+    Attributes:
+        effect: posterior mean, outcome units, ``(K,)``.
+        sd: posterior standard deviation of it (not the spread of effects inside the type), ``(K,)``.
+        interval: equal-tailed, ``(K, 2)``.
+        share: of the units, by mean membership, ``(K,)``.
+        gate: effect of the type's members by doubly robust scores, ``(K,)``.
+        gate_standard_error: cluster-robust, ``(K,)``.
+    """
+
+    effect: Tensor
+    sd: Tensor
+    interval: Tensor
+    share: Tensor
+    gate: Tensor
+    gate_standard_error: Tensor
+
+    def to_dataframe(self) -> Any:
+        """One row a type; needs pandas."""
+        import pandas
+
+        columns = {n: getattr(self, n).cpu().numpy() for n in ("effect", "sd", "share", "gate", "gate_standard_error")}
+        ends = self.interval.cpu().numpy()
+        return pandas.DataFrame({**columns, "lower": ends[:, 0], "upper": ends[:, 1]})
+
+
+@dataclass(frozen=True, eq=False)
+class ImageCATEResult:
+    """What a fit found.
+
+    Attributes:
+        samples: posterior draws ``(chain, draw, ...)``, types by effect, ascending: ``mu`` effects on the predictors'
+            scale, ``rho`` raw noise, ``gate`` the gate's last layer and more, see ``EffectMixture`` and ``HeadsModel``.
+        sample_stats: the sampler's, with NUTS and SGHMC.
+        losses: negative ELBO a unit at each step, ``(num_steps,)``.
+        seconds: wall time of the networks' training.
+        messages: warnings of the data and the fit.
+        dropped: rows that were left out.
+    """
+
+    samples: dict[str, Tensor]
+    sample_stats: dict[str, Tensor]
+    losses: Tensor
+    seconds: float
+    messages: tuple[str, ...]
+    dropped: tuple[int, ...]
+    type_effects: Tensor
+    outcome: Tensor
+    treatment: Tensor
+
+    def to_arviz(self) -> Any:
+        """Draws, with the types' effects in outcome units as ``type_effect``, and the data."""
+        return to_arviz(
+            {"type_effect": self.type_effects, **self.samples},
+            sample_stats=self.sample_stats or None,
+            observed_data={"outcome": self.outcome},
+            constant_data={"treatment": self.treatment},
+        )
+
+    def summary(self) -> str:
+        """One line on how it went."""
+        effects = ", ".join(f"{v:.4g}" for v in self.type_effects.mean((0, 1)).tolist())
+        tail = (
+            self.losses[-max(1, len(self.losses) // 10) :].double().mean().item() if len(self.losses) else float("nan")
+        )
+        return f"types' effects {effects}; {len(self.losses)} steps in {self.seconds:.3g} s, loss a unit {tail:.4g}"
+
+
+def result_of(fitted: Fitted, type_effects: Tensor) -> ImageCATEResult:
+    """The public result, types in order; the gate's weights stay relative to the first type of the fit."""
+    samples = dict(fitted.samples)
+    samples["mu"] = samples["mu"][..., fitted.order, :]
+    if "rho" in samples:
+        samples["rho"] = samples["rho"][..., fitted.order]
+    if "gate" in samples:
+        # Logits are pinned at the fit's first type; of all K, centred ones name none.
+        full = torch.nn.functional.pad(samples["gate"], (0, 0, 1, 0))[..., fitted.order, :]
+        samples["gate"] = full - full.mean(-2, keepdim=True)
+    history = fitted.history
+    return ImageCATEResult(
+        samples=samples,
+        sample_stats=fitted.sample_stats,
+        losses=torch.empty(0) if history is None else history.losses,
+        seconds=0.0 if history is None else history.seconds,
+        messages=fitted.messages,
+        dropped=fitted.trial.dropped,
+        type_effects=type_effects.unflatten(0, samples["mu"].shape[:2]),
+        outcome=fitted.trial.outcome,
+        treatment=fitted.trial.treatment,
+    )

@@ -1,0 +1,108 @@
+"""Which pixels matter: derivatives of a type's log odds, or of the effect, by the pixels; and images that show a
+type."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ppl_models.image_cate.fitted import Fitted, gate_design
+
+__all__ = ["Exemplars", "exemplars", "salience", "smooth"]
+
+KINDS = ("effect", "type")
+_SMOOTHING = 0.01  # mixed into probabilities, so that the log odds of a sure gate have a slope
+
+
+class Exemplars(NamedTuple):
+    """Images that show each type.
+
+    Attributes:
+        rows: of the training images, ``(K, count)``; -1 where there are fewer.
+        lower_bounds: lower bounds of the type's probability there, ``(K, count)``.
+    """
+
+    rows: Tensor
+    lower_bounds: Tensor
+
+
+def salience(fitted: Fitted, images: Tensor, kind: str, cluster: int) -> Tensor:
+    """Derivatives ``(N, ...)`` in the images' own units.
+
+    ``"type"``: of the log odds of type ``cluster`` (by effect, ascending), whose mean probability p over draws enters
+    as ``(1 - eps) p + eps / K``; ``"effect"``: of the mean effect in outcome units, which no naming of types changes.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    network, k = fitted.network, fitted.network.mixture.num_clusters
+    if not -k <= cluster < k:
+        raise ValueError(f"cluster must lie in {-k}..{k - 1}, got {cluster}")
+    leaf = images.clone().requires_grad_()
+    with torch.enable_grad():
+        x = fitted.columns.pixels(leaf)
+        m = fitted.columns.modifiers(fitted.average_columns(len(images))[0]).unsqueeze(1)
+        draws = {n: v.flatten(0, 1) for n, v in fitted.samples.items()}
+        if "gate" in draws:
+            design = gate_design(network, x, m, fitted.feature_scale)[:, 0]
+            weight = draws["gate"].to(design.dtype)
+            probs = nn.functional.pad(torch.einsum("nf,dkf->dnk", design, weight), (1, 0)).softmax(-1)
+        else:
+            probs = network.types(x, m)[:, 0].softmax(-1).unsqueeze(0)
+        if kind == "type":
+            p = probs.mean(0)[:, fitted.order[cluster]]
+            mixed = (1 - _SMOOTHING) * p + _SMOOTHING / k
+            target = torch.logit(mixed).sum()
+        else:
+            found = fitted.at(images, *fitted.average_columns(len(images)))
+            effects = found.effects.to(probs.dtype)
+            target = (probs * effects).sum(-1).mean(0).sum()
+            deviation = network.deviations(x, m)
+            if deviation is not None:
+                part = network.mixture.likelihood.scale * deviation[:, 0, :, 0]
+                target = target + (probs.mean(0) * (part - part.detach())).sum()
+        if not target.requires_grad:
+            return torch.zeros_like(images)
+        found_gradient = torch.autograd.grad(target, leaf, allow_unused=True)[0]
+    return torch.zeros_like(images) if found_gradient is None else found_gradient
+
+
+def smooth(maps: Tensor, size: int = 10) -> tuple[Tensor, Tensor]:
+    """Magnitude (norm over channels) and direction (mean over channels), averaged over boxes: ``(N, H, W)`` each."""
+    size = min(size, *maps.shape[-2:])
+    parts = torch.stack([maps.norm(dim=-3), maps.mean(-3)], 1)
+    left = (size - 1) // 2
+    padded = nn.functional.pad(parts, (left, size - 1 - left, left, size - 1 - left), mode="replicate")
+    averaged = nn.functional.avg_pool2d(padded, size, stride=1)
+    return averaged[:, 0], averaged[:, 1]
+
+
+@torch.no_grad()
+def exemplars(fitted: Fitted, count: int, lon_lat: Tensor | None, least_km: float) -> Exemplars:
+    """The training images with the highest lower bound of each type's probability, at least ``least_km`` apart."""
+    trial = fitted.trial
+    found = fitted.at(trial.images, *fitted.average_columns(trial.num_images)).probs[..., fitted.order]
+    lower = found.quantile(0.05, 0) if len(found) > 1 else found[0]
+    flat = trial.images.flatten(1)
+    blank = flat.std(1) <= 1e-6 * (1 + flat.abs().amax(1))
+    rows = torch.full((lower.shape[1], count), -1, dtype=torch.long, device=lower.device)
+    bounds = lower.new_full(rows.shape, math.nan)
+    for k in range(lower.shape[1]):
+        chosen: list[int] = []
+        for i in lower[:, k].argsort(descending=True).tolist():
+            if bool(blank[i]) or len(chosen) == count:
+                continue
+            if lon_lat is not None and any(distance_km(lon_lat[i], lon_lat[j]) < least_km for j in chosen):
+                continue
+            chosen.append(i)
+        rows[k, : len(chosen)] = torch.tensor(chosen, device=rows.device)
+        bounds[k, : len(chosen)] = lower[chosen, k]
+    return Exemplars(rows, bounds)
+
+
+def distance_km(a: Tensor, b: Tensor) -> float:
+    """Great-circle distance of two places in degrees (longitude, latitude)."""
+    lon_a, lat_a, lon_b, lat_b = (math.radians(float(v)) for v in (*a, *b))
+    inner = math.sin((lat_b - lat_a) / 2) ** 2
+    inner += math.cos(lat_a) * math.cos(lat_b) * math.sin((lon_b - lon_a) / 2) ** 2
+    return 2 * 6371.0 * math.asin(min(1.0, math.sqrt(inner)))

@@ -1,0 +1,412 @@
+"""Generative marginalization models: log p of any subset of discrete variables in one network pass.
+
+Liu, Ramadge and Adams, "Generative marginalization models", ICML 2024, PMLR 235:31773-31807, arXiv 2310.12920.  One
+network gives ``f(x_S) = log p(x_S)`` for any subset S, another all conditionals ``log p(x_j | x_S)``; self-consistency
+ties them.  Training on an energy follows da Silva, Mesquita and Lahlou, "Particle GFlowNets", UAI 2026, by default.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inference.any_order import ancestral, as_proposal, block_gibbs, chain_rule, random_ranks
+from inference.objectives.energy_consistency import EnergyConsistency
+from inference.objectives.masked_completion import MaskedCompletion
+from inference.objectives.persistent_chains import uniform_values
+from inference.objectives.reverse_kl import AutoregressiveKL, MarginalKL, MarginalRegression
+from inference.objectives.self_consistency import PathConsistency
+from inference.results.evidence import LogPartition, from_weights, sandwich
+from inference.runtime.generators import derive_seed, generator
+from ppl_models.base import check_batch_size, check_count
+from ppl_models.marginalization_model.evaluation import compare, group_correlation
+from ppl_models.marginalization_model.pairwise import find_pairwise
+from ppl_models.marginalization_model.results import Evaluation, MarginalizationResult
+from ppl_models.marginalization_model.target import EnergyTarget, make_target
+from ppl_models.marginalization_model.training import CHECK_ORDERS, Progress, Training, present
+
+__all__ = ["MarginalizationModel"]
+
+_METHODS = ("two-stage", "joint")
+_LOSSES = ("path", "pair", "segment", "sum_rule", "kl")
+_ROWS = ("data", "model", "mixture", "uniform")
+_OBJECTIVES = ("consistency", "kl", "fm", "arm", "arm_mc")
+_PARTITIONS = ("importance", "bridge", "network")
+_DEFAULT_BATCH = 512
+_SWEEPS = 8  # of Metropolis blocks, from resampled draws to draws of the target
+
+
+class MarginalizationModel(Training):
+    """A discrete distribution that answers marginals of any subset in one pass, learned from data or from an energy.
+
+    The object is a Pyro model: ``mam(x)`` observes rows ``x`` (-1 where missing) at the site ``x`` in the plate
+    ``rows``.  ``mam.distribution()`` is the law itself, for any other model.
+
+    **What to trust.**  The chain rule (``log_prob_autoregressive``) is a normalised density.  The one-pass
+    ``log_prob`` is as right as training has made it: ``log_prob_with_error`` and ``consistency_report`` say how right
+    at the very rows asked, ``refine=`` recomputes what is not, and every fit's result holds the comparison.
+
+    Args:
+        cardinalities: number of values K_j of each variable; they may differ.
+        network: ``"mlp"`` (residual), ``"transformer"``, ``"unet"`` (images) or ``"lattice"`` (periodic convolutions).
+        context_features: size C of a vector that the law is conditional on; 0 for none.
+        marginal: the network of f: ``"trunk"``, of its own, reading the features of the conditionals' network;
+            ``"separate"``, of its own alone; ``"shared"``, a head on those features.
+        hidden: width.
+        depth: layers (blocks).
+        dropout: of the networks.
+        num_heads: of attention.
+        shape: ``(height, width)`` of an image or a lattice; by default a square.
+        seed: of the initial parameters.
+
+    Raises:
+        TypeError, ValueError: an argument that is unknown, out of range, or at odds with another.
+
+    Example:
+        >>> x = torch.randint(2, (200, 1), generator=torch.Generator().manual_seed(0)).repeat(1, 4)  # four copies
+        >>> mam = MarginalizationModel(cardinalities=[2] * 4, hidden=32, depth=2)
+        >>> result = mam.fit(x, num_steps=200, progress=False)
+        >>> mam.log_prob([[1, -1, -1, -1], [-1, -1, -1, -1]]).exp().round(decimals=1)
+        tensor([0.5000, 1.0000])
+    """
+
+    # ------------------------------------------------------------------ from data
+    def fit(
+        self,
+        x: Any,
+        valid: Any = None,
+        seed: int = 0,
+        *,
+        context: Any = None,
+        valid_context: Any = None,
+        method: str = "two-stage",
+        num_steps: int = 2000,
+        marginal_steps: int | None = None,
+        batch_size: int | None = None,
+        lr: float = 1e-3,
+        weight_decay: float = 0.01,
+        rows: str | Any = "mixture",
+        num_rows: int = 8192,
+        loss: str = "path",
+        depth: str = "uniform",
+        children: int = 1,
+        penalty: float = 1.0,
+        patience: int | None = None,
+        checkpoint: str | Path | None = None,
+        progress: Progress = True,
+    ) -> MarginalizationResult:
+        """Maximum likelihood.  First the conditionals, by masked completion; then f, by consistency with them.
+
+        Args:
+            x: ``(N, D)`` integers, -1 where missing (at random); each row has an observed variable.
+            valid: held-out rows; each stage then keeps the parameters that were best on them.
+            seed: same seed, same machine, same result to the bit.
+            context, valid_context: ``(N, C)`` of a model with context.
+            method: ``"two-stage"``, or ``"joint"`` for both at once with ``penalty`` on the consistency.
+            num_steps: updates of the first stage (or the joint one).
+            marginal_steps: updates of the second; as many by default.
+            batch_size: rows of an update; at most 512 by default.
+            lr: of AdamW, decaying to zero by a cosine.
+            weight_decay: of AdamW.
+            rows: where consistency is asked: ``"data"``, ``"model"`` (draws), ``"mixture"`` of both, ``"uniform"``
+                values, or rows of your own ``(M, D)``.
+            num_rows: how many of them are made for the second stage.
+            loss: ``"path"``, where each row has an order along which the chain rule is known beforehand; or with fresh
+                orders ``"pair"`` (the paper's), ``"segment"``, ``"sum_rule"`` or ``"kl"``: see
+                ``inference.objectives.self_consistency``.  Joint fits take ``"pair"`` for ``"path"``.
+            depth: of the pairs, ``"uniform"`` or ``"poisson"``.
+            children: pairs to one prefix.
+            penalty: weight of consistency in a joint fit.
+            patience: validations in a row without improvement after which a stage ends; None runs to the end.
+            checkpoint: file to resume from; the second stage's stands beside it.
+            progress: progress bar, or a function that receives its fields.
+
+        Returns:
+            Histories, and one pass compared with the chain rule on held-out rows.  A ``KeyboardInterrupt`` ends the fit
+            early; in the first stage f is then only the independence model.
+
+        Raises:
+            TypeError, ValueError: bad data or settings, before any work.
+            NonFiniteError: the loss became non-finite.
+        """
+        derive_seed(seed)  # refuses a seed that is no integer
+        if isinstance(x, Tensor):
+            self.to(x.device)
+        for name, value, known in (("method", method, _METHODS), ("loss", loss, _LOSSES)):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {known}, got {value!r}")
+        if isinstance(rows, str) and rows not in _ROWS:
+            raise ValueError(f"rows must be one of {_ROWS} or rows of your own, got {rows!r}")
+        values, held_out = self._training_rows("x", x), None
+        c, held_c = self._check_context(context, len(values)), None
+        if valid is not None:
+            held_out = self._training_rows("valid", valid)
+            held_c = self._check_context(valid_context, len(held_out), "valid_context")
+        check_count("num_steps", num_steps)
+        check_count("num_rows", num_rows, 2)
+        size = min(_DEFAULT_BATCH, len(values)) if batch_size is None else batch_size
+        check_batch_size(size, len(values))
+        own = None if isinstance(rows, str) else self._training_rows("rows", rows)
+        if (own is not None or rows != "data") and self.context_features and method == "joint":
+            raise ValueError("a joint fit of a model with context takes rows='data'")
+        kind = "pair" if loss == "path" else loss
+        path = None if checkpoint is None else Path(checkpoint)
+        settings: dict[str, Any] = {"batch": size, "lr": lr, "weight_decay": weight_decay}
+        settings |= {"patience": patience, "progress": progress}
+        self._start("data", None)
+        self.marginals.learn_base(values)
+        data, held = present(values, c), present(held_out, held_c)
+        judged = (values, c) if held_out is None else (held_out, held_c)
+        likelihood = MaskedCompletion(self.conditionals)
+        if method == "joint":
+            consistency = self._consistency(kind, depth, children, True)
+            joint: nn.Module = self._penalised(
+                likelihood, consistency, penalty, rows if own is None else own, size, seed
+            )
+            history, second = self._train(joint, data, held, num_steps, seed, path, **settings), None
+            return self._result(history, second, *judged, seed)
+        history = self._train(likelihood, data, held, num_steps, seed, path, **settings)
+        if history.interrupted:
+            return self._result(history, None, *judged, seed)
+        steps = num_steps if marginal_steps is None else check_count("marginal_steps", marginal_steps)
+        pool, pool_c, paths = self._pool(values, c, rows if own is None else own, num_rows, seed, loss == "path")
+        stage: nn.Module = PathConsistency(self.marginals) if paths else self._consistency(kind, depth, children, False)
+        if held_out is not None and paths:
+            few = held_out[:num_rows]
+            held = present(few, *self._paths(few, None if held_c is None else held_c[:num_rows], seed), held_c)
+        second_path = None if path is None else path.with_name(path.name + ".marginals")
+        settings["batch"] = min(size, len(pool))
+        second = self._train(stage, present(pool, *paths, pool_c), held, steps, seed, second_path, **settings)
+        return self._result(history, second, *judged, seed)
+
+    # ------------------------------------------------------------------ from an energy
+    def fit_energy(
+        self,
+        log_density: Callable[..., Any],
+        objective: str = "consistency",
+        seed: int = 0,
+        *,
+        site: str | None = None,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        num_steps: int = 3000,
+        batch_size: int = 256,
+        lr: float = 1e-3,
+        block: int | None = None,
+        metropolis: bool = True,
+        likelihood: float = 1.0,
+        uniform: float = 0.2,
+        structure: bool = True,
+        depth: str = "uniform",
+        children: int = 1,
+        length: int | None = None,
+        penalty: float = 4.0,
+        order: Sequence[int] | Tensor | None = None,
+        rows: Any = None,
+        checkpoint: str | Path | None = None,
+        progress: Progress = True,
+    ) -> MarginalizationResult:
+        """Learn an unnormalised density: amortised sampling, any marginal, and log Z.
+
+        Args:
+            log_density: ``(B, D) -> (B,)`` of complete integer rows; or a Pyro model whose latent site ``site`` is
+                discrete, the evidence of whose data is then log Z.
+            objective: ``"consistency"`` (squared residuals alone, unbiased from any rows); ``"kl"`` (the paper's);
+                ``"fm"`` (f regressed on the target); ``"arm"`` and ``"arm_mc"``, autoregressive baselines without
+                marginals.
+            seed: same seed, same machine, same result to the bit.
+            site: name of the Pyro model's discrete site.
+            args, kwargs: what the Pyro model is called with.
+            num_steps: updates.
+            batch_size: chains, and rows of an update.
+            lr: of Adam, decaying to zero by a cosine.
+            block: variables that a chain redraws in an update; by default 4, or a sixteenth of the variables with
+                ``metropolis`` if that is more.
+            metropolis: correct the chains by the density, so that they have its law (``"consistency"``).
+            likelihood: weight of the conditionals' likelihood on the chains (``"consistency"`` with ``metropolis``).
+            uniform: share of uniform rows (``"consistency"``).
+            structure: recognise a density of unary and pairwise terms, and let f hold the terms inside S exactly.
+            depth, children, length: of the residuals: see ``inference.objectives.energy_consistency``.
+            penalty: weight of consistency (``"kl"``, ``"fm"``).
+            order: of the autoregressive baselines; as given by default.
+            rows: states at which ``"fm"`` regresses; uniform by default.
+            checkpoint: file to resume from.
+            progress: progress bar, or a function that receives its fields.
+
+        Raises:
+            TypeError, ValueError: bad settings, or a density of another shape, NaN, or zero everywhere.
+            NonFiniteError: the loss became non-finite.
+
+        Warns:
+            SamplerWarning: some states have zero density.
+        """
+        derive_seed(seed)
+        if objective not in _OBJECTIVES:
+            raise ValueError(f"objective must be one of {_OBJECTIVES}, got {objective!r}")
+        if self.context_features:
+            raise ValueError("fit_energy has no context: make the model with context_features=0")
+        check_count("num_steps", num_steps)
+        check_count("batch_size", batch_size, 2)
+        if block is None:
+            block = max(4, self.num_variables // 16) if metropolis and objective == "consistency" else 4
+        check_count("block", block)
+        draw = generator(seed, "energy", device=self._weight.device)
+        target = make_target(log_density, site, args, kwargs, self.cardinalities, self._weight, draw)
+        found = self._check_order(order)
+        states = None if rows is None else self._check_values("rows", rows, missing=False)
+        terms = None
+        if objective == "consistency" and structure and target.floor > -math.inf:
+            terms = find_pairwise(target.log_density, self.cardinalities, draw)
+        self._start("none" if objective.startswith("arm") else "energy" if terms is None else "pairwise", target)
+        if terms is not None:
+            self.marginals.pairwise.set_terms(**terms)
+        self.marginals.freeze_trunk = False
+        networks = (self.marginals, self.conditionals, target, self.cardinalities)
+        loss: nn.Module
+        if objective == "consistency":
+            loss = EnergyConsistency(
+                *networks,
+                num_chains=batch_size,
+                uniform=uniform,
+                block=block,
+                metropolis=metropolis,
+                likelihood=likelihood if metropolis else 0.0,
+                exact=terms is not None,
+                depth=depth,
+                children=children,
+                length=length,
+            )
+        elif objective == "kl":
+            loss = MarginalKL(*networks, num_chains=batch_size, block=block, penalty=penalty, anchor=self.log_states)
+        elif objective == "fm":
+            loss = MarginalRegression(*networks, num_chains=batch_size, block=block, penalty=penalty, rows=states)
+        else:
+            loss = AutoregressiveKL(
+                self.conditionals,
+                target,
+                self.cardinalities,
+                batch_size=batch_size,
+                order=found,
+                monte_carlo=objective == "arm_mc",
+            )
+        loss.to(self._weight.device)
+        chains = getattr(loss, "chains", None)
+        if chains is not None:
+            chains.start(uniform_values(self.cardinalities, batch_size, draw))
+        history = self._train(
+            loss,
+            None,
+            None,
+            num_steps,
+            seed,
+            None if checkpoint is None else Path(checkpoint),
+            batch=None,
+            lr=lr,
+            weight_decay=0.0,
+            patience=None,
+            progress=progress,
+        )
+        if objective.startswith("arm"):
+            return MarginalizationResult(self, history, None, None)
+        check = compare(self, self.sample(self._check_count(), seed=seed), None, CHECK_ORDERS, seed)
+        return MarginalizationResult(self, history, None, check, int(chains.restarts) if chains is not None else 0)
+
+    def _energy(self, values: Tensor) -> Tensor:
+        if self._target is not None:
+            return self._target(values)
+        if self.marginals.kind == "pairwise":  # as read from a file
+            return self.marginals.pairwise(values)
+        raise RuntimeError(
+            "there is no energy: call fit_energy first; after load, give the density again by log_density="
+        )
+
+    @torch.no_grad()
+    def log_partition(
+        self,
+        method: str = "importance",
+        *,
+        num_samples: int = 4096,
+        seed: int = 0,
+        order: Sequence[int] | Tensor | None = None,
+        log_density: Callable[[Tensor], Tensor] | None = None,
+    ) -> LogPartition:
+        """log Z of the density that ``fit_energy`` was given, with bounds.
+
+        Args:
+            method: ``"importance"``: draws of the conditionals weighted by the density, unbiased for Z, so that
+                ``value`` is a lower bound on average; ``"bridge"``: between those and draws of the target;
+                ``"network"``: f where nothing is observed, without an error.
+            num_samples: draws of each kind.
+            seed: of the draws.
+            order: of drawing, of a model fitted as an autoregressive baseline.
+            log_density: the density, where the model was read from a file.
+
+        Returns:
+            ``upper`` comes from approximate draws of the target (resampled draws, moved by Metropolis steps), so
+            ``exact`` is False.
+
+        Raises:
+            RuntimeError: the model was not fitted to an energy.
+            ValueError: unknown method.
+        """
+        if method not in _PARTITIONS:
+            raise ValueError(f"method must be one of {_PARTITIONS}, got {method!r}")
+        check_count("num_samples", num_samples, 2)
+        if log_density is not None:
+            draw = generator(seed, "energy", device=self._weight.device)
+            self._target = EnergyTarget(log_density, self.cardinalities, self._weight, draw)
+        if self.marginals.kind == "data":
+            raise RuntimeError("log_partition is of an energy: call fit_energy first (a fit to data has Z = 1)")
+        empty = self.cardinalities.new_full((num_samples, self.num_variables), -1)
+        if method == "network":
+            value = float(self.marginals(empty[:1], None))
+            none = torch.zeros(0, dtype=torch.float64)
+            return LogPartition(value, math.nan, -math.inf, math.inf, math.nan, math.nan, False, method, none, none)
+        found = self._check_order(order)
+        draw = generator(seed, "partition", device=self._weight.device)
+        ranks = random_ranks(empty, draw, missing_first=True) if found is None else found.argsort().expand_as(empty)
+
+        def fill(v: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+            drawn = ancestral(as_proposal(self.conditionals), v, r, generator=draw)
+            return drawn.values, drawn.log_prob
+
+        values, log_q = self._in_chunks(fill, empty, ranks)
+        forward = self._in_chunks(self._energy, values).double() - log_q.double()
+        chosen = torch.multinomial((forward - forward.max()).exp(), num_samples, replacement=True, generator=draw)
+        block = max(1, self.num_variables // 16)
+        steps = math.ceil(_SWEEPS * self.num_variables / block)
+        moved, _ = block_gibbs(
+            self.conditionals, values[chosen], steps, block, parallel=True, log_density=self._energy, generator=draw
+        )
+        path = self._in_chunks(lambda v, r: chain_rule(self.conditionals, v, r)[:, -1], moved, ranks)
+        backward = self._in_chunks(self._energy, moved).double() - path.double()
+        if method == "bridge":
+            return sandwich(forward, backward, method, exact=False)
+        low, high = from_weights(forward, method), from_weights(backward, method, reverse=True)
+        return low._replace(upper=high.upper, exact=False, reverse_log_weights=backward)
+
+    # ------------------------------------------------------------------ how good
+    def evaluate(self, x: Any, context: Any = None, *, orders: int = 5, seed: int = 0) -> Evaluation:
+        """One-pass log-marginals of rows, complete or partial, against the chain rule along ``orders`` random orders.
+
+        Raises:
+            TypeError, ValueError: bad rows, context or count; a row without an observed variable.
+        """
+        values = self._training_rows("x", x)
+        return compare(self, values, self._check_context(context, len(values)), check_count("orders", orders), seed)
+
+    def evaluate_regenerated(
+        self, x: Any, hidden: Sequence[int], threshold: float, *, orders: int = 5, seed: int = 0
+    ) -> tuple[float, float, int]:
+        """The paper's measure: mean Pearson and Spearman correlation between versions of a row, and the number of rows.
+
+        Of each complete row there are versions with ``hidden`` many variables drawn anew; those closer than
+        ``threshold`` nats to another are dropped.  A weak test, as a few points far apart correlate easily: see
+        ``evaluate``.
+        """
+        values = self._check_values("x", x, missing=False)
+        counts = tuple(check_count("hidden", h) for h in hidden)
+        return group_correlation(self, values, counts, float(threshold), check_count("orders", orders), seed)

@@ -1,0 +1,367 @@
+"""Networks that read a partly observed discrete vector: a body, and the two heads of a marginalization model.
+
+A body turns values ``(B, D)`` (-1 where missing) into features, one vector a row (``"mlp"``) or one a variable (the
+others), and can be told the features of another body.  ``ConditionalNetwork`` gives all ``log p(x_j | x_S)``,
+``MarginalNetwork`` gives ``f(x_S)``.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ppl_models.marginalization_model.pairwise import PairwiseEnergy
+
+__all__ = ["Body", "ConditionalNetwork", "MarginalNetwork", "build_body", "one_hot"]
+
+_GATHER_ABOVE = 1024  # inputs: above it a sum of gathered rows is faster than a product with zeros and ones
+
+
+def one_hot(values: Tensor, levels: int, dtype: torch.dtype) -> Tensor:
+    """``(B, D)`` to ``(B, D, levels)``; zeros where missing."""
+    return (values.unsqueeze(-1) == torch.arange(levels, device=values.device)).to(dtype)
+
+
+class Body(nn.Module):
+    """What a network body offers.
+
+    Attributes:
+        width: number of features.
+        per_variable: whether features are ``(B, D, width)`` rather than ``(B, width)``.
+    """
+
+    width: int
+    per_variable: bool
+
+    def forward(self, values: Tensor, context: Tensor | None = None, extra: Tensor | None = None) -> Tensor:
+        """Features of values ``(B, D)`` given context ``(B, C)`` and another body's features."""
+        raise NotImplementedError
+
+    def head(self, size: int, outputs: int) -> nn.Module:
+        """A map from the features to ``(B, size, outputs)``."""
+        if self.per_variable:
+            return nn.Sequential(nn.LayerNorm(self.width), nn.Linear(self.width, outputs))
+        return nn.Sequential(
+            nn.LayerNorm(self.width), nn.Linear(self.width, size * outputs), nn.Unflatten(1, (size, outputs))
+        )
+
+
+class _FirstLayer(nn.Module):
+    """A linear layer of one-hot values; gathered where the one-hot vector is long."""
+
+    offsets: Tensor
+
+    def __init__(self, size: int, levels: int, width: int) -> None:
+        super().__init__()
+        self.levels = levels
+        bound = 1 / math.sqrt(size)  # a row holds `size` ones
+        self.weight = nn.Parameter(torch.empty(size * levels + 1, width).uniform_(-bound, bound))
+        self.register_buffer("offsets", torch.arange(size) * levels, persistent=False)
+
+    def forward(self, values: Tensor) -> Tensor:
+        if len(self.weight) <= _GATHER_ABOVE:
+            return one_hot(values, self.levels, self.weight.dtype).flatten(1) @ self.weight[:-1]
+        blank = len(self.weight) - 1
+        rows = torch.where(values >= 0, values + self.offsets, blank)
+        return functional.embedding_bag(rows, self.weight, mode="sum", padding_idx=blank)
+
+
+class ResidualMLP(Body):
+    """``x + gelu(W LayerNorm(x))``, ``depth`` times, on one-hot values (absent where missing)."""
+
+    per_variable = False
+
+    def __init__(
+        self, size: int, levels: int, width: int, depth: int, dropout: float, context: int, extra: int, **_: Any
+    ) -> None:
+        super().__init__()
+        self.width = width
+        self.first = _FirstLayer(size, levels, width)
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.other = nn.Linear(context + extra, width, bias=False) if context + extra else None
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Dropout(dropout))
+            for _ in range(depth)
+        )
+
+    def forward(self, values: Tensor, context: Tensor | None = None, extra: Tensor | None = None) -> Tensor:
+        x = self.first(values) + self.bias
+        given = [part for part in (context, extra) if part is not None]
+        if self.other is not None and given:
+            x = x + self.other(torch.cat(given, 1))
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+class _Tokens(Body):
+    """A body with one token a variable: embedded value, place, context."""
+
+    per_variable = True
+
+    def __init__(self, size: int, levels: int, width: int, context: int, extra: int, places: bool = True) -> None:
+        super().__init__()
+        self.width = width
+        self.values = nn.Embedding(levels + 1, width)
+        self.place = nn.Parameter(torch.randn(size, width) if places else torch.zeros(1, width))
+        self.context = nn.Linear(context, width, bias=False) if context else None
+        self.extra = nn.Linear(extra, width, bias=False) if extra else None
+
+    def tokens(self, values: Tensor, context: Tensor | None, extra: Tensor | None) -> Tensor:
+        x = self.values(values + 1) + self.place
+        if self.context is not None and context is not None:
+            x = x + self.context(context).unsqueeze(1)
+        if self.extra is not None and extra is not None:
+            x = x + self.extra(extra)
+        return x
+
+
+class Transformer(_Tokens):
+    """Pre-normalised encoder over the variables, without a mask: all variables see what is observed."""
+
+    def __init__(
+        self,
+        size: int,
+        levels: int,
+        width: int,
+        depth: int,
+        dropout: float,
+        context: int,
+        extra: int,
+        num_heads: int,
+        **_: Any,
+    ) -> None:
+        super().__init__(size, levels, width, context, extra)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, num_heads, 4 * width, dropout, "gelu", batch_first=True, norm_first=True)
+            for _ in range(depth)
+        )
+
+    def forward(self, values: Tensor, context: Tensor | None = None, extra: Tensor | None = None) -> Tensor:
+        x = self.tokens(values, context, extra)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class _ResidualConvolution(nn.Module):
+    """Two convolutions around a skip; the number of observed variables shifts and scales in between."""
+
+    def __init__(self, width: int, dropout: float, padding_mode: Literal["zeros", "circular"]) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(math.gcd(8, width), width)
+        self.first = nn.Conv2d(width, width, 3, padding=1, padding_mode=padding_mode)
+        self.second = nn.Conv2d(width, width, 3, padding=1, padding_mode=padding_mode)
+        self.time = nn.Linear(width, 2 * width)
+        self.dropout = nn.Dropout(dropout)
+        nn.init.zeros_(self.second.weight)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        scale, shift = self.time(time)[:, :, None, None].chunk(2, 1)
+        h = self.first(functional.gelu(self.norm(x)))
+        return x + self.second(self.dropout(functional.gelu(h * (1 + scale) + shift)))
+
+
+class _Attention(nn.Module):
+    """Self-attention over the pixels of a feature map."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(math.gcd(8, width), width)
+        self.attention = nn.MultiheadAttention(width, num_heads, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.norm(x).flatten(2).mT
+        return x + self.attention(tokens, tokens, tokens, need_weights=False)[0].mT.view_as(x)
+
+
+class UNet(_Tokens):
+    """A U-Net over an image: ``depth`` blocks at full and at half size, with attention at half size, and back.
+
+    The number of observed pixels enters as time does in a diffusion model (the paper's image network).
+    """
+
+    def __init__(
+        self,
+        size: int,
+        levels: int,
+        width: int,
+        depth: int,
+        dropout: float,
+        context: int,
+        extra: int,
+        num_heads: int,
+        shape: tuple[int, int],
+        **_: Any,
+    ) -> None:
+        super().__init__(size, levels, width, context, extra)
+        self.shape = shape
+        self.clock = nn.Sequential(nn.Linear(1, width), nn.GELU(), nn.Linear(width, width))
+
+        def blocks() -> nn.ModuleList:
+            return nn.ModuleList(_ResidualConvolution(width, dropout, "zeros") for _ in range(depth))
+
+        self.down, self.middle, self.up = blocks(), blocks(), blocks()
+        self.attention = nn.ModuleList(_Attention(width, num_heads) for _ in range(depth))
+        self.merge = nn.Conv2d(2 * width, width, 1)
+
+    def forward(self, values: Tensor, context: Tensor | None = None, extra: Tensor | None = None) -> Tensor:
+        tokens = self.tokens(values, context, extra)
+        time = self.clock((values >= 0).to(tokens.dtype).mean(1, keepdim=True))
+        x = tokens.mT.unflatten(2, self.shape)
+        for block in self.down:
+            x = block(x, time)
+        skip, x = x, functional.avg_pool2d(x, 2, ceil_mode=True)
+        for block, attention in zip(self.middle, self.attention, strict=True):
+            x = attention(block(x, time))
+        x = functional.interpolate(x, scale_factor=2.0, mode="nearest")[..., : self.shape[0], : self.shape[1]]
+        x = self.merge(torch.cat([skip, x], 1))
+        for block in self.up:
+            x = block(x, time)
+        return x.flatten(2).mT
+
+
+class Lattice(_Tokens):
+    """Residual convolutions on a periodic lattice: the same at every place, so it has no place of its own."""
+
+    def __init__(
+        self,
+        size: int,
+        levels: int,
+        width: int,
+        depth: int,
+        dropout: float,
+        context: int,
+        extra: int,
+        shape: tuple[int, int],
+        **_: Any,
+    ) -> None:
+        super().__init__(size, levels, width, context, extra, places=False)
+        self.shape = shape
+        self.clock = nn.Sequential(nn.Linear(1, width), nn.GELU(), nn.Linear(width, width))
+        self.blocks = nn.ModuleList(_ResidualConvolution(width, dropout, "circular") for _ in range(depth))
+
+    def forward(self, values: Tensor, context: Tensor | None = None, extra: Tensor | None = None) -> Tensor:
+        tokens = self.tokens(values, context, extra)
+        time = self.clock((values >= 0).to(tokens.dtype).mean(1, keepdim=True))
+        x = tokens.mT.unflatten(2, self.shape)
+        for block in self.blocks:
+            x = block(x, time)
+        return x.flatten(2).mT
+
+
+BODIES: Mapping[str, type[Body]] = {"mlp": ResidualMLP, "transformer": Transformer, "unet": UNet, "lattice": Lattice}
+
+
+def build_body(network: str, extra: int = 0, **settings: Any) -> Body:
+    """A body by name; ``extra`` is the width of another body's features that it reads."""
+    return BODIES[network](extra=extra, **settings)
+
+
+class ConditionalNetwork(nn.Module):
+    """``log p(x_j = k | x_S)`` for all j and k in one pass.
+
+    Args:
+        body: reads the values.
+        cardinalities: of the D variables.
+    """
+
+    impossible: Tensor
+
+    def __init__(self, body: Body, cardinalities: Sequence[int]) -> None:
+        super().__init__()
+        self.body = body
+        largest = max(cardinalities)
+        self.head = body.head(len(cardinalities), largest)
+        impossible = torch.arange(largest) >= torch.tensor(cardinalities).unsqueeze(1)
+        self.register_buffer("impossible", impossible, persistent=False)
+
+    def forward(self, values: Tensor, context: Tensor | None = None) -> Tensor:
+        """Log-probabilities ``(B, D, K)``; minus infinity for values that a variable does not have."""
+        logits = self.head(self.body(values, context))
+        return logits.masked_fill(self.impossible, -math.inf).log_softmax(-1)
+
+
+class MarginalNetwork(nn.Module):
+    """``f(x_S)``, by a base that is known and a network's correction.
+
+    * Data: ``sum_{j in S} log u_j(x_j) + sqrt(|S| / D) mean_{j in S} h_j(x_S)``: the independence model u, corrected,
+      and exactly 0 where nothing is observed.
+    * Energies: ``energy terms inside S + sum_{j not in S} (log K_j + h_j(x_S) / sqrt(D))`` where the terms are known:
+      exactly the energy at complete states; else ``sum_{j not in S} log K_j + sum_j h_j(x_S) / sqrt(D)``.
+
+    h is ``own``, a body with a head; or a head alone on the trunk's features (``own=None``).
+
+    Args:
+        own: a body of its own, or None.
+        trunk: the body of the conditionals, whose features h reads; not a part of this module.  None: it reads none.
+        cardinalities: of the D variables.
+        width: of the hidden layer of a head without body.
+    """
+
+    base: Tensor
+    log_cardinalities: Tensor
+
+    def __init__(self, own: Body | None, trunk: Body | None, cardinalities: Sequence[int], width: int) -> None:
+        super().__init__()
+        size, levels = len(cardinalities), max(cardinalities)
+        logs = torch.tensor(cardinalities).float().log()
+        self.own = own
+        self._trunk = (trunk,)  # in a tuple: its parameters are the conditionals'
+        self.freeze_trunk = True
+        self.kind = "data"
+        reader = own if own is not None else trunk
+        assert reader is not None
+        self.hidden = None
+        if own is None:
+            self.hidden = nn.Sequential(
+                nn.LayerNorm(reader.width), nn.Linear(reader.width, width), nn.GELU(), nn.Linear(width, reader.width)
+            )
+        self.head = reader.head(size, 1)
+        last = next(m for m in reversed(list(self.head.modules())) if isinstance(m, nn.Linear))
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.register_buffer("base", -logs.unsqueeze(1).repeat(1, levels))
+        self.register_buffer("log_cardinalities", logs, persistent=False)
+        self.pairwise = PairwiseEnergy(size, levels)
+
+    def forward(self, values: Tensor, context: Tensor | None = None) -> Tensor:
+        """``(B,)``."""
+        h = self._correction(values, context)
+        seen = values >= 0
+        size = values.shape[1]
+        if self.kind == "data":
+            known = self.base.unsqueeze(0).expand(len(values), -1, -1)
+            known = known.gather(2, values.clamp(min=0).unsqueeze(2)).squeeze(2)
+            # sqrt(|S| / D) mean_S h, without a division by zero
+            count = seen.sum(1).clamp(min=1)
+            return torch.where(seen, known + h / (count * size).sqrt().unsqueeze(1), torch.zeros_like(h)).sum(1)
+        free = torch.where(seen, torch.zeros_like(self.log_cardinalities), self.log_cardinalities)
+        if self.kind == "pairwise":
+            h = torch.where(seen, torch.zeros_like(h), h)
+            return self.pairwise(values) + (free + h / math.sqrt(size)).sum(1)
+        return (free + h / math.sqrt(size)).sum(1)
+
+    def _correction(self, values: Tensor, context: Tensor | None) -> Tensor:
+        trunk = self._trunk[0]
+        features = None
+        if trunk is not None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_trunk):
+                features = trunk(values, context)
+        if self.own is not None:
+            features = self.own(values, context, features)
+        assert features is not None
+        if self.hidden is not None:
+            features = features + self.hidden(features)
+        return self.head(features).squeeze(2)
+
+    @torch.no_grad()
+    def learn_base(self, values: Tensor) -> None:
+        """The independence model: each variable's observed frequencies, a half added to each count."""
+        counts = one_hot(values, self.base.shape[1], self.base.dtype).sum(0) + 0.5
+        levels = torch.arange(self.base.shape[1], device=counts.device)
+        counts = counts * (levels < self.log_cardinalities.exp().round().unsqueeze(1))
+        self.base.copy_((counts / counts.sum(1, keepdim=True)).clamp(min=1e-30).log())

@@ -1,0 +1,136 @@
+"""Recognise a density of unary and pairwise terms from its values, and evaluate the terms inside a subset.
+
+Every function of K-valued variables is a sum of interaction terms; those of at most two variables are found from
+values at rows that differ from a reference in at most two places (the anchored expansion), and brought to the
+form in which each term sums to zero over each of its variables.  Whether they are all that there is, is tested at
+random rows.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["PairwiseEnergy", "find_pairwise"]
+
+_MOST_EVALUATIONS = 1 << 21
+_ROWS = 1 << 14
+_TEST_ROWS = 64
+
+
+class PairwiseEnergy(nn.Module):
+    """``constant + sum_j unary_j(x_j) + sum_(i, j) table_ij(x_i, x_j)``; terms with a missing variable are left out.
+
+    Args:
+        size: variables D.
+        levels: largest number of values K.
+    """
+
+    constant: Tensor
+    unary: Tensor
+    pairs: Tensor
+    tables: Tensor
+
+    def __init__(self, size: int, levels: int) -> None:
+        super().__init__()
+        self.levels = levels
+        # The number of pairs is only known once a density was seen: the model's file carries them beside its state.
+        self.register_buffer("constant", torch.zeros(()), persistent=False)
+        self.register_buffer("unary", torch.zeros(size, levels + 1), persistent=False)
+        self.register_buffer("pairs", torch.zeros(0, 2, dtype=torch.long), persistent=False)
+        self.register_buffer("tables", torch.zeros(0, (levels + 1) ** 2), persistent=False)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """``(B, D)`` to ``(B,)``."""
+        place = values + 1  # 0 where missing, where the tables hold zeros
+        rows = torch.arange(values.shape[1], device=values.device)
+        total = self.constant + self.unary[rows, place].sum(1)
+        both = place[:, self.pairs[:, 0]] * (self.levels + 1) + place[:, self.pairs[:, 1]]
+        return total + self.tables.gather(1, both.T).sum(0)
+
+    def set_terms(self, constant: Tensor, unary: Tensor, pairs: Tensor, tables: Tensor) -> None:
+        """Put the terms in place, on the device and in the dtype of the module."""
+        for name, value in (("constant", constant), ("unary", unary), ("tables", tables)):
+            setattr(self, name, value.to(getattr(self, name)))
+        self.pairs = pairs.to(self.pairs)
+
+    def terms(self) -> dict[str, Tensor]:
+        """The terms, for a file."""
+        return {"constant": self.constant, "unary": self.unary, "pairs": self.pairs, "tables": self.tables}
+
+
+@torch.no_grad()
+def find_pairwise(
+    log_density: Callable[[Tensor], Tensor], cardinalities: Tensor, generator: torch.Generator
+) -> dict[str, Tensor] | None:
+    """The terms of ``log_density``, or None where it has terms of more than two variables, or is too large to tell.
+
+    Args:
+        log_density: ``(B, D) -> (B,)``.
+        cardinalities: ``(D,)``, on the device where the density is asked.
+        generator: of the rows that test it.
+    """
+    size, device = len(cardinalities), cardinalities.device
+    extra = (cardinalities - 1).tolist()
+    singles = sum(extra)
+    if 1 + singles + (singles**2 - sum(k * k for k in extra)) // 2 > _MOST_EVALUATIONS:
+        return None
+    u = torch.rand(_TEST_ROWS, size, generator=generator, device=device)
+    test = torch.minimum((u * cardinalities).long(), cardinalities - 1)
+    truth = log_density(test).double()
+    # The places that differ from the reference, the row of zeros: (variable, value), one and two at a time.
+    where = torch.repeat_interleave(torch.arange(size, device=device), cardinalities - 1)
+    value = torch.cat([torch.arange(1, k + 1, device=device) for k in extra]) if singles else where
+    first, second = torch.triu_indices(singles, singles, 1, device=device)
+    distinct = where[first] != where[second]
+    first, second = first[distinct], second[distinct]
+    zero = log_density(torch.zeros(1, size, dtype=torch.long, device=device)).double()
+
+    def ask(places: list[Tensor]) -> Tensor:
+        """The density at rows of zeros, but for the given (variable, value) places."""
+        found = []
+        for chunk in zip(*(p.split(_ROWS) for p in places), strict=True):
+            rows = torch.zeros(len(chunk[0]), size, dtype=torch.long, device=device)
+            for p in chunk:
+                rows.scatter_(1, where[p].unsqueeze(1), value[p].unsqueeze(1))
+            found.append(log_density(rows).double())
+        return torch.cat(found) if found else zero[:0]
+
+    one = ask([torch.arange(singles, device=device)]) - zero
+    two = ask([first, second]) - one[first] - one[second] - zero
+    if not all(bool(torch.isfinite(part).all()) for part in (zero, one, two, truth)):
+        return None
+    levels = int(cardinalities.max())
+    possible = (torch.arange(levels, device=device) < cardinalities.unsqueeze(1)).double()
+    unary = torch.zeros(size, levels, dtype=torch.float64, device=device)
+    unary[where, value] = one
+    scale = max(float(truth.abs().max()), 1.0) * torch.finfo(log_density(test[:1]).dtype).eps
+    keep = two.abs() > 64 * scale
+    edges = where[first[keep]] * size + where[second[keep]]
+    names, index = edges.unique(return_inverse=True)
+    pairs = torch.stack([names // size, names % size], 1)
+    tables = torch.zeros(len(pairs), levels, levels, dtype=torch.float64, device=device)
+    tables[index, value[first[keep]], value[second[keep]]] = two[keep]
+    constant = zero[0]
+    # Each table to zero mean over either variable; what is taken out goes to the unary terms, theirs to the constant.
+    left, right = possible[pairs[:, 0]], possible[pairs[:, 1]]
+    over_left = (tables * left.unsqueeze(2)).sum(1) / left.sum(1, keepdim=True)
+    tables = (tables - over_left.unsqueeze(1)) * left.unsqueeze(2) * right.unsqueeze(1)
+    unary.index_add_(0, pairs[:, 1], over_left * right)
+    over_right = (tables * right.unsqueeze(1)).sum(2) / right.sum(1, keepdim=True)
+    tables = (tables - over_right.unsqueeze(2)) * left.unsqueeze(2) * right.unsqueeze(1)
+    unary.index_add_(0, pairs[:, 0], over_right * left)
+    level = (unary * possible).sum(1) / possible.sum(1)
+    unary = (unary - level.unsqueeze(1)) * possible
+    constant = constant + level.sum()
+    padded = torch.zeros(len(pairs), levels + 1, levels + 1, dtype=torch.float64, device=device)
+    padded[:, 1:, 1:] = tables
+    terms = {
+        "constant": constant,
+        "unary": torch.cat([torch.zeros_like(unary[:, :1]), unary], 1),
+        "pairs": pairs,
+        "tables": padded.flatten(1),
+    }
+    energy = PairwiseEnergy(size, levels).to(device).double()
+    energy.set_terms(**terms)
+    return terms if bool((energy(test) - truth).abs().max() <= 1024 * scale) else None

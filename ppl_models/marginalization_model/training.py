@@ -1,0 +1,168 @@
+"""How a marginalization model is trained: rows and orders of stage two, the shared loop, the check at the end."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from inference.any_order import ancestral, as_proposal, chain_rule, random_ranks
+from inference.fit import FitResult, fit
+from inference.objectives.masked_completion import MaskedCompletion
+from inference.objectives.persistent_chains import PersistentChains, uniform_values
+from inference.objectives.self_consistency import Penalised, SelfConsistency
+from inference.runtime.generators import generator
+from ppl_models.marginalization_model.evaluation import compare
+from ppl_models.marginalization_model.queries import Queries
+from ppl_models.marginalization_model.results import MarginalizationResult
+from ppl_models.marginalization_model.target import EnergyTarget
+
+__all__ = ["CHECK_ORDERS", "Progress", "Training", "present"]
+
+CHECK_ORDERS = 5
+_CHECK_ROWS = 256  # fewer where a row costs more
+_CHECK_VARIABLES = 1 << 13
+
+Progress = bool | Callable[[dict[str, Any]], None]
+
+
+def present(*parts: Tensor | None) -> tuple[Tensor, ...]:
+    """Those that are there."""
+    return tuple(part for part in parts if part is not None)
+
+
+class Training(Queries):
+    """What ``MarginalizationModel``'s fits are made of."""
+
+    _target: EnergyTarget | None = None
+
+    def _training_rows(self, name: str, x: Any) -> Tensor:
+        values = self._check_values(name, x)
+        empty = (values < 0).all(1)
+        if bool(empty.any()):
+            raise ValueError(
+                f"{name} has {int(empty.sum())} rows in which all is missing, the first is row "
+                f"{int(empty.nonzero()[0])}: drop them"
+            )
+        return values
+
+    def _start(self, kind: str, target: EnergyTarget | None) -> None:
+        """Forget a former fit's structure; a shared or watched trunk learns from f in one-stage training only."""
+        self.marginals.kind = kind
+        self._target = target
+        self.marginals.freeze_trunk = True
+
+    def _consistency(self, loss: str, depth: str, children: int, learn: bool) -> SelfConsistency:
+        self.marginals.freeze_trunk = not learn
+        return SelfConsistency(
+            self.marginals,
+            self.conditionals,
+            self.cardinalities,
+            loss=loss,
+            learn_conditionals=learn,
+            depth=depth,
+            children=children,
+        )
+
+    def _penalised(
+        self, likelihood: MaskedCompletion, consistency: SelfConsistency, weight: float, rows: Any, size: int, seed: int
+    ) -> Penalised:
+        chains, pool = None, None
+        draw = generator(seed, "rows", device=self._weight.device)
+        uniform = uniform_values(self.cardinalities, max(size, 4096), draw)
+        if isinstance(rows, Tensor):
+            pool = rows
+        elif rows in ("model", "mixture"):
+            chains = PersistentChains(self.cardinalities, size, 4).to(self._weight.device)
+            chains.start(uniform[:size])
+        elif rows == "uniform":
+            pool = uniform
+        own_rows = isinstance(rows, str) and rows in ("data", "mixture")
+        return Penalised(likelihood, consistency, weight, chains=chains, pool=pool, own_rows=own_rows)
+
+    @torch.no_grad()
+    def _pool(
+        self, values: Tensor, context: Tensor | None, rows: Any, count: int, seed: int, with_paths: bool
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        """Rows for the second stage, their context, and their orders and chain rules."""
+        draw = generator(seed, "rows", device=values.device)
+        if isinstance(rows, Tensor):
+            pool = rows
+        elif rows == "uniform":
+            pool = uniform_values(self.cardinalities, count, draw)
+        else:
+            pool = values
+        order = torch.randperm(len(pool), generator=draw, device=pool.device)
+        drawn = {"model": count, "mixture": count // 2}.get(rows, 0) if isinstance(rows, str) else 0
+        index = order[torch.arange(count - drawn, device=pool.device) % len(pool)]
+        kept = pool[index]
+        # Rows that are not the data's own take contexts from the data in turn.
+        source = index if pool is values else torch.arange(len(index), device=pool.device) % len(values)
+        c = None if context is None else context[source]
+        paths: tuple[Tensor, ...] = self._paths(kept, c, seed) if with_paths else ()
+        if not drawn:
+            return kept, c, paths
+        empty = torch.full((drawn, self.num_variables), -1, device=pool.device)
+        ranks = random_ranks(empty, draw, missing_first=True)
+        drawn_c = None if context is None else context[torch.arange(drawn, device=pool.device) % len(context)]
+
+        def fill(v: Tensor, r: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor]:
+            found = ancestral(as_proposal(self.conditionals), v, r, k, generator=draw)
+            return found.values, found.path
+
+        filled, path = self._in_chunks(fill, empty, ranks, drawn_c)
+        if with_paths:
+            paths = tuple(torch.cat(pair) for pair in zip(paths, (ranks, path), strict=True))
+        return torch.cat([kept, filled]), None if c is None or drawn_c is None else torch.cat([c, drawn_c]), paths
+
+    @torch.no_grad()
+    def _paths(self, values: Tensor, context: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:
+        ranks = random_ranks(values, generator(seed, "paths", device=values.device))
+        path = self._in_chunks(lambda v, r, c: chain_rule(self.conditionals, v, r, c), values, ranks, context)
+        return ranks, path
+
+    def _train(
+        self,
+        objective: nn.Module,
+        data: tuple[Tensor, ...] | None,
+        held_out: tuple[Tensor, ...] | None,
+        num_steps: int,
+        seed: int,
+        checkpoint: Path | None,
+        *,
+        batch: int | None,
+        lr: float,
+        weight_decay: float,
+        patience: int | None,
+        progress: Progress,
+    ) -> FitResult:
+        objective.train()
+        try:
+            return fit(
+                objective,
+                data or None,
+                num_steps=num_steps,
+                batch_size=batch,
+                optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay),
+                scheduler=lambda optimizer: CosineAnnealingLR(optimizer, num_steps),
+                validation=held_out or None,
+                patience=(num_steps if patience is None else patience) if held_out else None,
+                seed=seed,
+                checkpoint=checkpoint,
+                progress=progress,
+            )
+        finally:
+            self.eval()
+            self.marginals.freeze_trunk = True
+
+    def _check_count(self) -> int:
+        return max(8, min(_CHECK_ROWS, _CHECK_VARIABLES // self.num_variables))
+
+    def _result(
+        self, first: FitResult, second: FitResult | None, values: Tensor, context: Tensor | None, seed: int
+    ) -> MarginalizationResult:
+        count = self._check_count()
+        check = compare(self, values[:count], None if context is None else context[:count], CHECK_ORDERS, seed)
+        return MarginalizationResult(self, first, second, check)

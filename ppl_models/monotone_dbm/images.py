@@ -1,0 +1,345 @@
+"""Images with labels as a monotone Boltzmann machine: complete them, classify them, both from any part of them.
+
+Pixels are binned; layers of hidden groups at lower resolutions and the label complete the model (Feng, Winston and
+Kolter 2023, section 4, whose network the default follows).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from inference.objectives.masked import Head
+from inference.runtime.generators import generator
+from ppl_models.base import check_count, to_tensor
+from ppl_models.monotone_dbm.convolution import ConvOperator, Layer, check_layers, layer_groups
+from ppl_models.monotone_dbm.model import BoltzmannModel
+from ppl_models.monotone_dbm.operators import DenseOperator, check_bound
+from ppl_models.monotone_dbm.pairwise import Query
+from ppl_models.monotone_dbm.training import DBMFit
+
+__all__ = ["ConvMonotoneDBM"]
+
+_TEMPERATURE = 10.0  # of pixels at the start of a fit: the setting that matters most
+_AT_ONCE = 512  # images solved at once
+_SMALL = 256  # pixels up to which a dense model is the default
+
+
+class ConvMonotoneDBM(BoltzmannModel):
+    """A joint model of images and labels with one mean-field answer to any query.
+
+    ``net.fit(images, labels)``, then ``classify`` and ``complete`` from any observed pixels.  The queries of all
+    pairwise models (``marginals``, ``sample``, ``log_partition``, ...) take states of all groups: pixels row by row (in
+    each its colours), hidden groups, the label last.
+
+    Layers are joined by convolutions.  In images of up to 256 pixels kernels that span the whole image are better and
+    faster: there A is dense by default.
+
+    Args:
+        image_shape: ``(C, H, W)``.
+        num_bins: equal bins of an intensity in [0, 1].
+        num_classes: 0 for images without labels.
+        hidden: hidden layers ``(channels, height, width, groups)``; by default ``(16, H/2, W/2, 4)`` and ``(32, H/4,
+            W/4, 8)``, two fifths of the published widths, or 32 groups of 4 states in a dense model.
+        kernels: ``kernels[i][j]``, the kernel from layer j (pixels, hidden layers, label) to row i; 0 for none.  By
+            default 3 x 3 from each layer to its own row and those above, and for the label the whole of the last hidden
+            layer.
+        rank: rows of a dense A instead of convolutions; by default 96 in small images if neither ``hidden`` nor
+            ``kernels`` is given.
+        monotonicity, curvature: as in :class:`MonotoneDBM`.
+        seed: of the initial potentials.
+
+    Raises:
+        TypeError, ValueError: sizes that do not fit the strides, or bad numbers.
+    """
+
+    kind: ClassVar[str] = "ConvMonotoneDBM"
+    levels: Tensor
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        num_bins: int = 4,
+        num_classes: int = 10,
+        *,
+        hidden: Sequence[Sequence[int]] | None = None,
+        kernels: Sequence[Sequence[int]] | None = None,
+        rank: int | None = None,
+        monotonicity: float = 0.01,
+        curvature: int = 1,
+        seed: int = 0,
+    ) -> None:
+        shape = tuple(check_count("image_shape", v) for v in image_shape)
+        if len(shape) != 3:
+            raise ValueError(f"image_shape must be (C, H, W), got {tuple(image_shape)}")
+        check_count("num_bins", num_bins, 2)
+        if check_count("num_classes", num_classes, 0) == 1:
+            raise ValueError("num_classes must be 0 (no labels) or at least 2, got 1")
+        check_bound(monotonicity, curvature)
+        channels, height, width = shape
+        if rank is None and hidden is None and kernels is None and height * width <= _SMALL:
+            rank = 96
+        if hidden is None and rank is not None:
+            hidden = [(4 * 32, 32)]
+        elif hidden is None:
+            if height % 4 or width % 4:
+                raise ValueError(
+                    f"images of {height} x {width} do not fit the default strides: height and width must be multiples "
+                    "of 4; pad them, or give hidden and kernels"
+                )
+            hidden = [(16, height // 2, width // 2, 4), (32, height // 4, width // 4, 8)]
+        given = [(channels * num_bins, height, width, channels), *hidden]
+        layers = check_layers([*given, (num_classes, 1)] if num_classes else given)
+        random = generator(seed, "potentials")
+        if rank is not None:
+            if kernels is not None:
+                raise ValueError("give kernels for convolutions or rank for a dense model, not both")
+            check_count("rank", rank)
+            super().__init__(DenseOperator(layer_groups(layers), rank, monotonicity, curvature, random))
+        else:
+            sizes = _default_kernels(layers, bool(num_classes)) if kernels is None else kernels
+            super().__init__(ConvOperator(layers, sizes, None, monotonicity, curvature, seed_generator=random))
+        self.image_shape, self.num_bins, self.num_classes = shape, num_bins, num_classes
+        self.num_pixels = channels * height * width
+        self.register_buffer("levels", torch.linspace(0, 1, num_bins))
+        with torch.no_grad():
+            self.log_temperature[: self.num_pixels] = math.log(_TEMPERATURE)
+        self._config = {
+            "image_shape": list(shape),
+            "num_bins": num_bins,
+            "num_classes": num_classes,
+            "hidden": [list(map(int, layer)) for layer in hidden],
+            "kernels": None if kernels is None else [list(map(int, row)) for row in kernels],
+            "rank": rank,
+            "monotonicity": float(monotonicity),
+            "curvature": curvature,
+            "seed": seed,
+        }
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return dict(self._config)
+
+    # ------------------------------------------------------------------ training
+    def fit(
+        self,
+        images: Any,
+        labels: Any = None,
+        observed_fraction: float | tuple[float, float] = 0.4,
+        seed: int = 0,
+        *,
+        objective: str = "masked",
+        num_steps: int = 1000,
+        batch_size: int | None = 96,
+        lr: float = 0.02,
+        label_weight: float = 0.5,
+        focal: float = 0.0,
+        balance: float = 0.0,
+        annealed: float = 0.0,
+        num_chains: int = 96,
+        num_sweeps: int = 1,
+        progress: bool | Callable[[dict[str, Any]], None] = True,
+        checkpoint: str | Path | None = None,
+    ) -> DBMFit:
+        """Learn from images with labels.
+
+        Args:
+            images: ``(N, C, H, W)`` in [0, 1].
+            labels: ``(N,)``, integers below ``num_classes``; never shown in masked training.
+            observed_fraction: share of the pixels that masked training shows; of a pair, drawn for each image.
+            seed: same seed, same machine, same parameters to the bit.
+            objective: ``"masked"``, ``"elbo"`` or ``"pcd"`` (see ``MonotoneDBM.fit``).
+            num_steps, batch_size, lr, annealed, num_chains, num_sweeps, progress, checkpoint: as there.
+            label_weight: share of the label's loss in the whole.
+            focal: gamma of the focal loss of pixels (published: 2); 0 for the likelihood.
+            balance: beta of the class-balanced weights of bins (published: 0.9999); 0 for none.
+
+        Raises:
+            TypeError, ValueError: images or labels of other shapes or out of range.
+        """
+        pixels = self._check_images("images", images)
+        states = self.bin(pixels)
+        visible = torch.arange(self.num_pixels, device=states.device)
+        unit_of = visible // self.image_shape[0]
+        heads = [Head(visible, 1.0, focal=focal, balance=balance)]
+        if self.num_classes:
+            if labels is None:
+                raise ValueError(
+                    f"labels are needed: the model has {self.num_classes} classes (num_classes=0 for none)"
+                )
+            if not 0 <= label_weight <= 1:
+                raise ValueError(f"label_weight must lie in [0, 1], got {label_weight!r}")
+            states = torch.cat([states, self._check_labels(labels, len(states))[:, None]], 1)
+            visible = torch.cat([visible, visible.new_tensor([self.groups.num_groups - 1])])
+            unit_of = torch.cat([unit_of, unit_of.max()[None] + 1])
+            label = torch.tensor([self.num_pixels])
+            heads = [heads[0]._replace(weight=1 - label_weight), Head(label, label_weight, True)]
+        elif labels is not None:
+            raise ValueError("labels were given and the model has none (num_classes=0)")
+        if objective not in ("masked", "elbo", "pcd"):
+            raise ValueError(f"objective must be masked, elbo or pcd, got {objective!r}")
+        self._learn_levels(pixels)
+        self._start_bias(states[:, : self.num_pixels])
+        loss = self._objective(
+            objective,
+            visible,
+            heads,
+            unit_of,
+            observed_fraction,
+            num_steps=num_steps,
+            annealed=annealed,
+            num_chains=num_chains,
+            num_sweeps=num_sweeps,
+            seed=seed,
+        )
+        return self._run_fit(loss, objective, (states,), num_steps, batch_size, lr, seed, progress, checkpoint)
+
+    # ------------------------------------------------------------------ queries
+    def classify(self, images: Any, mask: Any = None) -> Tensor:
+        """Probabilities of the classes ``(N, num_classes)``, tempered, from the observed pixels.
+
+        Args:
+            images: ``(N, C, H, W)`` in [0, 1]; pixels that are not observed are not looked at.
+            mask: True where observed, ``(N, H, W)``, ``(N, 1, H, W)``, ``(N, C, H, W)`` or ``(H, W)``; all without it.
+
+        Raises:
+            TypeError, ValueError: bad shapes, or a model without labels.
+        """
+        if not self.num_classes:
+            raise ValueError("the model has no labels (num_classes=0): there is nothing to classify")
+        query = self.image_query(images, mask)
+        return torch.cat([self.predictive(*part)[:, -1, : self.num_classes] for part in _chunks(query)])
+
+    def complete(self, images: Any, mask: Any = None, labels: Any = None) -> Tensor:  # type: ignore[override]
+        """Images whose unobserved pixels are their expected intensities, ``(N, C, H, W)``.
+
+        Args:
+            images, mask: as in :meth:`classify`; with an empty mask the images are drawn up from the label alone.
+            labels: known classes ``(N,)``, if any; negative for unknown.
+
+        Raises:
+            TypeError, ValueError: as in :meth:`classify`.
+        """
+        query = self.image_query(images, mask, labels)
+        channels, height, width = self.image_shape
+        made = []
+        for part in _chunks(query):
+            probabilities = self.predictive(*part)[:, : self.num_pixels, : self.num_bins]
+            expected = (probabilities * self.levels.to(probabilities)).sum(-1)
+            made.append(expected.reshape(-1, height, width, channels).permute(0, 3, 1, 2))
+        given = self._check_images("images", images, self._pixel_mask(mask, images))
+        shown = query.mask[:, : self.num_pixels].reshape(-1, height, width, channels).permute(0, 3, 1, 2)
+        return torch.where(shown, given.to(made[0]), torch.cat(made))
+
+    def pixel_probabilities(self, images: Any, mask: Any = None, labels: Any = None) -> Tensor:
+        """Tempered probabilities of the bins of every pixel, ``(N, C, H, W, num_bins)``."""
+        query = self.image_query(images, mask, labels)
+        channels, height, width = self.image_shape
+        parts = [self.predictive(*part)[:, : self.num_pixels, : self.num_bins] for part in _chunks(query)]
+        return torch.cat(parts).reshape(-1, height, width, channels, self.num_bins).permute(0, 3, 1, 2, 4)
+
+    # ------------------------------------------------------------------ between images and states
+    def bin(self, images: Tensor) -> Tensor:
+        """States of the pixels ``(N, H W C)``: K equal bins of [0, 1], the last one closed."""
+        states = (images * self.num_bins).long().clamp(max=self.num_bins - 1)
+        return states.permute(0, 2, 3, 1).flatten(1)
+
+    def image_query(self, images: Any, mask: Any = None, labels: Any = None) -> Query:
+        """Images, mask and labels as states and mask of all groups."""
+        shown = self._pixel_mask(mask, images)
+        pixels = self._check_images("images", images, shown)
+        rows, count = len(pixels), self.groups.num_groups
+        states = torch.zeros(rows, count, dtype=torch.long, device=pixels.device)
+        known = torch.zeros(rows, count, dtype=torch.bool, device=pixels.device)
+        known[:, : self.num_pixels] = shown.permute(0, 2, 3, 1).flatten(1)
+        states[:, : self.num_pixels] = torch.where(known[:, : self.num_pixels], self.bin(pixels), 0)
+        if labels is not None:
+            if not self.num_classes:
+                raise ValueError("labels were given and the model has none (num_classes=0)")
+            given = self._check_labels(labels, rows, unknown=True)
+            states[:, -1], known[:, -1] = given.clamp(min=0), given >= 0
+        return Query(states, known)
+
+    def _check_images(self, name: str, images: Any, shown: Tensor | None = None) -> Tensor:
+        """Finite images ``(N, C, H, W)`` in [0, 1], zero where they are not shown."""
+        value = images if isinstance(images, Tensor) else torch.as_tensor(images)
+        if shown is not None and value.dim() in (3, 4) and value.is_floating_point():
+            value = value.reshape(shown.shape) if value.numel() == shown.numel() else value
+            if value.shape == shown.shape:
+                value = torch.where(shown.to(value.device), value, torch.zeros_like(value))
+        value = to_tensor(name, value).to(self.bias.device)
+        channels, height, width = self.image_shape
+        if value.dim() == 3 and channels == 1:
+            value = value[:, None]
+        if value.dim() != 4 or tuple(value.shape[1:]) != self.image_shape:
+            raise ValueError(f"{name} must be (N, {channels}, {height}, {width}), got {tuple(value.shape)}")
+        value = value.to(self.bias.dtype)
+        low, high = float(value.min()), float(value.max())
+        if low < 0 or high > 1:
+            raise ValueError(f"{name} must lie in [0, 1], they reach from {low:.4g} to {high:.4g}; divide bytes by 255")
+        return value
+
+    def _pixel_mask(self, mask: Any, images: Any) -> Tensor:
+        channels, height, width = self.image_shape
+        rows = len(images)
+        shape = (rows, channels, height, width)
+        if mask is None:
+            return torch.ones(shape, dtype=torch.bool, device=self.bias.device)
+        known = torch.as_tensor(mask)
+        if known.dtype != torch.bool:
+            raise TypeError(f"mask must be boolean, True where observed, got {known.dtype}")
+        known = known[:, None] if known.dim() == 3 else known
+        try:
+            return known.to(self.bias.device).expand(shape)
+        except RuntimeError:
+            raise ValueError(
+                f"mask must be ({rows}, {height}, {width}), {shape} or ({height}, {width}), got {tuple(known.shape)}"
+            ) from None
+
+    def _check_labels(self, labels: Any, rows: int, unknown: bool = False) -> Tensor:
+        value = to_tensor("labels", labels).to(self.bias.device)
+        if value.dim() != 1 or len(value) != rows:
+            raise ValueError(f"labels must be ({rows},), one an image, got {tuple(value.shape)}")
+        whole = value.long()
+        if not bool((whole == value).all()):
+            raise ValueError("labels must be integers")
+        low = int(whole.min())
+        if int(whole.max()) >= self.num_classes or (low < 0 and not unknown):
+            raise ValueError(f"labels must be 0 to {self.num_classes - 1}, they reach from {low} to {int(whole.max())}")
+        return whole
+
+    def _start_bias(self, states: Tensor) -> None:
+        """Independent pixels' own frequencies, where the fit is the model's first."""
+        with torch.no_grad():
+            bias = self.bias[: self.num_pixels * self.num_bins]
+            if not bool((bias == 0).all()):
+                return
+            counts = torch.nn.functional.one_hot(states, self.num_bins).sum(0).to(bias.dtype)
+            frequency = (counts + 1) / (counts + 1).sum(1, keepdim=True)
+            factor = self.log_temperature[: self.num_pixels].exp()
+            bias.copy_(((frequency.log() - frequency.log().mean(1, keepdim=True)) / factor[:, None]).flatten())
+
+    def _learn_levels(self, pixels: Tensor) -> None:
+        """The mean intensity of each bin; an empty one keeps its place between 0 and 1."""
+        flat = pixels.flatten()
+        place = (flat * self.num_bins).long().clamp(max=self.num_bins - 1)
+        zero = torch.zeros(self.num_bins, dtype=flat.dtype, device=flat.device)
+        counts = zero.index_add(0, place, torch.ones_like(flat))
+        means = zero.index_add(0, place, flat) / counts.clamp(min=1)
+        even = torch.linspace(0, 1, self.num_bins, dtype=flat.dtype, device=flat.device)
+        self.levels = torch.where(counts > 0, means, even).to(self.levels)
+
+
+def _default_kernels(layers: Sequence[Layer], labelled: bool) -> list[list[int]]:
+    count = len(layers) - labelled
+    rows = [[3 if j <= i else 0 for j in range(count)] + [0] * labelled for i in range(count)]
+    if labelled:
+        rows.append([0] * (count - 1) + [layers[count - 1].height, 1])
+    return rows
+
+
+def _chunks(query: Query) -> list[Query]:
+    return [Query(s, m) for s, m in zip(query.states.split(_AT_ONCE), query.mask.split(_AT_ONCE), strict=True)]

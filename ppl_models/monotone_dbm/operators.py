@@ -1,0 +1,266 @@
+"""Pairwise potentials Phi: symmetric, zero inside a group, and bounded so that mean field has one fixed point.
+
+With one factor ``A`` (rows x N), block columns ``A_g`` and ``bound = curvature - monotonicity``,
+
+    s_g = min(1, bound / lambda_max(A_g' A_g)),   Phi = blkdiag(A^' A^) - A^' A^,   A^_g = sqrt(s_g) A_g,
+
+so that ``lambda_max(Phi) <= bound``.  ``curvature = 1`` is the published bound (Feng, Winston and Kolter 2023): the
+entropy minus half a square is convex on the simplex.  ``curvature = 2`` uses that the entropy itself is 2-strongly
+convex along the simplex; each ``A_g`` is centred over its states, which only moves the unaries.  It is tight for two
+spins.  The authors' code scales one side only, so that its Phi is not symmetric and its fixed point is mean field of no
+model.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ppl_models.monotone_dbm.groups import Groups
+
+__all__ = [
+    "DenseOperator",
+    "FreeOperator",
+    "PairwiseMap",
+    "PairwiseOperator",
+    "ScaledOperator",
+    "check_bound",
+    "factor_of",
+]
+
+_DENSE_LIMIT = 2000  # entries N up to which Phi is made a matrix: one product is then far cheaper than convolutions
+
+
+class PairwiseMap(NamedTuple):
+    """Phi of the current parameters.
+
+    Attributes:
+        apply: ``(B, N) -> (B, N)``, differentiable in the parameters.
+        matrix: Phi ``(N, N)``, or None where it would be too large.
+    """
+
+    apply: Callable[[Tensor], Tensor]
+    matrix: Tensor | None
+
+    def detach(self) -> "PairwiseMap":
+        """The same numbers without their graph."""
+        if self.matrix is None:
+            return PairwiseMap(_without_grad(self.apply), None)
+        return of_matrix(self.matrix.detach())
+
+
+def of_matrix(phi: Tensor) -> PairwiseMap:
+    """Products with a symmetric matrix."""
+    return PairwiseMap(lambda x: x @ phi, phi)
+
+
+def _without_grad(apply: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def run(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return apply(x)
+
+    return run
+
+
+class PairwiseOperator(nn.Module):
+    """What makes Phi.
+
+    Attributes:
+        groups: the layout.
+        monotone: whether mean field has one fixed point whatever the parameters.
+    """
+
+    monotone: bool = True
+
+    def __init__(self, groups: Groups) -> None:
+        super().__init__()
+        self.groups = groups
+
+    def prepare(self) -> PairwiseMap:
+        """Phi of the current parameters, with their graph where gradients are on."""
+        raise NotImplementedError
+
+    def colours(self, matrix: Tensor | None) -> list[Tensor]:
+        """Groups that do not interact, colour by colour: greedy, in the order of the groups.
+
+        Args:
+            matrix: Phi, whose zeros say what interacts; without it nothing is known and every group is a colour.
+        """
+        count, where = self.groups.num_groups, self.groups.group_of
+        if matrix is None:
+            return [torch.tensor([g], device=where.device) for g in range(count)]
+        linked = torch.zeros(count, count, dtype=torch.bool, device=where.device)
+        rows, columns = (matrix != 0).nonzero(as_tuple=True)
+        linked[where[rows], where[columns]] = True
+        neighbours: list[set[int]] = [set() for _ in range(count)]
+        for g, h in linked.nonzero().tolist():
+            neighbours[g].add(h)
+        colour_of: dict[int, int] = {}
+        members: dict[int, list[int]] = {}
+        for g in range(count):
+            taken = {colour_of[h] for h in neighbours[g] if h < g}
+            colour_of[g] = next(c for c in range(count) if c not in taken)
+            members.setdefault(colour_of[g], []).append(g)
+        return [torch.tensor(members[c], device=where.device) for c in sorted(members)]
+
+    def to_dense(self) -> Tensor:
+        """Phi ``(N, N)``, however large."""
+        found = self.prepare()
+        if found.matrix is not None:
+            return found.matrix
+        some = next(self.parameters())
+        return found.apply(torch.eye(self.groups.num_states, dtype=some.dtype, device=some.device))
+
+
+class ScaledOperator(PairwiseOperator):
+    """An operator whose columns are scaled to the bound."""
+
+    share: Tensor | float = 1.0  # of the bound that is used; below one only while a fit anneals it
+
+    def __init__(self, groups: Groups, monotonicity: float | None, curvature: int) -> None:
+        super().__init__(groups)
+        self.bound = math.inf if monotonicity is None else check_bound(monotonicity, curvature)
+        self.monotone, self.centred = monotonicity is not None, curvature == 2
+
+    def scale(self, gram: Tensor) -> Tensor:
+        """s of Gram matrices ``(..., k, k)``: ``(...)``, differentiable."""
+        if not self.monotone:
+            return gram.new_ones(gram.shape[:-2])
+        bound = torch.as_tensor(self.bound * self.share, dtype=gram.dtype, device=gram.device)
+        # A margin of rounding: eigenvalues are found to a few units in the last place of the largest.
+        largest = torch.linalg.eigvalsh(gram)[..., -1] * (1 + 8 * torch.finfo(gram.dtype).eps)
+        return bound / torch.maximum(largest, bound)
+
+
+class DenseOperator(ScaledOperator):
+    """Phi of a free matrix.
+
+    Args:
+        groups: the layout.
+        rank: rows of A.
+        monotonicity: m in (0, curvature); None leaves Phi unconstrained.
+        curvature: 1 for the published bound, 2 for the relaxed one.
+        seed_generator: of A's initial normals, whose columns have length one on average.
+    """
+
+    outside: Tensor
+
+    def __init__(
+        self,
+        groups: Groups,
+        rank: int,
+        monotonicity: float | None,
+        curvature: int,
+        seed_generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(groups, monotonicity, curvature)
+        normal = torch.randn(rank, groups.num_states, generator=seed_generator) / math.sqrt(rank)
+        self.weight = nn.Parameter(normal)
+
+    def scaled_weight(self) -> Tensor:
+        """A^ ``(rank, N)``."""
+        parts = self.groups.parts(self.weight)
+        if self.centred:
+            parts = [part - part.mean(-1, keepdim=True) for part in parts]
+        scaled = []
+        for part in parts:
+            block = part.transpose(0, 1)  # (count, rank, k)
+            s = self.scale(block.transpose(1, 2) @ block)
+            scaled.append(part * s.sqrt()[:, None])
+        return self.groups.join(scaled)
+
+    def prepare(self) -> PairwiseMap:
+        """See the base class."""
+        a = self.scaled_weight()
+        return of_matrix(hollow(-(a.T @ a), self.groups))
+
+
+class FreeOperator(PairwiseOperator):
+    """Any symmetric hollow Phi between the layers that are connected: Boltzmann machines without a bound.
+
+    Args:
+        groups: the layout.
+        layer_of: the layer of each group, ``(G,)``; only neighbouring layers are connected, and no group to one of its
+            own layer.
+        seed_generator: of the initial weights, N(0, scale^2).
+        scale: their standard deviation.
+    """
+
+    monotone = False
+    connected: Tensor
+
+    def __init__(
+        self,
+        groups: Groups,
+        layer_of: Tensor,
+        seed_generator: torch.Generator | None = None,
+        scale: float = 0.01,
+    ) -> None:
+        super().__init__(groups)
+        layer = layer_of[groups.group_of]
+        above = layer[:, None] - layer[None, :] == -1
+        self.register_buffer("connected", above, persistent=False)
+        shape = (groups.num_states, groups.num_states)
+        self.weight = nn.Parameter(torch.where(above, scale * torch.randn(shape, generator=seed_generator), 0.0))
+
+    def prepare(self) -> PairwiseMap:
+        """See the base class."""
+        half = torch.where(self.connected, self.weight, 0.0)
+        return of_matrix(half + half.T)
+
+
+def hollow(matrix: Tensor, groups: Groups) -> Tensor:
+    """The matrix with zeros inside each group."""
+    same = groups.group_of[:, None] == groups.group_of[None, :]
+    return matrix.masked_fill(same, 0.0)
+
+
+def check_bound(monotonicity: float, curvature: int) -> float:
+    """``curvature - monotonicity``, checked."""
+    if curvature not in (1, 2) or isinstance(curvature, bool):
+        raise ValueError(f"curvature must be 1 (the published bound) or 2 (the relaxed one), got {curvature!r}")
+    if isinstance(monotonicity, bool) or not isinstance(monotonicity, int | float):
+        raise TypeError(f"monotonicity must be a number, got {monotonicity!r}")
+    if not 0 < monotonicity < curvature:
+        raise ValueError(f"monotonicity must lie between 0 and curvature = {curvature}, got {monotonicity!r}")
+    return curvature - float(monotonicity)
+
+
+def factor_of(phi: Tensor, groups: Groups, bound: float, project: bool) -> Tensor:
+    """A matrix A (N x N) whose scaled form gives ``phi`` back: ``A' A = bound I - phi``.
+
+    Args:
+        phi: symmetric and zero inside the groups, ``(N, N)``.
+        groups: the layout.
+        bound: of its largest eigenvalue.
+        project: shrink a phi that breaks the bound to ``bound / lambda_max`` of it, instead of refusing it.
+
+    Raises:
+        ValueError: phi is not symmetric, not hollow, or breaks the bound.
+    """
+    n = groups.num_states
+    if tuple(phi.shape) != (n, n):
+        raise ValueError(f"phi must be ({n}, {n}) for groups of {n} states in all, got {tuple(phi.shape)}")
+    small = 64 * torch.finfo(phi.dtype).eps * (1 + float(phi.abs().max()))
+    uneven = float((phi - phi.T).abs().max())
+    if uneven > small:
+        raise ValueError(f"phi must be symmetric; it differs from its transpose by up to {uneven:.3g}")
+    inside = float((phi - hollow(phi, groups)).abs().max())
+    if inside > small:
+        raise ValueError(
+            f"phi must be zero inside every group (states of one variable exclude each other); it holds {inside:.3g} "
+            "there. Move it into the bias"
+        )
+    phi = hollow((phi + phi.T) / 2, groups)
+    values, vectors = torch.linalg.eigh(phi)
+    largest = float(values[-1])
+    if largest > bound + small:
+        if not project:
+            raise ValueError(
+                f"phi has the eigenvalue {largest:.6g}, above the bound {bound:.6g}: mean field may have several fixed "
+                "points. curvature=2 allows more, project=True shrinks phi to the bound"
+            )
+        values = values * (bound / largest)
+    return (bound - values).clamp(min=0.0).sqrt()[:, None] * vectors.T

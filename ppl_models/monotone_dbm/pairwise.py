@@ -1,0 +1,346 @@
+"""Pairwise models over categorical variables and the queries that they answer by mean field.
+
+    log p~(x) = 1/2 x' Phi x + b' x,      x the stacked one-hot codes of G variables
+
+Every query is "given these variables, what about the others": observed states ``(B, G)`` and a mask ``(B, G)`` that is
+True where they are known, another one in each row if need be.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, ClassVar, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from inference.citation import Paper
+from inference.fixed_point import FixedPoint, attach_gradient
+from inference.newton_cg import solve_adjoint
+from ppl_models.base import Model, to_tensor
+from ppl_models.monotone_dbm.groups import Groups
+from ppl_models.monotone_dbm.mean_field import MeanFieldProblem, extreme_eigenvalues, solve
+from ppl_models.monotone_dbm.operators import PairwiseMap, PairwiseOperator
+
+__all__ = ["MeanField", "PairwiseModel", "Query"]
+
+_ADJOINT = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+class MeanField(NamedTuple):
+    """Mean-field marginals of B queries.
+
+    Attributes:
+        probabilities: ``(B, G, K)``, zero beyond a group's own states; one-hot in observed groups.
+        iterations: of the solver, ``(B,)``: Newton steps, sweeps or updates.
+        residual: largest ``|softmax(Phi q + b) - q|``, ``(B,)``.
+        converged: whether that is within the tolerance, ``(B,)``.  Rows that are not are the best iterate.
+        free_energy: F ``(B,)``; ``-F`` is a lower bound of the log of the sum of p~ over what is not observed.
+        products: products with Phi, each of the whole batch.
+    """
+
+    probabilities: Tensor
+    iterations: Tensor
+    residual: Tensor
+    converged: Tensor
+    free_energy: Tensor
+    products: int
+
+
+class Query(NamedTuple):
+    """Checked observations.
+
+    Attributes:
+        states: ``(B, G)``; zero where not observed.
+        mask: ``(B, G)``, True where observed.
+    """
+
+    states: Tensor
+    mask: Tensor
+
+
+class PairwiseModel(Model):
+    """What all pairwise models share; see :class:`MonotoneDBM` for the queries' meaning.
+
+    Args:
+        operator: makes Phi.
+
+    Attributes:
+        groups: the layout of the variables.
+        bias: b ``(N,)``.
+        log_temperature: of the tempered predictive, ``(G,)``: logits are multiplied by its exponential.
+    """
+
+    papers: ClassVar[tuple[Paper, ...]] = (
+        Paper(
+            "article",
+            "feng2023monotone",
+            author="Feng, Zhili and Winston, Ezra and Kolter, J. Zico",
+            title="Monotone Deep {B}oltzmann Machines",
+            journal="Transactions on Machine Learning Research",
+            year=2023,
+        ),
+    )
+
+    def __init__(self, operator: PairwiseOperator) -> None:
+        super().__init__()
+        self.operator = operator
+        self.groups: Groups = operator.groups
+        self.bias = nn.Parameter(torch.zeros(self.groups.num_states))
+        self.log_temperature = nn.Parameter(torch.zeros(self.groups.num_groups))
+
+    # ------------------------------------------------------------------ the energy
+    def potentials(self) -> Tensor:
+        """Phi ``(N, N)``, symmetric and zero inside the groups."""
+        with torch.no_grad():
+            return self.operator.to_dense()
+
+    def spectrum(self) -> tuple[float, float]:
+        """Smallest and largest eigenvalue of Phi (of a large model widened bounds of them)."""
+        with torch.no_grad():
+            return extreme_eigenvalues(self.operator.prepare(), self.bias)
+
+    def log_density(self, states: Any) -> Tensor:
+        """``log p~`` of configurations ``(..., G)``: ``(...)``, differentiable in the parameters."""
+        x = self.groups.one_hot(self._check_states("states", states), self.bias.dtype)
+        flat = x.reshape(-1, x.shape[-1])
+        made = (flat * (0.5 * self.operator.prepare().apply(flat) + self.bias)).sum(1)
+        return made.reshape(x.shape[:-1])
+
+    def forward(self, observed: Any = None, mask: Any = None) -> Tensor:
+        """The Pyro model: one Categorical site ``x_0``, ``x_1``, ... a group in the plate ``batch``, whose base measure
+        is one everywhere, and the factor ``energy``.
+
+        With ``mask`` the sites are half observed: Pyro splits them into ``x_g_observed`` and ``x_g_unobserved``.
+
+        Returns:
+            The states ``(B, G)``; with enumerated sites their broadcast, ``(..., B, G)``.
+        """
+        query = None if observed is None and mask is None else self._query(observed, mask)
+        rows = 1 if query is None else len(query.states)
+        phi = self.operator.to_dense()
+        values = []
+        with pyro.plate("batch", rows):
+            for g, size in enumerate(self.groups.sizes):
+                # As a tensor: the bare False would make zeros of the default dtype.
+                nowhere = torch.zeros((), dtype=torch.bool, device=self.bias.device)
+                base = dist.Categorical(logits=self.bias.new_zeros(rows, size)).mask(nowhere)
+                options: dict[str, Any] = {}
+                if query is not None and bool(query.mask[:, g].all()):
+                    options = {"obs": query.states[:, g]}
+                elif query is not None and bool(query.mask[:, g].any()):
+                    options = {"obs": query.states[:, g], "obs_mask": query.mask[:, g]}
+                values.append(pyro.sample(f"x_{g}", base, **options))
+            states = torch.stack(torch.broadcast_tensors(*values), -1)
+            x = self.groups.one_hot(states, self.bias.dtype)
+            pyro.factor("energy", (x * (0.5 * (x @ phi) + self.bias)).sum(-1))
+        return states
+
+    def guide(self, observed: Any = None, mask: Any = None) -> None:
+        """The mean-field guide: independent Categoricals of the free groups at the fixed point."""
+        query = self._query(observed, mask)
+        probabilities = self.marginals(observed, mask, differentiable=torch.is_grad_enabled()).probabilities
+        with pyro.plate("batch", len(query.states)):
+            for g, size in enumerate(self.groups.sizes):
+                free = ~query.mask[:, g]
+                q = dist.Categorical(probs=probabilities[:, g, :size])
+                if bool(free.all()):
+                    pyro.sample(f"x_{g}", q)
+                elif bool(free.any()):
+                    pyro.sample(f"x_{g}_unobserved", q.mask(free))
+
+    # ------------------------------------------------------------------ queries
+    def marginals(
+        self,
+        observed: Any = None,
+        mask: Any = None,
+        solver: str = "newton",
+        *,
+        initial: Tensor | None = None,
+        tolerance: float | None = None,
+        max_iterations: int | None = None,
+        step_size: float | None = None,
+        anderson: bool = False,
+        callback: Callable[[int, Tensor], None] | None = None,
+        differentiable: bool = False,
+    ) -> MeanField:
+        """Mean-field marginals of what is not observed.
+
+        Args:
+            observed: states ``(B, G)`` or ``(G,)``; entries where the mask is False are not looked at.
+            mask: True where observed, ``(B, G)`` or ``(G,)``.  Without it all of ``observed`` is.
+            solver: ``"newton"``, ``"coordinate"``, ``"parallel"``, ``"damped"``, ``"mirror"``,
+                ``"forward_backward"``, ``"peaceman_rachford"``, ``"krahenbuhl"`` (see ``mean_field``).
+            initial: first probabilities ``(B, G, K)``; one step from uniform by default.
+            tolerance: on the residual; 1e-10 in float64 and 2e-5 in float32 by default.
+            max_iterations, step_size, anderson, callback: as in ``mean_field.solve``.
+            differentiable: keep the graph of ``probabilities`` and ``free_energy`` to the parameters, through the
+                implicit function theorem.
+
+        Returns:
+            Marginals with what the solver says of each query.
+
+        Raises:
+            TypeError, ValueError: shapes, states out of range, an unknown solver.
+        """
+        query = self._query(observed, mask)
+        with torch.set_grad_enabled(differentiable):
+            phi = self.operator.prepare()
+            problem = self.problem(phi.detach(), query)
+            start = None if initial is None else self._from_padded(initial, len(query.states))
+            with torch.no_grad():
+                colours = self.colours(phi.matrix) if solver == "coordinate" else None
+                found = solve(
+                    problem,
+                    phi.detach(),
+                    solver,
+                    initial=start,
+                    tolerance=tolerance,
+                    max_iterations=max_iterations,
+                    step_size=step_size,
+                    anderson=anderson,
+                    colours=colours,
+                    callback=callback,
+                )
+            logits = self.attach(phi, problem, found) if differentiable else found.value
+            q = problem.response(logits)
+            # By the envelope theorem F has only its explicit gradient, which q's own does not change.
+            at = q.detach()
+            energy = replace(problem, bias=self.bias[None]).energy(at, phi.apply(at))
+        return MeanField(
+            self.groups.padded(q), found.iterations, found.residual, found.converged, energy, found.evaluations
+        )
+
+    def predictive(self, observed: Any = None, mask: Any = None, **options: Any) -> Tensor:
+        """Tempered probabilities ``(B, G, K)`` for prediction, one-hot in observed groups.
+
+        The bound on Phi bounds how sharp mean field can be; ``log_temperature``, learned in training or by
+        ``calibrate``, makes up for it.  These are not the model's marginals.
+
+        Args:
+            observed, mask, options: as in :meth:`marginals`.
+
+        Raises:
+            RuntimeError: a query did not converge (with a solver other than the default).
+        """
+        query = self._query(observed, mask)
+        with torch.no_grad():
+            q = self.groups.softmax(self.tempered(self.solved_logits(query, **options)))
+            return self.groups.padded(torch.where(self._free(query), q, self._clamped(query)))
+
+    def complete(self, observed: Any = None, mask: Any = None) -> Tensor:
+        """The observed states, and the most probable state of each other group by the predictive, ``(B, G)``."""
+        query = self._query(observed, mask)
+        guess = self.predictive(observed, mask).argmax(-1)
+        return torch.where(query.mask, query.states, guess)
+
+    def solved_logits(self, query: Query, **options: Any) -> Tensor:
+        """``Phi q + b`` ``(B, N)`` at the fixed points, without gradients."""
+        with torch.no_grad():
+            phi = self.operator.prepare()
+            found = solve(self.problem(phi, query), phi, **options)
+        if not bool(found.converged.all()):
+            bad = int((~found.converged).sum())
+            raise RuntimeError(
+                f"{bad} of {len(found.converged)} queries did not converge (largest residual "
+                f"{float(found.residual.max()):.2g}); use solver='newton', or a larger tolerance"
+            )
+        return found.value
+
+    def tempered(self, logits: Tensor) -> Tensor:
+        """Logits ``(B, N)`` times the temperature factor of their group."""
+        return logits * self.groups.spread(self.log_temperature.exp())
+
+    # ------------------------------------------------------------------ parts
+    def problem(self, phi: PairwiseMap, query: Query) -> MeanFieldProblem:
+        """The mean-field equations of a query."""
+        bias = self.bias.detach()[None]
+        return MeanFieldProblem(self.groups, phi.apply, bias, self._clamped(query), self._free(query))
+
+    def attach(
+        self,
+        phi: PairwiseMap,
+        problem: MeanFieldProblem,
+        found: FixedPoint,
+        *,
+        tolerance: float | None = None,
+        max_iterations: int = 200,
+        wait: bool = True,
+    ) -> Tensor:
+        """The logits of the fixed point with their implicit gradient; options as in ``solve_adjoint``."""
+        q = problem.response(found.value).detach()
+        explicit = phi.apply(q) + self.bias
+        product = phi.detach().apply
+        options: dict[str, Any] = {"max_iterations": max_iterations, "wait": wait}
+        options["tolerance"] = _ADJOINT.get(q.dtype, 1e-4) if tolerance is None else tolerance
+
+        def adjoint(g: Tensor) -> Tensor:
+            return solve_adjoint(product, lambda v: problem.derivative(q, v), g, **options)
+
+        return attach_gradient(explicit, adjoint)
+
+    def colours(self, matrix: Tensor | None) -> list[Tensor]:
+        """Groups that do not interact and may be updated at once, colour by colour."""
+        return self.operator.colours(matrix)
+
+    def _clamped(self, query: Query) -> Tensor:
+        x = self.groups.one_hot(query.states, self.bias.dtype)
+        return x * self.groups.spread(query.mask.to(x.dtype))
+
+    def _free(self, query: Query) -> Tensor:
+        return self.groups.spread(~query.mask)
+
+    def _from_padded(self, values: Tensor, rows: int) -> Tensor:
+        shape = (self.groups.num_groups, self.groups.largest)
+        if values.dim() != 3 or tuple(values.shape[1:]) != shape or len(values) not in (1, rows):
+            raise ValueError(f"initial must be ({rows}, {shape[0]}, {shape[1]}), got {tuple(values.shape)}")
+        wide = values.to(self.bias).expand(rows, -1, -1)
+        return self.groups.join([wide[:, b.first : b.first + b.num, : b.size] for b in self.groups.blocks])
+
+    def _query(self, observed: Any, mask: Any) -> Query:
+        """Observations as checked tensors on the model's device."""
+        count, device = self.groups.num_groups, self.bias.device
+        if observed is None:
+            if mask is not None and bool(torch.as_tensor(mask).any()):
+                raise ValueError("mask marks groups as observed, and observed gives no states")
+            rows = 1 if mask is None or torch.as_tensor(mask).dim() < 2 else len(mask)
+            zeros = torch.zeros(rows, count, dtype=torch.long, device=device)
+            return Query(zeros, zeros.bool())
+        states = to_tensor("observed", observed).to(device)
+        if states.dim() == 1:
+            states = states[None]
+        if mask is None:
+            known = torch.ones(states.shape, dtype=torch.bool, device=device)
+        else:
+            known = torch.as_tensor(mask)
+            if known.dtype != torch.bool:
+                raise TypeError(f"mask must be boolean, True where observed, got {known.dtype}")
+            known = known.to(device)
+            known = known[None] if known.dim() == 1 else known
+        if states.dim() != 2 or states.shape[1] != count:
+            raise ValueError(f"observed must be (B, {count}), a state for each group, got {tuple(states.shape)}")
+        if known.dim() != 2 or known.shape[1] != count or len({len(known), len(states)} - {1}) > 1:
+            raise ValueError(f"mask must be {tuple(states.shape)}, as observed, got {tuple(known.shape)}")
+        rows = max(len(known), len(states))
+        states, known = states.expand(rows, -1), known.expand(rows, -1)
+        kept = torch.where(known, states, torch.zeros_like(states))
+        return Query(self._check_states("observed", kept), known)
+
+    def _check_states(self, name: str, states: Any) -> Tensor:
+        """State numbers ``(..., G)`` as checked integers."""
+        value = to_tensor(name, states).to(self.bias.device)
+        if value.dim() == 0 or value.shape[-1] != self.groups.num_groups:
+            raise ValueError(f"{name} must be (..., {self.groups.num_groups}), got {tuple(value.shape)}")
+        whole = value.long()
+        if value.is_floating_point() and not bool((whole == value).all()):
+            raise ValueError(f"{name} must hold whole state numbers")
+        sizes = torch.tensor(self.groups.sizes, device=value.device)
+        bad = (whole < 0) | (whole >= sizes)
+        if bool(bad.any()):
+            where = tuple(bad.nonzero()[0].tolist())
+            size = self.groups.sizes[where[-1]]
+            raise ValueError(
+                f"{name} holds state {int(whole[where])} at {where}; group {where[-1]} has states 0 to {size - 1}"
+            )
+        return whole

@@ -1,0 +1,132 @@
+"""What a fit of a pairwise model is made of: its conditionals as a function of the progress, and its optimiser."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+
+from inference.fit import FitResult
+from inference.fixed_point import cheap_to_read
+from inference.newton_cg import newton_cg
+from inference.results.export import to_arviz
+from ppl_models.monotone_dbm.operators import ScaledOperator
+from ppl_models.monotone_dbm.pairwise import PairwiseModel, Query
+
+__all__ = ["DBMFit", "conditional_of", "slow_temperatures", "to_query"]
+
+_LOOSE, _TIGHT = 3e-2, 1e-3  # residual that is asked of the solver at the start of a fit, and at its end
+_STEPS, _INNER = 6, 12  # Newton steps and products in each where the device is not waited for
+
+
+@dataclass(frozen=True, eq=False)
+class DBMFit:
+    """How a fit went.
+
+    Attributes:
+        history: losses, rates, validation and time, as ``inference.fit`` gives them.
+        objective: what was minimised.
+    """
+
+    history: FitResult
+    objective: str
+
+    @property
+    def losses(self) -> Tensor:
+        """Training loss before each update, ``(num_steps,)``."""
+        return self.history.losses
+
+    def summary(self) -> str:
+        """One line on how it went."""
+        return f"{self.objective}: {self.history.summary()}"
+
+    def to_arviz(self) -> Any:
+        """The history as ArviZ's sample_stats: ``loss`` and ``learning_rate``, one chain, a draw an update."""
+        stats = {"loss": self.history.losses[None], "learning_rate": self.history.learning_rates[None]}
+        return to_arviz(sample_stats=stats, attrs={"objective": self.objective})
+
+
+def to_query(model: PairwiseModel, visible: Tensor, states: Tensor, shown: Tensor) -> Query:
+    """Observations of the visible groups as those of all groups."""
+    rows, count = len(states), model.groups.num_groups
+    full = torch.zeros(rows, count, dtype=torch.long, device=states.device)
+    full = full.index_copy(1, visible, torch.where(shown, states, torch.zeros_like(states)))
+    mask = torch.zeros(rows, count, dtype=torch.bool, device=states.device).index_copy(1, visible, shown)
+    return Query(full, mask)
+
+
+def mean_field_logits(model: PairwiseModel, query: Query, progress: Tensor) -> Tensor:
+    """Differentiable logits ``(B, N)`` at a tolerance that tightens as the fit goes on."""
+    phi = model.operator.prepare()
+    problem = model.problem(phi.detach(), query)
+    waits = cheap_to_read(progress)
+    tolerance = _LOOSE * (_TIGHT / _LOOSE) ** float(progress) if waits else None
+    steps, inner = (20, 200) if waits else (_STEPS, _INNER)
+    with torch.no_grad():
+        start = problem.first_logits()
+        found = newton_cg(problem, start, tolerance=tolerance, max_iterations=steps, max_inner=inner)
+    close = _TIGHT if tolerance is None else 0.1 * tolerance
+    return model.attach(phi, problem, found, tolerance=close, wait=waits, max_iterations=2 * inner)
+
+
+def conditional_of(
+    model: PairwiseModel, visible: Tensor, annealed: float = 0.0
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Tempered conditionals of the visible groups, as ``MaskedConditionals`` asks for them.
+
+    Args:
+        model: the model.
+        visible: groups with data, ``(V,)``.
+        annealed: share of the fit over which the bound is widened from half of it to the whole: a flatter problem
+            first.
+    """
+
+    def conditional(states: Tensor, shown: Tensor, progress: Tensor) -> Tensor:
+        operator = model.operator
+        if annealed and isinstance(operator, ScaledOperator):
+            operator.share = (0.5 + 0.5 * progress / annealed).clamp(max=1.0)
+        logits = mean_field_logits(model, to_query(model, visible, states, shown), progress)
+        padded = model.groups.padded(model.tempered(logits), fill=-torch.inf)
+        return padded[:, visible]
+
+    return conditional
+
+
+def slow_temperatures(
+    model: PairwiseModel, lr: float, rate: float = 0.25
+) -> Callable[[Iterable[Parameter]], Optimizer]:
+    """Adam whose rate for the temperatures is ``rate`` times that of the rest."""
+    slow = {id(model.log_temperature)}
+
+    def make(parameters: Iterable[Parameter]) -> Optimizer:
+        given = list(parameters)
+        rest = [p for p in given if id(p) not in slow]
+        groups: list[dict[str, Any]] = [{"params": rest, "lr": lr}]
+        kept = [p for p in given if id(p) in slow]
+        if kept:
+            groups.append({"params": kept, "lr": rate * lr})
+        return Adam(groups, betas=(0.9, 0.99))
+
+    return make
+
+
+def one_cycle(num_steps: int) -> Callable[[Optimizer], LRScheduler]:
+    """Rates that rise over the first tenth and fall along a cosine."""
+
+    def make(optimizer: Optimizer) -> LRScheduler:
+        rates = [group["lr"] for group in optimizer.param_groups]
+        return OneCycleLR(optimizer, rates, total_steps=num_steps + 1, pct_start=0.1, cycle_momentum=False)
+
+    return make
+
+
+def frozen(model: nn.Module, names: Sequence[str]) -> list[Parameter]:
+    """Parameters that are not to be learned, switched off; the caller switches them on again."""
+    chosen = [p for n, p in model.named_parameters() if n in names and p.requires_grad]
+    for p in chosen:
+        p.requires_grad_(False)
+    return chosen

@@ -1,0 +1,37 @@
+"""Effects by image."""
+
+import torch
+
+from ppl_models import ImageCATE
+from tests.contract.case import Bad, Data, ModelCase
+
+
+def trial(dtype: torch.dtype) -> Data:
+    g = torch.Generator().manual_seed(0)
+    bright = torch.rand(80, generator=g, dtype=torch.float64) < 0.5
+    images = 0.3 * torch.randn(80, 1, 8, 8, generator=g, dtype=torch.float64) + bright[:, None, None, None].double()
+    treatment = (torch.rand(80, generator=g) < 0.5).long()
+    outcome = bright * 2.0 * treatment + torch.randn(80, generator=g, dtype=torch.float64)
+    return {"outcome": outcome.to(dtype), "treatment": treatment, "images": images.to(dtype)}
+
+
+CATE = ModelCase(
+    name="image_cate",
+    build=lambda: ImageCATE(num_steps=6, num_folds=2, num_restarts=1, num_samples=20, width=4, depth=1, batch_size=20),
+    data=trial,
+    fit={},
+    queries={
+        "effect": lambda m: m.effect(trial(torch.float32)["images"][:9]),  # type: ignore[operator]
+        "interval": lambda m: m.effect_interval(trial(torch.float32)["images"][:9]),  # type: ignore[operator]
+        "types": lambda m: m.cluster_probs(trial(torch.float32)["images"][:9]),  # type: ignore[operator]
+    },
+    rowwise={"effect": lambda m, x: m.effect(x), "types": lambda m, x: m.cluster_probs(x)},  # type: ignore[operator]
+    rows=lambda dtype: trial(dtype)["images"][:5],
+    not_finite=("outcome", "images"),
+    bad=[
+        Bad("one arm", lambda m: m.fit(torch.arange(9.0), torch.ones(9), torch.ones(9, 1, 8, 8)), "treatment|arm"),  # type: ignore[operator]
+        Bad("not 0/1", lambda m: m.fit(torch.arange(9.0), torch.arange(9), torch.ones(9, 1, 8, 8)), "treatment"),  # type: ignore[operator]
+    ],
+)
+
+CASES = [CATE]

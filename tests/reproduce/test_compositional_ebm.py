@@ -1,0 +1,264 @@
+"""Unnormalised models: statistical checks against quadrature, and real data, with bounds set before measurement.
+
+Jiang et al., ICML 2023, arXiv:2306.07485, has no tables that could be compared with; the bounds come from prototypes.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import constraints
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from benchmarks import compositional_ebm as bench
+from inference import CompositionalLikelihood, fit
+from inference.runtime.generators import generator, scoped_seed
+from ppl_models import ConditionalEnergyModel, EnergyClassifier, EnergyModel
+from ppl_models.compositional_ebm import LatentEnergyPrior
+
+SEEDS = (0, 1, 2)
+pytestmark = pytest.mark.slow
+
+
+class Statistics(PyroModule):
+    """``l(x) = theta' T(x)`` on a support."""
+
+    def __init__(self, statistics: Any, start: list[float], support: Any = constraints.real) -> None:
+        super().__init__()
+        self.theta = torch.nn.Parameter(torch.tensor(start, dtype=torch.float64))
+        self.statistics, self.support = statistics, support
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.ImproperUniform(self.support, (), ()), obs=x)
+            pyro.factor("energy", self.statistics(x) @ self.theta)
+
+
+def powers(*exponents: int) -> Any:
+    return lambda x: torch.stack([x**k for k in exponents], -1)
+
+
+def learn(model: Statistics, noise: Any, x: Tensor, m: int, steps: int, lr: float, seed: int, **options: Any) -> Any:
+    objective = CompositionalLikelihood(model, lambda: pyro.sample("x", noise), m, **options)
+    fit(
+        objective,
+        x,
+        num_steps=steps,
+        batch_size=256,
+        lr=lr,
+        scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, steps),
+        average_last=0.5,
+        seed=seed,
+        progress=False,
+    )
+    return objective
+
+
+def newton(statistics: Any, grid: Tensor, log_weight: Tensor, mean: Tensor, start: Tensor) -> tuple[Tensor, float]:
+    """Maximum likelihood on a grid by Newton's method: theta, and the largest mean log-likelihood."""
+    t, theta = statistics(grid), start.clone()
+    for _ in range(200):
+        p = (t @ theta + log_weight).softmax(0)
+        moment = p @ t
+        spread = (t - moment).T @ ((t - moment) * p[:, None])
+        step = torch.linalg.solve(spread, mean - moment)
+        theta = theta + step * min(1.0, float(1.0 / step.abs().max()))
+    return theta, float(theta @ mean - torch.logsumexp(t @ theta + log_weight, 0))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_gaussian(seed: int) -> None:
+    """S1."""
+    x = 2 + 1.5 * torch.randn(2000, generator=generator(seed, "S1"), dtype=torch.float64)
+    model = Statistics(powers(1, 2), [0.0, -0.2])
+    objective = learn(model, dist.Normal(x.mean(), 1.5 * x.std()), x, 512, 3000, 0.02, seed)
+    a, b = model.theta.tolist()
+    assert abs(-a / (2 * b) - float(x.mean())) < 0.02
+    assert abs(-1 / (2 * b) / float(x.var(correction=0)) - 1) < 0.01
+    objective.refresh()
+    assert abs(float(objective.log_u) - (-(a**2) / (4 * b) + 0.5 * math.log(math.pi / -b))) < 0.03
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_truncated_gaussian(seed: int) -> None:
+    """S2: the naive mean and variance must not come back."""
+    drawn = 0.5 + torch.randn(20_000, generator=generator(seed, "S2"), dtype=torch.float64)
+    x = drawn[drawn > 0][:3000]
+    model = Statistics(powers(1, 2), [0.0, -0.5], constraints.greater_than_eq(0.0))
+    noise = dist.Exponential(torch.tensor(1 / 1.5, dtype=torch.float64))
+    objective = learn(model, noise, x, 512, 3000, 0.02, seed)
+    grid = torch.linspace(0, 12, 40_001, dtype=torch.float64)
+    weight = (grid[1] - grid[0]).log().expand_as(grid)
+    best, _ = newton(powers(1, 2), grid, weight, powers(1, 2)(x).mean(0), torch.tensor([0.0, -0.5]).double())
+    assert float((model.theta - best).abs().max()) < 0.03
+    exact = float(torch.logsumexp(powers(1, 2)(grid) @ model.theta.detach() + weight, 0))
+    objective.refresh()
+    assert abs(float(objective.log_u) - exact) < 0.02
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_double_well(seed: int) -> None:
+    """S3."""
+    grid = torch.linspace(-6, 6, 24_001, dtype=torch.float64)
+    t = powers(1, 2, 4)
+    weight = (grid[1] - grid[0]).log().expand_as(grid)
+    p = (t(grid) @ torch.tensor([0.3, 2.0, -0.5]).double()).softmax(0)
+    x = grid[torch.multinomial(p, 3000, replacement=True, generator=generator(seed, "S3"))]
+    model = Statistics(t, [0.0, 0.5, -0.2])
+    objective = learn(model, dist.Normal(0.0, torch.tensor(2.5).double()), x, 1024, 5000, 0.05, seed)
+    mean = t(x).mean(0)
+    _, best = newton(t, grid, weight, mean, torch.tensor([0.3, 2.0, -0.5]).double())
+    log_z = float(torch.logsumexp(t(grid) @ model.theta.detach() + weight, 0))
+    assert best - (float(model.theta.detach() @ mean) - log_z) < 5e-5
+    objective.refresh()
+    assert abs(float(objective.log_u) - log_z) < 0.05
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_conway_maxwell_poisson(seed: int) -> None:
+    """S4: discrete support."""
+    k = torch.arange(300.0, dtype=torch.float64)
+
+    def t(x: Tensor) -> Tensor:
+        return torch.stack([x, -torch.lgamma(x + 1)], -1)
+
+    p = (t(k) @ torch.tensor([math.log(6.0), 1.5]).double()).softmax(0)
+    x = k[torch.multinomial(p, 3000, replacement=True, generator=generator(seed, "S4"))]
+    model = Statistics(t, [float(x.mean().log()), 1.0], constraints.nonnegative_integer)
+    learn(model, dist.Poisson(1.3 * x.mean()), x, 512, 4000, 0.05, seed)
+    mean = t(x).mean(0)
+    _, best = newton(t, k, torch.zeros_like(k), mean, torch.tensor([1.8, 1.5]).double())
+    gap = best - float(model.theta.detach() @ mean - torch.logsumexp(t(k) @ model.theta.detach(), 0))
+    assert gap < 5e-5
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_moving_average_is_used(seed: int) -> None:
+    """S5: M = 4, B = 1."""
+    x = 1 + torch.randn(5000, generator=generator(seed, "S5"), dtype=torch.float64)
+    found = {}
+    for beta in (0.01, 1.0):
+        model = bench._Mean()
+        law = dist.Normal(0.0, torch.tensor(1.5).double())
+        objective = CompositionalLikelihood(model, _Noise(law), 4, beta=beta, correction="none", warmup_steps=0)
+        fit(
+            objective,
+            x,
+            num_steps=20_000,
+            batch_size=1,
+            lr=0.01,
+            scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 20_000),
+            average_last=0.5,
+            seed=seed,
+            progress=False,
+        )
+        found[beta] = abs(float(model.theta.detach() - x.mean()))
+    assert found[0.01] < 0.06
+    assert found[1.0] > 0.15
+
+
+class _Noise(PyroModule):
+    def __init__(self, law: Any) -> None:
+        super().__init__()
+        self.law = law
+
+    def forward(self) -> None:
+        pyro.sample("x", self.law)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.02])
+def test_a_mean_far_from_the_origin(beta: float) -> None:
+    """S6: R = 16 with warm-up and ratio correction."""
+    for seed in SEEDS:
+        x = 16 + torch.randn(2000, generator=generator(seed, "S6"), dtype=torch.float64)
+        model = bench._Mean()
+        noise = dist.Normal(x.mean(), 1.2 * x.std())
+        objective = CompositionalLikelihood(model, _Noise(noise), 256, beta=beta, warmup_steps=300)
+        fit(
+            objective,
+            x,
+            num_steps=3000,
+            batch_size=256,
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.05),
+            scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 3000),
+            seed=seed,
+            progress=False,
+        )
+        theta = float(model.theta.detach())
+        assert abs(theta - float(x.mean())) < 0.02
+        assert abs(float(objective.log_u) - 0.5 * math.log(2 * math.pi) - theta**2 / 2) < 0.02
+
+
+@pytest.mark.parametrize("name", bench.TOYS)
+def test_densities_in_two_dimensions(name: str) -> None:
+    """E1: near the best of GMM and KDE, above both on the checkerboard, never above the truth."""
+    train, test = bench.toy(name, 10_000, 0), bench.toy(name, 10_000, 1)
+    ebm = EnergyModel(event_shape=(2,))
+    result = ebm.fit(train, progress=False)
+    nats = float(ebm.log_prob(test).mean())
+    peers = max(bench.best_gmm(train, test)[0], bench.best_kde(train, test)[0])
+    print(f"{name}: {nats:.3f}, best peer {peers:.3f}")
+    assert nats >= peers + (0.03 if name == "checkerboard" else -0.02)
+    known = bench.truth(name, test)
+    assert known is None or nats < known + 0.01
+    exact = ebm.log_partition("quadrature", 360_000).value
+    assert abs(float(result.history["log_partition"][-1]) - exact) < 0.06
+
+
+def test_digits() -> None:
+    """E2."""
+    pytest.importorskip("sklearn")
+    from sklearn.datasets import load_digits
+    from sklearn.metrics import roc_auc_score
+    from sklearn.mixture import GaussianMixture
+
+    raw = load_digits()
+    order = np.random.default_rng(0).permutation(len(raw.data))
+    x, y = torch.tensor(raw.data / 16, dtype=torch.float32)[order], torch.tensor(raw.target)[order]
+    flipped = x[1300:].reshape(-1, 8, 8).flip(1).reshape(-1, 64)
+    clf = EnergyClassifier()
+    clf.fit(x[:1300], y[:1300], progress=False)
+    z, held, other = (clf._components(v).numpy() for v in (x[:1300], x[1300:], flipped))
+    best = max(GaussianMixture(k, reg_covar=0.05, random_state=0).fit(z).score(held) for k in (10, 20, 30))
+    assert float(clf.log_prob(x[1300:]).mean()) >= best + 0.4
+    assert float((clf.predict(x[1300:]) == y[1300:]).float().mean()) >= 0.985
+    labels = np.r_[np.zeros(497), np.ones(497)]
+    gmm = GaussianMixture(30, reg_covar=0.05, random_state=0).fit(z)
+    ours = roc_auc_score(labels, np.r_[clf.ood_score(x[1300:]), clf.ood_score(flipped)])
+    assert ours >= roc_auc_score(labels, -np.r_[gmm.score_samples(held), gmm.score_samples(other)])
+    softmax = np.r_[clf.predict_proba(x[1300:]).max(1).values, clf.predict_proba(flipped).max(1).values]
+    assert ours >= roc_auc_score(labels, -softmax) + 0.04
+    plain = EnergyClassifier()
+    plain.fit(x[:1300], y[:1300], density_weight=0.0, progress=False)
+    assert float(plain.log_prob(x[1300:]).mean()) < -20
+
+
+def test_regression() -> None:
+    """E3."""
+    model = ConditionalEnergyModel()
+    model.fit(*bench.branches(2000, 0), progress=False)
+    assert bench.regression_kl(model) < 0.05
+
+
+def test_prior_of_a_digits_vae() -> None:
+    """E4."""
+    pytest.importorskip("sklearn")
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    x = torch.tensor(raw.data / 16, dtype=torch.float32)[np.random.default_rng(0).permutation(len(raw.data))]
+    with scoped_seed(0):
+        vae = bench.Autoencoder()
+    fit(vae, x[:1300], num_steps=4000, batch_size=128, lr=1e-3, progress=False)
+    prior = LatentEnergyPrior(8)
+    with torch.no_grad():
+        mean, scale = vae.encode(x[:1300])
+    prior.fit(mean, scale, progress=False)
+    with torch.no_grad(), scoped_seed(1):
+        center, spread = vae.encode(x[1300:])
+        assert prior.bound_gain(center + spread * torch.randn_like(center)) >= 0.7

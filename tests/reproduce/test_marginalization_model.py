@@ -1,0 +1,123 @@
+"""Longer runs of marginalization models: mixtures, lattices and real tables, with their bounds."""
+
+import pytest
+import torch
+
+from inference.objectives.reverse_kl import AutoregressiveKL
+from inference.runtime.generators import scoped_seed
+from ppl_models import MarginalizationModel
+from ppl_models.datasets import load_binary, load_digits
+from ppl_models.marginalization_model import LatticeIsing
+from ppl_models.marginalization_model.distribution import all_values
+from tests.ppl_models.marginalization_cases import BernoulliMixture, hide_some
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_every_marginal_of_a_mixture(seed: int) -> None:
+    """S1 and S4; 100,000 rows stand for fresh ones."""
+    mixture = BernoulliMixture(10, seed)
+    mam = MarginalizationModel([2] * 10, hidden=128, depth=3)
+    mam.fit(mixture.sample(100_000), num_steps=4000, marginal_steps=6000, num_rows=30_000, seed=seed, progress=False)
+    rows = hide_some(mixture.sample(4000), seed)
+    error = mam.log_prob(rows) - mixture.log_prob(rows)
+    assert error.abs().mean() <= 0.05 and error.square().mean().sqrt() <= 0.10
+    states = all_values(torch.full((10,), 2))
+    p = mixture.log_prob(states).exp()
+    assert float((mam.log_prob(states).exp() - p).abs().sum()) / 2 <= 0.06
+    worst = 0.0
+    for i in range(10):
+        for j in range(i, 10):
+            query = torch.full((1, 10), -1)
+            query[0, [i, j]] = 1
+            worst = max(worst, abs(float(mam.log_prob(query).exp() - p[(states[:, [i, j]] == 1).all(1)].sum())))
+    assert worst <= 0.02
+    violation = mam.consistency_report(rows[:1000]).sum_rule
+    assert violation[~violation.isnan()].abs().median() <= 0.05
+    few = mixture.sample(100)[:, :2]
+    completions = torch.cat([few.repeat_interleave(256, 0), all_values(torch.full((8,), 2)).repeat(100, 1)], 1)
+    summed = mam.log_prob(completions).view(100, 256).logsumexp(1)
+    one_pass = mam.log_prob(torch.cat([few, torch.full((100, 8), -1)], 1))
+    assert (summed - one_pass).abs().median() <= 0.15
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_four_by_four_lattice(seed: int) -> None:
+    """S2 for the default objective; complete states are exact by structure, so the chain rule is held to the bound."""
+    lattice = LatticeIsing(width=4, coupling=0.1, field=0.2)
+    mam = MarginalizationModel([2] * 16, hidden=256, depth=3)
+    mam.fit_energy(lattice.log_density, num_steps=3000, seed=seed, progress=False)
+    states = all_values(torch.full((16,), 2))
+    log_z = lattice.log_partition()
+    along = mam.distribution(order=range(16)).log_prob(states).detach().double()
+    assert float((along.exp() * (along - lattice.log_density(states).double() + log_z)).sum()) <= 0.05
+    assert abs(mam.log_partition("network").value - log_z) <= 0.05
+    assert abs(mam.log_partition().value - log_z) <= 0.03
+    singles = mam.log_prob(torch.where(torch.eye(16, dtype=torch.bool), 1, -1)).exp()
+    assert (singles - (1 + lattice.mean_spin()) / 2).abs().max() <= 0.02
+
+
+@pytest.mark.parametrize("objective", ["kl", "consistency"])
+def test_a_lattice_without_its_structure(objective: str) -> None:
+    """S2 as the paper has it: f knows nothing of the energy's terms."""
+    lattice = LatticeIsing(width=4, coupling=0.1, field=0.2)
+    mam = MarginalizationModel([2] * 16, hidden=256, depth=3)
+    mam.fit_energy(lattice.log_density, objective, num_steps=3000, structure=False, progress=False)
+    states = all_values(torch.full((16,), 2))
+    log_p = lattice.log_density(states).double() - lattice.log_partition()
+    q = mam.log_prob(states).double().log_softmax(0)
+    assert float((q.exp() * (q - log_p)).sum()) <= (0.05 if objective == "kl" else 0.02)
+
+
+def test_the_noise_of_autoregressive_gradients() -> None:
+    """S3: a random start, 100 spins, 128 rows, 25 batches."""
+    lattice = LatticeIsing(width=10, coupling=0.1, field=0.2)
+    mam = MarginalizationModel([2] * 100, hidden=128, depth=2)
+    spread = []
+    for monte_carlo in (False, True):
+        arm = AutoregressiveKL(
+            mam.conditionals, lattice.log_density, mam.cardinalities, batch_size=128, monte_carlo=monte_carlo
+        )
+        with scoped_seed(0):
+            grads = [torch.autograd.grad(arm(), list(mam.conditionals.parameters())) for _ in range(25)]
+        spread.append(float(torch.stack([torch.cat([g.flatten() for g in grad]) for grad in grads]).var(0).mean()))
+    assert spread[1] >= 100 * spread[0]
+
+
+def test_digits() -> None:
+    """R1."""
+    import numpy as np
+
+    x = (load_digits().x[torch.from_numpy(np.random.RandomState(0).permutation(1797))] >= 8).long()
+    mam = MarginalizationModel([2] * 64, hidden=384, depth=3, dropout=0.2)
+    mam.fit(x[:1297], x[1297:1497], num_steps=1500, marginal_steps=4000, progress=False)
+    found = mam.evaluate(x[1497:])
+    assert -found.one_order <= 17.6 and -found.ensemble <= 16.9
+    assert found.pearson >= 0.94 and found.mae <= 1.2
+    half = mam.evaluate(hide_half(x[1497:]))
+    assert half.pearson >= 0.955 and half.mae <= 0.7
+
+
+def hide_half(x: torch.Tensor) -> torch.Tensor:
+    g = torch.Generator().manual_seed(0)
+    return x.masked_fill(torch.rand(x.shape, generator=g).argsort(1).argsort(1) < x.shape[1] // 2, -1)
+
+
+@pytest.mark.parametrize(
+    ("name", "one_order", "ensemble", "pearson", "mae"),
+    [("nltcs", -6.05, -6.03, 0.99, 0.15), ("plants", -12.9, -12.7, 0.985, 0.9)],
+)
+def test_real_tables(
+    data_dir: object, name: str, one_order: float, ensemble: float, pearson: float, mae: float
+) -> None:
+    """R5 and R6."""
+    table = load_binary(name)
+    size = table.train.shape[1]
+    mam = MarginalizationModel([2] * size, hidden=128 if name == "nltcs" else 384, depth=3)
+    mam.fit(table.train, table.valid, num_steps=2000, marginal_steps=2500, progress=False)
+    found = mam.evaluate(table.test[:1500])
+    assert found.one_order >= one_order and found.ensemble >= ensemble
+    assert found.pearson >= pearson and found.mae <= mae
+    if name == "nltcs":
+        assert abs(float(mam.log_prob(all_values(mam.cardinalities)).logsumexp(0))) <= 0.05
