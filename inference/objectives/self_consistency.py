@@ -244,6 +244,9 @@ class SelfConsistency(nn.Module):
 class PathConsistency(nn.Module):
     """Self-consistency with the chain rule along given orders, whose values are known beforehand.
 
+    Half of the segments end at a uniform depth, half at one whose density falls from the empty set: there are few
+    small sets, they are asked often, and f must bend most between them.
+
     The conditionals are frozen, so ``chain_rule`` of each row along an order or two is computed once.  Each update then
     takes a random segment of the order: from the empty set with probability ``direct`` (a regression of
     ``f(x_S)`` on the chain rule, whose level cannot drift), else from a random place.  One or two evaluations of f,
@@ -271,7 +274,9 @@ class PathConsistency(nn.Module):
             context: ``(B, C)`` or None.
         """
         count = (values >= 0).sum(1)
-        stop = uniform_depth(count) + 1
+        u = torch.rand(count.shape, device=count.device)
+        skewed = torch.rand(count.shape, device=count.device) < 0.5
+        stop = torch.minimum((torch.where(skewed, u.square(), u) * count).long() + 1, count)
         start = uniform_depth(stop)
         # The first rows of a batch start at the empty set; batches are shuffled, so these are no special rows.
         from_nothing = math.ceil(self.direct * len(values))

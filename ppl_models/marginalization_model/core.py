@@ -127,7 +127,12 @@ class MarginalizationNetworks(Model):
             return pyro.sample("x", self.distribution(context), obs=x)
 
     def distribution(
-        self, context: Any = None, *, observed: Tensor | None = None, order: Sequence[int] | Tensor | None = None
+        self,
+        context: Any = None,
+        *,
+        observed: Tensor | None = None,
+        order: Sequence[int] | Tensor | None = None,
+        dtype: torch.dtype = torch.long,
     ) -> MarginalizationDistribution:
         """The law as a Pyro distribution with event shape ``(D,)``: a likelihood, a prior factor, a guide.
 
@@ -135,6 +140,7 @@ class MarginalizationNetworks(Model):
             context: ``(*batch, C)``, of a model with context.
             observed: ``(*batch, D)``, true where a variable counts; all by default (and -1 is missing in any case).
             order: draw, and evaluate, by the chain rule along this order of the variables: exact, D passes.
+            dtype: of the draws; ``torch.float`` for a guide of Bernoulli sites.
 
         Raises:
             TypeError, ValueError: context or order does not fit.
@@ -150,7 +156,7 @@ class MarginalizationNetworks(Model):
         elif context is not None:
             raise ValueError("context was given and the model has none: set context_features")
         shape = torch.Size() if observed is None else observed.shape[:-1]
-        return MarginalizationDistribution(self, context, observed, self._check_order(order), shape)
+        return MarginalizationDistribution(self, context, observed, self._check_order(order), shape, dtype)
 
     def _log_marginal(self, values: Tensor, context: Tensor | None) -> Tensor:
         """``f(x_S) - f(nothing)`` of rows ``(B, D)``, in one call of the network, with gradients; 0 if all is missing.

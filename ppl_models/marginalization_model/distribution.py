@@ -56,6 +56,7 @@ class MarginalizationDistribution(TorchDistribution):
         observed: ``(*batch, D)``, true where a variable counts; what ``log_prob`` is given elsewhere is ignored.
         order: the variables in the order of drawing ``(D,)``.
         batch_shape: without context.
+        dtype: of the draws; a guide of Bernoulli sites needs ``torch.float``, as Pyro's Bernoulli takes no integers.
     """
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012 - as torch has it
@@ -68,9 +69,10 @@ class MarginalizationDistribution(TorchDistribution):
         observed: Tensor | None = None,
         order: Tensor | None = None,
         batch_shape: torch.Size | tuple[int, ...] = (),
+        dtype: torch.dtype = torch.long,
         validate_args: bool | None = None,
     ) -> None:
-        self.model, self.context, self.observed, self.order = model, context, observed, order
+        self.model, self.context, self.observed, self.order, self.dtype = model, context, observed, order, dtype
         if context is not None:
             batch_shape = torch.broadcast_shapes(batch_shape, context.shape[:-1])
         super().__init__(torch.Size(batch_shape), torch.Size([model.num_variables]), validate_args=validate_args)
@@ -93,7 +95,7 @@ class MarginalizationDistribution(TorchDistribution):
         """
         if not self.has_enumerate_support:
             raise NotImplementedError("there are more than 2^20 complete vectors: they cannot be enumerated")
-        values = all_values(self.model.cardinalities)
+        values = all_values(self.model.cardinalities).to(self.dtype)
         values = values.view(-1, *(1,) * len(self.batch_shape), self.event_shape[0])
         return values.expand(-1, *self.batch_shape, -1) if expand else values
 
@@ -103,7 +105,7 @@ class MarginalizationDistribution(TorchDistribution):
         new = type(self).__new__(type(self)) if _instance is None else _instance
         context = None if self.context is None else self.context.expand(*shape, -1)
         observed = None if self.observed is None else self.observed.expand(*shape, -1)
-        MarginalizationDistribution.__init__(new, self.model, context, observed, self.order, shape, validate_args=False)
+        MarginalizationDistribution.__init__(new, self.model, context, observed, self.order, shape, self.dtype, False)
         new._validate_args = self._validate_args
         return new
 
@@ -131,7 +133,9 @@ class MarginalizationDistribution(TorchDistribution):
         empty = self.model.cardinalities.new_full((shape.numel(), size), -1)
         ranks = random_ranks(empty, missing_first=True) if self.order is None else self._ranks(len(empty))
         propose = as_proposal(self.model.conditionals)
-        return ancestral(propose, empty, ranks, self._context(shape), steps=size).values.view(*shape, size)
+        return (
+            ancestral(propose, empty, ranks, self._context(shape), steps=size).values.view(*shape, size).to(self.dtype)
+        )
 
     def _context(self, shape: torch.Size) -> Tensor | None:
         if self.context is None:

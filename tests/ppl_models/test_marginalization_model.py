@@ -352,10 +352,10 @@ def test_a_guide_along_an_order_gives_the_evidence() -> None:
 
     def model() -> None:
         z = pyro.sample("z", dist.Bernoulli(torch.full((3,), 0.5)).to_event(1))
-        pyro.sample("y", dist.Normal(z.float().sum(-1), 0.5), obs=y)
+        pyro.sample("y", dist.Normal(z.sum(-1), 0.5), obs=y)
 
     def guide() -> None:
-        pyro.sample("z", mam.distribution(order=[2, 0, 1]))
+        pyro.sample("z", mam.distribution(order=[2, 0, 1], dtype=torch.float))
 
     states = all_values(torch.full((3,), 2)).float()
     evidence = (dist.Normal(states.sum(1), 0.5).log_prob(y) - 3 * math.log(2)).logsumexp(0)
