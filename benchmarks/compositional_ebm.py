@@ -438,9 +438,8 @@ def digits(seeds: int) -> None:
     x, y = torch.tensor(raw.data / 16, dtype=torch.float32)[order], torch.tensor(raw.target)[order]
     train, test = slice(0, 1300), slice(1300, None)
     flipped = x[test].reshape(-1, 8, 8).flip(1).reshape(-1, 64)
-    pictures = np.concatenate(
-        [p.mean(2)[: len(p) // 8 * 8, : p.shape[1] // 8 * 8] for p in load_sample_images().images]
-    )
+    grey = [p.mean(2)[: len(p) // 8 * 8, : p.shape[1] // 8 * 8] for p in load_sample_images().images]
+    pictures = np.concatenate(grey)
     patches = pictures.reshape(pictures.shape[0] // 8, 8, -1, 8).transpose(0, 2, 1, 3).reshape(-1, 64)
     patches = torch.tensor(patches[:: len(patches) // 500][:500] / 255, dtype=torch.float32)
     rows = []

@@ -148,7 +148,8 @@ def updates(out: Path) -> list[Row]:
             found = solve(problem, phi, name, tolerance=1e-9, max_iterations=limit, callback=note, **options)
             distance = float((problem.response(found.value) - goal).abs().max())
             values = [max(r, 1e-12) for _, r in trail]
-            axis.plot([p for p, _ in trail], values, label=name, lw=1.6 if name == "newton" else 1.1)
+            dashes = "--" if name == "forward_backward" else "-"  # it lies on top of the parallel update
+            axis.plot([p for p, _ in trail], values, dashes, label=name, lw=1.6 if name == "newton" else 1.1)
             rows.append(
                 {
                     "machine": f"{kind}, eigenvalues {low:.1f} to {high:.2f}",
@@ -244,8 +245,11 @@ def cost(out: Path) -> list[Row]:
     ):
         for name, colour in (("newton", "#0072B2"), ("published", "#D55E00")):
             axis.plot([x(r) for r in chosen], [r[name] for r in chosen], "o-", color=colour, label=name)
-        axis.set(xlabel=label, xscale="log", ylim=(0, None))
+        axis.set(xlabel=label, xscale="log")
+        axis.set_xticks([x(r) for r in chosen], [f"{x(r):.0f}" for r in chosen])
+        axis.minorticks_off()
         axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylim(0, 1.1 * max(max(r["newton"], r["published"]) for r in rows))
     axes[0].set_ylabel("products with Phi to 1e-6")
     axes[0].legend(frameon=False)
     figure.savefig(out / "dbm_cost.png", dpi=150)

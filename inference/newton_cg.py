@@ -91,7 +91,7 @@ def metric_cg(
     pp = pr
     # Compared after division by the right side, so that its scale does not matter.
     start = rho.clamp_min(torch.finfo(rhs.dtype).tiny)
-    goal = torch.as_tensor(tolerance, dtype=rhs.dtype, device=rhs.device) ** 2
+    goal = tolerance**2
     active = rho > torch.finfo(rhs.dtype).tiny
     made = 0
     for iteration in range(max_iterations):

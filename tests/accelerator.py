@@ -97,3 +97,15 @@ def fake_accelerator() -> Iterator[torch.device]:
     device = _device()
     with FakeTensorMode(allow_non_fake_inputs=True), _ConstantsByWayOfTheCPU():
         yield device
+
+
+def place(module: torch.nn.Module, device: torch.device) -> None:
+    """Give a module fake parameters and buffers on ``device``; ``Module.to`` cannot swap fake tensors."""
+    for part in module.modules():
+        for key, value in part._parameters.items():
+            if value is not None:
+                fake = torch.empty(value.shape, dtype=value.dtype, device=device)
+                part._parameters[key] = torch.nn.Parameter(fake, requires_grad=value.requires_grad)
+        for key, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)

@@ -22,7 +22,7 @@ from inference._errors import CaptureWarning
 from inference.potential.graph import CaptureError, trace
 from inference.potential.log_density import LogDensity, Site, _has_density, _log_prob, _Unconstrained, scoped_model
 from inference.potential.potential import Batch, Potential
-from inference.runtime.generators import scoped_seed
+from inference.runtime.generators import generator, scoped_seed
 
 __all__ = ["DiscreteEnergy", "DiscretePotential", "EnergyPotential", "draw_states", "gibbs_sweep"]
 
@@ -97,7 +97,15 @@ class _DiscreteSite(NamedTuple):
     values: Tensor
 
 
-class _DiscreteDensity(LogDensity):
+class _StateDensity(LogDensity):
+    """A density over state numbers: its starting points are states."""
+
+    def initial_positions(self, seeds: Sequence[int], strategy: Any, rows: Any) -> Tensor:
+        """The chains' states ``(chain, dim)`` under their seeds."""
+        return torch.stack([self.initial_position(seed) for seed in seeds])
+
+
+class _DiscreteDensity(_StateDensity):
     """The log-joint of a Pyro model over state numbers."""
 
     def __init__(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -141,7 +149,7 @@ class _DiscreteDensity(LogDensity):
     def values(self, states: Tensor) -> dict[str, Tensor]:
         """Sites' values at state numbers ``(..., dim)``."""
         return {
-            n: self.tables[n].values[states[..., s.start : s.stop].long()].reshape(*states.shape[:-1], *s.shape)
+            n: self.tables[n].values[states[..., s.start : s.stop].long()].reshape((*states.shape[:-1], *s.shape))
             for n, s in self.sites.items()
         }
 
@@ -266,7 +274,7 @@ class EnergyPotential(_States):
         return {"states": z.long()}
 
 
-class _EnergyDensity(LogDensity):
+class _EnergyDensity(_StateDensity):
     def __init__(self, energy: DiscreteEnergy, initial: Tensor | None) -> None:
         dim = len(energy.sizes)
         self.dim, self.dtype, self.device = dim, energy.dtype, energy.device
@@ -278,8 +286,8 @@ class _EnergyDensity(LogDensity):
 
     def initial_position(self, seed: int, strategy: Any = None, row: Any = None) -> Tensor:
         """Uniform states of the variables that move."""
-        with scoped_seed(seed, self.device):
-            uniform = torch.rand(self.dim, device=self.device, dtype=self.dtype)
+        noise = generator(seed, "start", device=self.device)
+        uniform = torch.rand(self.dim, generator=noise, device=self.device, dtype=self.dtype)
         start = torch.zeros_like(uniform) if self._initial is None else self._initial.to(uniform)
         for block in self._blocks:
             start[block] = (uniform[block] * self._sizes[block]).floor()

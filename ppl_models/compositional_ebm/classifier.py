@@ -258,7 +258,8 @@ class EnergyClassifier(Model):
     @torch.no_grad()
     def predict_proba(self, x: Any) -> Tensor:
         """p(y | x), ``(N, num_classes)``."""
-        probabilities: Tensor = self.network(self._components(x)).softmax(1)
+        z = self._components(x)
+        probabilities: Tensor = self.network(z).softmax(1)
         return probabilities
 
     def predict(self, x: Any) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from inference._errors import CheckpointError
 from inference.citation import Paper
 from inference.objectives.unnormalised import CompositionalLikelihood, ConditionalCompositionalLikelihood
 from inference.objectives.unnormalised.mixture import MixtureNoise
@@ -363,7 +364,12 @@ class ConditionalEnergyModel(Model):
     @classmethod
     def load(cls, path: str | Path, **objects: Any) -> Self:
         """The model that ``save`` wrote; ``energy`` is given again where it was yours."""
-        return super().load(path, **objects)
+        try:
+            return super().load(path, **objects)
+        except CheckpointError as error:
+            if "energy" in objects or "state_dict" not in str(error):
+                raise
+            raise CheckpointError(f"{path} holds an energy of yours: give load(path, energy=...)") from error
 
     def _extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         meta: dict[str, Any] = {"flat_y": self.flat_y, "custom": self._custom}

@@ -51,6 +51,7 @@ class ExponentialFamily(EnergyModel):
     """
 
     kind: ClassVar[str] = "ExponentialFamily"
+    energy: LinearEnergy
 
     def __init__(
         self,
@@ -97,7 +98,7 @@ class TruncatedNormal(ExponentialFamily):
         if math.isinf(high):
             support: Any = None if math.isinf(low) else constraints.greater_than_eq(low)
         else:
-            support = constraints.less_than_eq(high) if math.isinf(low) else constraints.interval(low, high)
+            support = constraints.less_than(high) if math.isinf(low) else constraints.interval(low, high)
         super().__init__(lambda x: torch.stack([x, x.square()], -1), [0.0, -0.5], (), support)
         self._cuts = float(low), float(high)
 

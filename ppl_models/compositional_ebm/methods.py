@@ -103,7 +103,7 @@ class EnergyFit:
     def to_arviz(self) -> Any:
         """ArviZ object: the histories as ``sample_stats`` ``(chain, draw)``, a draw a step."""
         stats = {n: v[None] for n, v in self.history.items() if n != "validation_loss"}
-        attrs = {"method": self.method}
+        attrs: dict[str, Any] = {"method": self.method}
         if self.log_partition is not None:
             attrs |= {"log_partition": self.log_partition.value, "log_partition_se": self.log_partition.standard_error}
         return to_arviz(sample_stats=stats, attrs=attrs)

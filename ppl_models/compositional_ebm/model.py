@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from inference._errors import SamplerWarning
+from inference._errors import CheckpointError, SamplerWarning
 from inference.citation import Paper
 from inference.objectives.unnormalised import CompositionalLikelihood
 from inference.objectives.unnormalised.guards import unreliable
@@ -140,7 +140,7 @@ class EnergyModel(Model):
         return law
 
     def _law(self, log_z: float | None) -> EnergyDistribution:
-        base = self._base
+        base: Any = self._base
         if base == "tilt":
             base = None if self.tilt is None else self.tilt.distribution()
         return EnergyDistribution(self.energy, self.event_shape, base, log_z, self._support)
@@ -191,7 +191,7 @@ class EnergyModel(Model):
                 ``langevin_steps`` and ``langevin_step_size``, ``sigma`` of denoising.
 
         Returns:
-            The histories and log Z, also kept as ``result``.
+            The histories and log Z, also kept as ``result``.  A fit that ends in an error leaves the model unfitted.
 
         Raises:
             TypeError, ValueError: bad data or settings, before any work.
@@ -213,27 +213,22 @@ class EnergyModel(Model):
         for name in ("num_steps", "step_size"):
             if f"langevin_{name}" in options:
                 options[name] = options.pop(f"langevin_{name}")
-        before = self.noise, self.tilt, self.log_z, self.result
-        try:
-            self._start(x, found, seed, frozen=options.get("adapt", "none") != "none")
-            objective = build_objective(method, self, found, noise_samples, beta, options)
-            loop, history = optimise(
-                objective,
-                (x,),
-                valid=held_out,
-                num_steps=num_steps,
-                batch_size=size,
-                lr=lr,
-                weight_decay=weight_decay,
-                average_last=average_last,
-                optimizer=optimizer,
-                seed=seed,
-                checkpoint=checkpoint,
-                progress=progress,
-            )
-        except BaseException:
-            self.noise, self.tilt, self.log_z, self.result = before
-            raise
+        objective = build_objective(method, self, found, noise_samples, beta, options)
+        self._start(x, found, seed, frozen=options.get("adapt", "none") != "none")
+        loop, history = optimise(
+            objective,
+            (x,),
+            valid=held_out,
+            num_steps=num_steps,
+            batch_size=size,
+            lr=lr,
+            weight_decay=weight_decay,
+            average_last=average_last,
+            optimizer=optimizer,
+            seed=seed,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
         fresh = self._measure(seed)
         if isinstance(objective, CompositionalLikelihood):
             running = fresh.value if average_last else float(objective.log_u)
@@ -363,7 +358,15 @@ class EnergyModel(Model):
                 ``noise`` of ``fit``.
         """
         noise = objects.pop("noise", None)
-        model = super().load(path, **objects)
+        try:
+            model = super().load(path, **objects)
+        except CheckpointError as error:
+            if "energy" in objects or "state_dict" not in str(error):
+                raise
+            raise CheckpointError(
+                f"{path} holds another energy than the default network; where it was a module of yours, give load(path, "
+                "energy=...)"
+            ) from error
         if noise is not None:
             like = next(iter(model.energy.parameters()))
             model.noise = as_noise(noise, model._anchor.to(like), model._support)

@@ -50,7 +50,7 @@ class CallableNoise(Noise):
 
     def __init__(self, guide: Callable[[], Any]) -> None:
         with scoped_seed(0), torch.no_grad(), poutine.block():
-            site = poutine.trace(guide).get_trace().nodes.get("x")
+            site: Any = poutine.trace(guide).get_trace().nodes.get("x")
         if site is None or site["type"] != "sample":
             raise ValueError('noise must draw the site "x": pyro.sample("x", ...)')
         if site["fn"].batch_shape:
@@ -71,7 +71,8 @@ class CallableNoise(Noise):
         """As in ``Noise``."""
         with torch.no_grad(), poutine.block(), poutine.trace() as recorder, pyro.plate("rows", num):
             self.guide()
-        value: Tensor = recorder.trace.nodes["x"]["value"]
+        node: Any = recorder.trace.nodes["x"]
+        value: Tensor = node["value"]
         return value
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ class CallableNoise(Noise):
         with poutine.block(), poutine.trace() as recorder, pyro.plate("rows", len(x)), poutine.condition(data={"x": x}):
             self.guide()
         total = torch.zeros(len(x), dtype=x.dtype, device=x.device)
-        node = recorder.trace.nodes["x"]
+        node: Any = recorder.trace.nodes["x"]
         return total + node["fn"].log_prob(x)
 
     def config(self) -> dict[str, Any]:

@@ -81,13 +81,13 @@ def check_series(times: Any, observations: Any, mask: Any, shape: tuple[int, ...
 class Scales(NamedTuple):
     """Attributes:
     mean, std: of the observed values of each dimension, ``(D,)``.
-    step: root mean square of neighbouring differences over sqrt(time between them), ``(D,)``.
+    jump: root mean square of neighbouring differences over sqrt(time between them), ``(D,)``.
     slope: mean change per unit of time, ``(D,)``.
     """
 
     mean: Tensor
     std: Tensor
-    step: Tensor
+    jump: Tensor
     slope: Tensor
 
 
@@ -101,8 +101,8 @@ def scales(data: SeriesData, hurst: float = 0.5) -> Scales:
     both = here[:, 1:] * here[:, :-1]
     pairs = both.sum((0, 1)).clamp_min(1)
     move = x.diff(dim=1) * both
-    step = ((move**2 / gap ** (2 * hurst)).sum((0, 1)) / pairs).sqrt()
+    jump = ((move**2 / gap ** (2 * hurst)).sum((0, 1)) / pairs).sqrt()
     slope = move.sum((0, 1)) / (both * gap).sum((0, 1)).clamp_min(1e-12)
     std = torch.where(std > 1e-12, std, 1.0)
-    step = torch.where(step > 1e-12, step, std)
-    return Scales(*(part.to(data.values.dtype) for part in (mean, std, step, slope)))
+    jump = torch.where(jump > 1e-12, jump, std)
+    return Scales(*(part.to(data.values.dtype) for part in (mean, std, jump, slope)))

@@ -166,9 +166,9 @@ class FractionalSDE(PathModel):
                     moving = found.slope if system.drift.theta is None else found.mean * system.drift.theta
                     system.drift.constant.copy_(moving)
             if isinstance(system.diffusion, ConstantDiffusion) and system.diffusion.learned:
-                system.diffusion.log_scale.copy_(found.step.log())
+                system.diffusion.log_scale.copy_(found.jump.log())
             if isinstance(system.diffusion, DiagonalNeuralDiffusion):
-                system.diffusion.unit.copy_(found.step)
+                system.diffusion.unit.copy_(found.jump)
             if system.learns_start:
                 first = data.values[:, 0][data.mask[:, 0].all(-1)]
                 mean = first.mean(0) if len(first) else found.mean
@@ -177,7 +177,7 @@ class FractionalSDE(PathModel):
                 system.log_start_std.copy_(torch.where(std > 0, std, found.std).log())
             self.posterior.centre.copy_(found.mean)
             self.posterior.spread.copy_(found.std)
-            self.posterior.log_scale.copy_(found.step.log())
+            self.posterior.log_scale.copy_(found.jump.log())
         self._linearise(found.mean)
 
     def _linearise(self, point: Tensor) -> None:
@@ -403,7 +403,7 @@ class FractionalSDE(PathModel):
                 "there is no free parameter to sample: let hurst, diffusion, drift or noise_std be learned"
             )
         mcmc = MCMC(
-            NUTS(model, full_mass=True, init_strategy=model.near_the_maximum),
+            NUTS(model, full_mass=True, target_accept_prob=0.9, init_strategy=model.near_the_maximum),
             num_samples, warmup, num_chains=chains, seed=seed, checkpoint=folder, progress=progress, compile=False,
             transforms=model.units(),
         )  # fmt: skip

@@ -107,15 +107,19 @@ class RandomFeatures(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Features that are given instead of images: ``(N, F)`` stay as they are."""
+    """Features that are given instead of images, ``(N, F)``, and beside them a hidden layer of theirs.
 
-    def __init__(self, features: int) -> None:
+    Without it a baseline would be linear, which outcomes at average treatment need not be where those without are.
+    """
+
+    def __init__(self, features: int, width: int = 32) -> None:
         super().__init__()
-        self.out_features = features
+        self.hidden = nn.Linear(features, width)
+        self.out_features = features + width
 
     def forward(self, images: Tensor) -> Tensor:
-        """The features."""
-        return images
+        """The features and the hidden layer ``(N, F + width)``."""
+        return torch.cat([images, nn.functional.silu(self.hidden(images))], -1)
 
 
 class MultiScale(nn.Module):
@@ -217,7 +221,7 @@ def _single(backbone: str | nn.Module, shape: tuple[int, ...], width: int, depth
     if isinstance(backbone, nn.Module):
         return _Own(backbone, shape)
     if len(shape) == 1:
-        return Embedding(shape[0])
+        return Embedding(shape[0], 2 * width)
     if min(shape[1:]) < 2:
         raise ValueError(f"images must have at least 2 pixels a side, got {shape[1]} x {shape[2]}")
     if backbone == "cnn":

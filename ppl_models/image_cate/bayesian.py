@@ -1,6 +1,7 @@
 """Bayesian kernels of the gate, by staged empirical Bayes.
 
-Stage 1 trains the gate without a prior on its kernels.  Stage 2 gives each kernel tensor the prior N(its stage-1 values,
+Stage 1 trains the gate without a prior on its kernels.  Stage 2 gives each kernel tensor the prior N(its stage-1
+values,
 (a tenth of their standard deviation)^2) and learns a mean-field normal posterior beside that of the effects, as the
 reference implementation of Jerzak, Johansson and Daoud (arXiv 2206.06417) does.
 """
@@ -8,7 +9,6 @@ reference implementation of Jerzak, Johansson and Daoud (arXiv 2206.06417) does.
 import torch
 from pyro import sample
 from pyro.distributions import Normal
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -41,7 +41,7 @@ def with_kernels(tower: Tower, flat: Tensor, images: Tensor) -> Tensor:
     return features
 
 
-class _KernelModel(PyroModule):
+class _KernelModel(nn.Module):
     """The model of images and units with kernels as the latent site ``kernels`` ``(P,)``."""
 
     loc: Tensor
@@ -70,7 +70,7 @@ class _KernelModel(PyroModule):
         self.model.mixture(self.logits(kernels, images, units), *found, units)
 
 
-class _KernelGuide(PyroModule):
+class _KernelGuide(nn.Module):
     def __init__(self, model: _KernelModel, types: TypeGuide) -> None:
         super().__init__()
         self._model, self.types = (model,), types

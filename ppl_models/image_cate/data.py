@@ -270,6 +270,8 @@ def _numeric(name: str, value: Any) -> Tensor:
             raise TypeError(
                 f"{name} must be a tensor or a numeric array, got {type(value).__name__} ({error})"
             ) from error
+    if value.is_complex():
+        raise TypeError(f"{name} must hold real numbers, got {value.dtype}")
     if value.numel() == 0 and value.ndim < 2:
         raise ValueError(f"{name} is empty")
     return value.detach() if value.is_floating_point() else value.to(torch.float64)

@@ -94,11 +94,11 @@ def with_baseline(trial: Trial, prepared: Prepared, propensity: Tensor, offset: 
 def doubly_robust(
     trial: Trial, prepared: Prepared, fitted: CrossFit, propensity: Tensor, folds: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """AIPW scores ``(N,)`` from the cross-fitted baseline and its constant effect; and mean outcomes given the
+    """AIPW scores ``(N,)`` from the cross-fitted baseline and its effects; and mean outcomes given the
     image."""
     models = [m for m in fitted.models if isinstance(m, Baseline)]
     fold = folds[trial.image_index]
-    effect = torch.stack([m.effect.detach() for m in models])[fold]
+    effect = _per_unit(fitted.effect, trial)
     noise = torch.stack([m.noise.detach() for m in models])[fold]
     b, e, law = _per_unit(fitted.offset, trial), propensity.unsqueeze(-1), prepared.likelihood
     with torch.no_grad():

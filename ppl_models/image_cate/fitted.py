@@ -137,7 +137,7 @@ class Fitted:
         return AtImages(probs, high - low + self.shift)
 
     def _over_kernels(self, x: Tensor, m: Tensor, draws: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """Draws in another order, and logits ``(D, N, K)`` with as many draws of the gate's kernels as are affordable."""
+        """Draws in another order, and logits ``(D, N, K)``, with as many draws of the kernels as are affordable."""
         gate, scale = self.network.gate, self.network.kernel_scale
         assert gate is not None and scale is not None
         own = dict(gate.backbone.named_parameters())
@@ -157,7 +157,7 @@ class Fitted:
         """Predictors ``b`` of each draw, ``(D, N, L)``."""
         if self.network.baseline is not None:
             return self.network.baseline(x, torch.cat([m, c], -1))[:, 0].unsqueeze(0)
-        found = torch.stack([model.predict(x, m, c)[:, 0] for model in self._models()]).mean(0).to(draws["mu"].dtype)
+        found = torch.stack([model.predict(x, m, c)[0][:, 0] for model in self._models()]).mean(0).to(draws["mu"].dtype)
         return draws["intercept"].unsqueeze(1) + draws["slope"].unsqueeze(1) * found
 
     def _models(self) -> list[Baseline]:

@@ -1,9 +1,9 @@
 """The baseline, cross-fitted: for each image from networks that saw neither it nor others of its site.
 
 A baseline that is trained with the effects memorises the outcomes of its own units, treated ones among them, and draws
-the effects towards each other.  Here ``b(m)`` is the predictor at average treatment, fitted with a constant effect,
+the effects towards each other.  Here ``b(m)`` is the predictor at average treatment, fitted beside a free effect,
 
-    Y_i ~ law(b(m_i) + (T_i - e_i) delta),
+    Y_i ~ law(b(m_i) + (T_i - e_i) tau(m_i)),
 
 on all folds but that of i.  Its error is orthogonal to that of the effects (Nie and Wager, arXiv:1712.04912).
 """
@@ -27,7 +27,8 @@ _PATIENCE = 4
 
 
 class Baseline(nn.Module):
-    """``b(m)`` with a constant effect and noise for each arm; its call is the loss, for ``inference.fit``."""
+    """``b(m)`` and ``tau(m)``, two heads of one network, with noise for each arm; its call is the loss, for
+    ``inference.fit``."""
 
     def __init__(self, prepared: Prepared, settings: Settings, seed: int) -> None:
         super().__init__()
@@ -36,27 +37,27 @@ class Baseline(nn.Module):
         self.likelihood, self.augment = prepared.likelihood, settings.augment
         with scoped_seed(derive_seed(seed, "baseline")):
             backbone = make_backbone(settings, tuple(prepared.images.shape[1:]))
-            self.tower = Tower(backbone, columns, prepared.likelihood.num_predictors).to(prepared.images)
+            self.tower = Tower(backbone, columns, 2 * prepared.likelihood.num_predictors).to(prepared.images)
         share = units.treatment[units.mask].mean()
         with torch.no_grad():
             self.tower.head.weight.mul_(0.1)
-            self.tower.head.bias.copy_(prepared.baseline_start + share * prepared.average_effect)
-        self.effect = nn.Parameter(prepared.average_effect.clone())
+            start = prepared.baseline_start + share * prepared.average_effect
+            self.tower.head.bias.copy_(torch.cat([start, prepared.average_effect]))
         self.noise = nn.Parameter(prepared.noise_start.clone())
         self._data = (prepared.images, units)
 
-    def predict(self, images: Tensor, modifiers: Tensor, controls: Tensor) -> Tensor:
-        """``b`` of the units of ``images``, ``(B, U or 1, L)``."""
-        found: Tensor = self.tower(images, torch.cat([modifiers, controls], -1))
-        return found
+    def predict(self, images: Tensor, modifiers: Tensor, controls: Tensor) -> tuple[Tensor, Tensor]:
+        """``b`` and ``tau`` of the units of ``images``, ``(B, U or 1, L)`` each."""
+        b, tau = self.tower(images, torch.cat([modifiers, controls], -1)).chunk(2, -1)
+        return b, tau
 
     def forward(self, rows: Tensor) -> Tensor:
         """Mean negative log-likelihood of the units of the images ``rows``."""
         images, units = self._data[0][rows], Units(*(x[rows] for x in self._data[1]))
         treated = units.treatment.unsqueeze(-1)
         images = flipped(images) if self.augment and self.training else images
-        b = self.predict(images, units.modifiers, units.controls)
-        eta = b + (treated - units.propensity.unsqueeze(-1)) * self.effect
+        b, tau = self.predict(images, units.modifiers, units.controls)
+        eta = b + (treated - units.propensity.unsqueeze(-1)) * tau
         noise = (1 - treated) * self.noise[0] + treated * self.noise[1]
         each = self.likelihood.law(eta, noise).log_prob(units.outcome)
         weight = units.weight * units.mask
@@ -64,10 +65,13 @@ class Baseline(nn.Module):
 
 
 class CrossFit(NamedTuple):
-    """Baselines of each fold's complement, and ``b`` of each unit from those that did not see it, ``(S, U, L)``."""
+    """Baselines of each fold's complement, and ``b`` and ``tau`` of each unit from those that did not see it, ``(S, U,
+    L)``.
+    """
 
     models: nn.ModuleList
     offset: Tensor
+    effect: Tensor
 
 
 def folds_of_images(image_groups: Tensor, num_folds: int, seed: int) -> Tensor:
@@ -83,6 +87,7 @@ def cross_fit_baseline(prepared: Prepared, settings: Settings, folds: Tensor, se
     models = []
     units = prepared.units
     offset = prepared.images.new_zeros(*units.mask.shape, prepared.likelihood.num_predictors)
+    effect = torch.zeros_like(offset)
     for fold in range(int(folds.max()) + 1):
         own = derive_seed(seed, "baseline fold", fold)
         rows = (folds != fold).nonzero()[:, 0]
@@ -108,7 +113,8 @@ def cross_fit_baseline(prepared: Prepared, settings: Settings, folds: Tensor, se
         rest = folds == fold
         with torch.no_grad():
             found = model.predict(prepared.images[rest], units.modifiers[rest], units.controls[rest])
-            offset[rest] = found.expand(-1, units.mask.shape[1], -1)
+            for table, part in zip((offset, effect), found, strict=True):
+                table[rest] = part.expand(-1, units.mask.shape[1], -1)
         model._data = ()  # type: ignore[assignment]
         models.append(model)
-    return CrossFit(nn.ModuleList(models), offset)
+    return CrossFit(nn.ModuleList(models), offset, effect)

@@ -24,7 +24,7 @@ from ppl_models.image_cate.mixture import EffectMixture
 __all__ = ["POSTERIORS", "HeadDesign", "HeadsModel", "sample_heads"]
 
 POSTERIORS = ("laplace", "svi", "nuts", "sghmc")
-_GATE_SCALE = 1.0  # prior standard deviation of a weight of the gate on standardised features
+_GATE_SCALE = 6.0  # prior standard deviation of the gate's logits, over standardised features
 _BASELINE_SCALE = 1.0  # of all weights of the baseline together, in standard deviations of the outcome
 
 
@@ -62,7 +62,8 @@ class HeadsModel(PyroModule):
         units, k = design.units, self.mixture.num_clusters
         if design.gate is not None:
             shape = (k - 1, design.gate.shape[-1])
-            weight = pyro.sample("gate", Normal(units.outcome.new_zeros(shape), _GATE_SCALE).to_event(2))
+            scale = _GATE_SCALE / math.sqrt(shape[1])
+            weight = pyro.sample("gate", Normal(units.outcome.new_zeros(shape), scale).to_event(2))
             logits = nn.functional.pad(design.gate @ weight.mT, (1, 0))
         else:
             assert design.logits is not None
@@ -138,8 +139,8 @@ def _svi(
 ) -> dict[str, Tensor]:
     with scoped_seed(derive_seed(seed, "guide")):
         guide = AutoMultivariateNormal(model, init_loc_fn=init_to_value(values=start), init_scale=0.05)
-        objective = _OnDesign(ELBO(model, guide, num_particles=8, gradient="path", record=False), design)
-    fit(objective, num_steps=1500, lr=0.01, average_last=0.3, seed=seed, progress=False)
+        objective = _OnDesign(ELBO(model, guide, num_particles=4), design)
+    fit(objective, num_steps=1000, lr=0.01, average_last=0.3, seed=seed, progress=False)
     with torch.no_grad(), scoped_seed(derive_seed(seed, "draws")):
         posterior = guide.get_posterior(design)
         flat = posterior.sample(torch.Size((num_samples,)))

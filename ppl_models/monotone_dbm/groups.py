@@ -64,8 +64,8 @@ class Groups(nn.Module):
             start += k
         counts = torch.tensor(self.sizes)
         self.register_buffer("offset", torch.cumsum(counts, 0) - counts, persistent=False)
-        groups = torch.arange(self.num_groups)
-        self.register_buffer("group_of", torch.repeat_interleave(groups, counts), persistent=False)
+        owner = [g for g, k in enumerate(self.sizes) for _ in range(k)]
+        self.register_buffer("group_of", torch.tensor(owner), persistent=False)
 
     def parts(self, flat: Tensor) -> list[Tensor]:
         """``(..., N)`` as one view ``(..., count, size)`` a block."""

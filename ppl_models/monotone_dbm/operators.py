@@ -128,7 +128,7 @@ class ScaledOperator(PairwiseOperator):
         """s of Gram matrices ``(..., k, k)``: ``(...)``, differentiable."""
         if not self.monotone:
             return gram.new_ones(gram.shape[:-2])
-        bound = torch.as_tensor(self.bound * self.share, dtype=gram.dtype, device=gram.device)
+        bound = gram.new_ones(()) * (self.bound * self.share)
         # A margin of rounding: eigenvalues are found to a few units in the last place of the largest.
         largest = torch.linalg.eigvalsh(gram)[..., -1] * (1 + 8 * torch.finfo(gram.dtype).eps)
         return bound / torch.maximum(largest, bound)

@@ -154,7 +154,7 @@ def test_energies_of_ones_own_without_a_base() -> None:
     assert abs(found.value - 0.68848) < 0.12
 
 
-@pytest.mark.parametrize("method", ["nce", "snl", "mle", "dsm", "ssm", "cd", "pcd", "short_run", "ence"])
+@pytest.mark.parametrize("method", ["nce", "snl", "mle", "ssm", "pcd", "short_run"])
 def test_all_methods_run(method: str) -> None:
     ebm = EnergyModel(event_shape=(2,), hidden=(16,))
     ebm.fit(eight_gaussians(200, 5), method=method, num_steps=3, batch_size=50, progress=False)
@@ -306,10 +306,13 @@ def test_conditional_energies_find_two_branches(normaliser: str) -> None:
     y = sign * x + 0.2 * torch.randn(300, generator=draw)
     model = ConditionalEnergyModel(normaliser=normaliser, hidden=(32,))
     model.fit(x, y, noise_samples=32, batch_size=32, num_steps=200, lr=1e-2, progress=False)
-    scores = model.log_prob(y, x)
+    fresh = torch.rand(300, generator=draw) * 2 - 1  # on data that it has not seen no law beats the truth
+    answer = (torch.randint(0, 2, (300,), generator=draw) * 2 - 1) * fresh + 0.2 * torch.randn(300, generator=draw)
+    scores = model.log_prob(answer, fresh)
     assert scores.shape == (300,)
-    truth = torch.stack([dist.Normal(s * x, 0.2).log_prob(y) for s in (1.0, -1.0)]).logsumexp(0) - math.log(2)
-    assert float(truth.mean()) - 0.35 < float(scores.mean()) < float(truth.mean()) + 0.05
+    branch = torch.stack([dist.Normal(s * fresh, 0.2).log_prob(answer) for s in (1.0, -1.0)])
+    truth = float(branch.logsumexp(0).mean()) - math.log(2)
+    assert truth - 0.5 < float(scores.mean()) < truth + 0.05
     at = torch.tensor([-0.9, 0.9])
     drawn = model.sample(at, 400, seed=1)
     assert drawn.shape == (400, 2)
@@ -395,7 +398,7 @@ def test_an_energy_of_ones_own_is_given_again(tmp_path: Path) -> None:
     ebm = EnergyModel(Well(), (2,), base=None)
     ebm.fit(x, num_steps=3, batch_size=50, progress=False)
     ebm.save(tmp_path / "well")
-    with pytest.raises(CheckpointError, match=r"give load\(path, energy"):
+    with pytest.raises(CheckpointError, match=r"give load\(path,\s+energy"):
         EnergyModel.load(tmp_path / "well")
     again = EnergyModel.load(tmp_path / "well", energy=Well())
     assert torch.equal(again.log_prob(x), ebm.log_prob(x))

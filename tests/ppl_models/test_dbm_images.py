@@ -26,6 +26,7 @@ def half_shown(number: int, size: int = 8, share: float = 0.4, seed: int = 0) ->
     return torch.rand(number, size, size, generator=torch.Generator().manual_seed(seed)) < share
 
 
+@pytest.mark.changes_globals("rng_python")  # the first import of scikit-learn or ArviZ draws from it
 def test_digits_from_first_to_last(tmp_path: Path) -> None:
     """A short fit: better than independent pixels (MSE 0.093) and far better than chance, and the same from a file."""
     images, labels = digits()

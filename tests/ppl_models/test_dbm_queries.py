@@ -210,8 +210,15 @@ def test_on_an_accelerator() -> None:
     """Forward and backward of training's conditionals, nothing left on the CPU."""
     from ppl_models.monotone_dbm.training import mean_field_logits, to_query
 
+    model = MonotoneDBM([3] * 4 + [5], rank=4, curvature=2)
     with fake_accelerator() as device:
-        model = MonotoneDBM([3] * 4 + [5], rank=4, curvature=2).to(device)
+        for module in model.modules():  # `Module.to` cannot swap fake tensors
+            for name, value in module._parameters.items():
+                if value is not None:
+                    module._parameters[name] = torch.nn.Parameter(torch.empty(value.shape, device=device))
+            for name, value in module._buffers.items():
+                if value is not None:
+                    module._buffers[name] = torch.empty(value.shape, dtype=value.dtype, device=device)
         states = torch.zeros(2, 5, dtype=torch.long, device=device)
         shown = torch.zeros(2, 5, dtype=torch.bool, device=device)
         query = to_query(model, torch.arange(5, device=device), states, shown)

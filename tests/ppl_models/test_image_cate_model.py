@@ -226,25 +226,26 @@ def test_effects_follow_the_units_of_the_outcome() -> None:
     double = {n: v.double() for n, v in trial.items()}
     first, second = embedding_model(num_steps=30), embedding_model(num_steps=30)
     fit_tabular(first, double)
-    fit_tabular(second, {**double, "outcome": 100 - 3 * double["outcome"]})
-    assert second.ate() == pytest.approx(-3 * first.ate(), rel=1e-5)
-    third = embedding_model(num_steps=30)
-    fit_tabular(third, {**double, "outcome": 100 + 3 * double["outcome"]})
-    torch.testing.assert_close(third.effect(double["images"]), 3 * first.effect(double["images"]), rtol=1e-4, atol=1e-4)
+    fit_tabular(second, {**double, "outcome": 100 + 3 * double["outcome"]})
+    assert second.ate() == pytest.approx(3 * first.ate(), rel=1e-5)
+    found = second.effect(double["images"])
+    torch.testing.assert_close(found, 3 * first.effect(double["images"]), rtol=1e-4, atol=1e-4)
     flipped = embedding_model(num_steps=30)
     fit_tabular(flipped, {**double, "treatment": 1 - double["treatment"]})
     assert flipped.ate() == pytest.approx(-first.ate(), rel=1e-5)
 
 
-@pytest.mark.parametrize("posterior", ["laplace", "svi", "nuts", "sghmc"])
+@pytest.mark.parametrize(
+    "posterior", ["laplace", "svi", *(pytest.param(p, marks=pytest.mark.slow) for p in ("nuts", "sghmc"))]
+)
 def test_posteriors_agree(posterior: str) -> None:
-    """All engines on the same heads: the sampling error of each type's effect, 0.3 sqrt(4 / 60) = 0.077 (n = 240)."""
-    trial = tabular_trial()
-    model = embedding_model(posterior=posterior, num_samples=300)
+    """All engines on the same heads: effects near the truth, and errors of the size of the sampling error."""
+    trial = tabular_trial(600)
+    model = embedding_model(posterior=posterior, num_samples=300, num_steps=120)
     fit_tabular(model, trial)
     types = model.cluster_effects()
     assert (types.effect - torch.tensor([0.0, 2.0])).abs().max() < 0.35
-    assert bool(((types.sd > 0.03) & (types.sd < 0.16)).all())
+    assert bool(((types.sd > 0.02) & (types.sd < 0.16)).all())
     assert model.result.to_arviz() is not None
 
 

@@ -16,7 +16,7 @@ from ppl_models import LatentFractionalSDE
 from ppl_models.fractional_sde.bound import PathBound
 from ppl_models.fractional_sde.data import check_series
 from ppl_models.fractional_sde.video import interpolate
-from tests.accelerator import fake_accelerator
+from tests.accelerator import fake_accelerator, place
 
 TIMES = torch.tensor([0.1, 0.2, 0.4, 0.7, 1.0])
 SMALL: dict[str, Any] = {"hidden": (8,), "width": 4, "features": 8, "context_size": 4, "num_processes": 3}
@@ -41,7 +41,7 @@ def test_pyros_own_elbo_agrees(settings: dict[str, Any]) -> None:
     y = vectors().clamp(0, 1) if "likelihood" in settings else vectors()
     mask = torch.rand(4, 5, generator=torch.Generator().manual_seed(1)) > 0.2
     model = LatentFractionalSDE((3,), 2, **{"content_size": 2, **SMALL, **settings})
-    model.fit(TIMES, y, mask, noise_std=0.8, num_steps=2, progress=False)
+    model.fit(TIMES, y, mask, noise_std=0.8, num_steps=2, max_step=0.1, progress=False)
     model.eval()
     pyro.clear_param_store()
     with torch.no_grad(), scoped_seed(0):
@@ -53,7 +53,7 @@ def test_pyros_own_elbo_agrees(settings: dict[str, Any]) -> None:
 def test_it_learns_vectors_and_forecasts() -> None:
     y = vectors(16)
     model = LatentFractionalSDE((3,), 2, 2, **{**SMALL, "hidden": (16,)})
-    result = model.fit(TIMES, y, noise_std=0.3, num_steps=30, lr=0.03, progress=False)
+    result = model.fit(TIMES, y, noise_std=0.3, num_steps=60, lr=0.02, max_step=0.1, progress=False)
     assert result.history is not None
     assert float(result.history.losses[-5:].mean()) < 0.6 * float(result.history.losses[0])
     found = model.reconstruct(8)
@@ -85,7 +85,7 @@ def test_files_seeds_and_arviz(tmp_path: Path) -> None:
     runs = []
     for _ in range(2):
         model = LatentFractionalSDE((3,), 2, 2, **SMALL)
-        result = model.fit(TIMES, y, noise_std="learn", num_steps=3, progress=False, validation=y)
+        result = model.fit(TIMES, y, noise_std="learn", num_steps=3, max_step=0.1, progress=False, validation=y)
         assert result.history is not None
         runs.append(result.history.losses)
     assert torch.equal(runs[0], runs[1])
@@ -127,7 +127,7 @@ def test_forward_and_backward_on_an_accelerator() -> None:
     model._data = check_series(TIMES, torch.zeros(4, 5, 3), None, (3,))
     grid = model._grid(TIMES.double())
     with fake_accelerator() as device:
-        model.to(device)
+        place(model, device)
         y, mask = torch.zeros(4, 5, 3, device=device), torch.ones(4, 5, 3, dtype=torch.bool, device=device)
         loss = PathBound(model, grid, 2, "elbo", 0)(y, mask)
         assert loss.device.type == device.type

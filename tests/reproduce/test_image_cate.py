@@ -56,7 +56,8 @@ def test_pehe_at_noise_two_on_average() -> None:
 
 
 def test_type_intervals_cover() -> None:
-    """S4: n = 600, noise 1, 40 trials: at least 31 of 40 intervals of each type cover; widths are the sampling error's."""
+    """S4: n = 600, noise 1, 40 trials: at least 31 of 40 intervals of each type cover; widths are the sampling
+    error's."""
     covered, ratios = torch.zeros(2), []
     for seed in range(40):
         trial = stripes(600, noise=1.0, seed=100 + seed)

@@ -169,8 +169,9 @@ class CompositionalLikelihood(UnnormalisedObjective):
         before = self.log_u
         if self.correction == "ratio" and self.pair.learned:
             current = self.pair.learned
-            kept = {n: self._buffers.get(_key(n)) for n in current}
-            if any(v is None for v in kept.values()):
+            found = {n: self._buffers.get(_key(n)) for n in current}
+            kept = {n: v for n, v in found.items() if v is not None}
+            if len(kept) < len(current):
                 for n, p in current.items():
                     self.register_buffer(_key(n), p.detach().clone())
             else:

@@ -294,7 +294,8 @@ class DistributionNoise(Noise):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """As in ``Noise``; minus infinity outside the support."""
-        inside = self.law.support.check(x)
+        support: Any = self.law.support
+        inside = support.check(x)
         with torch.no_grad():  # a point inside, so that no infinite slope comes from outside
             anchor = self.law.sample().expand_as(x)
         shape = inside.shape + (1,) * (x.dim() - inside.dim())
@@ -355,18 +356,22 @@ class FlowNoise(Noise):
         outer = dist.transforms.AffineTransform(self.shift, self.scale, event_dim=1)
         return dist.TransformedDistribution(base, [*reversed(inverse), outer])
 
+    def _forget(self) -> None:
+        """Pyro's transforms keep the last pair of values that they mapped."""
+        transform: Any
+        for transform in self.parts:
+            transform.clear_cache()
+
     def draw(self, num: int) -> Tensor:
         """As in ``Noise``."""
         with torch.no_grad():
             drawn: Tensor = self._law().sample(torch.Size((num,)))
-        for part in self.parts:
-            part.clear_cache()
+        self._forget()
         return drawn
 
     def log_prob(self, x: Tensor) -> Tensor:
         """As in ``Noise``; differentiable in the parameters."""
-        for part in self.parts:
-            part.clear_cache()
+        self._forget()
         value: Tensor = self._law().log_prob(x)
         return value
 

@@ -82,6 +82,7 @@ class NoisePair(nn.Module):
         self._held: tuple[dict[str, nn.Parameter], list[Tensor]] = ({}, [])
         self._in_python = False
         self._fake = False
+        self._setting: tuple[Any, ...] | None = None
 
     @property
     def model(self) -> Callable[..., Any]:
@@ -115,7 +116,7 @@ class NoisePair(nn.Module):
         self._takes_batch = _accepts(self.guide, len(batch))
         with self._scope(validate=not self._fake), torch.no_grad():
             trace = poutine.trace(self.guide).get_trace(*(batch if self._takes_batch else ()))
-            drawn = {n: s for n, s in trace.nodes.items() if _is_drawn(s)}
+            drawn: dict[str, Any] = {n: s for n, s in trace.nodes.items() if _is_drawn(s)}
             if not drawn:
                 raise ValueError("the noise guide draws no site: it must draw the site that the model observes")
             self.sites = tuple(drawn)
@@ -132,7 +133,7 @@ class NoisePair(nn.Module):
                 )
             elif self._takes_batch and rows > 1:
                 with poutine.block():
-                    again = poutine.trace(self.guide).get_trace(*(t[: rows - 1] for t in batch))
+                    again: Any = poutine.trace(self.guide).get_trace(*(t[: rows - 1] for t in batch))
                 follows = again.nodes[self.sites[0]]["fn"].batch_shape == (rows - 1,)
                 self._mode = "rows" if follows else "own"
             else:
@@ -144,7 +145,7 @@ class NoisePair(nn.Module):
         """Which tensor of the batch each noise site observes."""
         try:
             trace = poutine.trace(self.model).get_trace(*batch)
-            nodes = trace.nodes
+            nodes: Any = trace.nodes
         except (NotImplementedError, TypeError):  # an improper site cannot be drawn, a model may take no data at all
             nodes = {}
         if not self.sites:
@@ -165,15 +166,15 @@ class NoisePair(nn.Module):
                 self.position[name] = place
                 continue
             value = nodes[name]["value"]
-            found = [k for k, t in enumerate(batch) if t is value]
-            if not found:
-                found = [k for k, t in enumerate(batch) if t.shape == value.shape and bool(torch.equal(t, value))]
-            if not found:
+            places = [k for k, t in enumerate(batch) if t is value]
+            if not places:
+                places = [k for k, t in enumerate(batch) if t.shape == value.shape and bool(torch.equal(t, value))]
+            if not places:
                 raise ValueError(
                     f"site {name!r} must be observed with one of the model's arguments as it is (obs=x): the objective "
                     "puts noise in its place"
                 )
-            self.position[name] = found[0]
+            self.position[name] = places[0]
         if max(self.position.values()) >= len(batch):
             raise ValueError(f"the noise sites {self.sites} need as many data tensors, got {len(batch)}")
         return {n: batch[k] for n, k in self.position.items()}
@@ -220,7 +221,7 @@ class NoisePair(nn.Module):
         def run(*tensors: Tensor) -> list[Tensor]:
             with self._scope(), poutine.trace() as recorder:
                 self._run_guide(count, tensors)
-            nodes = recorder.trace.nodes
+            nodes: Any = recorder.trace.nodes
             return [self._sum(nodes, count, None), *(nodes[n]["value"] for n in self.sites)]
 
         with torch.no_grad():
@@ -279,7 +280,7 @@ class NoisePair(nn.Module):
         parameters: Mapping[str, Tensor] | None = None,
     ) -> list[Tensor]:
         """The function itself, or a graph recorded of it, in which there is no Pyro."""
-        graph = self._recorded(tag, function, inputs) if record and not self._in_python else None
+        graph = self._recorded(tag, function, inputs, parameters is None) if record and not self._in_python else None
         if graph is not None:
             held = {**self._held[0], **(parameters or {})}
             return graph(*inputs, *held.values(), *self._held[1])
@@ -289,11 +290,15 @@ class NoisePair(nn.Module):
         return [functional_call(self, dict(parameters), (values, inputs[len(self.sites) :]))]
 
     def _recorded(
-        self, tag: tuple[Any, ...], function: Callable[..., list[Tensor]], inputs: tuple[Tensor, ...]
+        self, tag: tuple[Any, ...], function: Callable[..., list[Tensor]], inputs: tuple[Tensor, ...], anew: bool
     ) -> Callable[..., list[Tensor]] | None:
-        if torch._guards.detect_fake_mode(list(inputs)) is not None:
+        if anew:  # with other parameters the model is the one that ran just before
+            if torch._guards.detect_fake_mode(list(inputs)) is not None:
+                return None
+            self._setting = self._settings()
+        elif self._setting is None:
             return None
-        key = (tag, tuple((t.shape, t.dtype, t.device) for t in inputs), self._settings())
+        key = (tag, tuple((t.shape, t.dtype, t.device) for t in inputs), self._setting)
         if key not in self._graphs:
             if len(self._graphs) >= _MOST_RECORDINGS:
                 return None

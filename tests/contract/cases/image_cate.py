@@ -8,10 +8,10 @@ from tests.contract.case import Bad, Data, ModelCase
 
 def trial(dtype: torch.dtype) -> Data:
     g = torch.Generator().manual_seed(0)
-    bright = torch.rand(80, generator=g, dtype=torch.float64) < 0.5
-    images = 0.3 * torch.randn(80, 1, 8, 8, generator=g, dtype=torch.float64) + bright[:, None, None, None].double()
-    treatment = (torch.rand(80, generator=g) < 0.5).long()
-    outcome = bright * 2.0 * treatment + torch.randn(80, generator=g, dtype=torch.float64)
+    bright = torch.rand(240, generator=g, dtype=torch.float64) < 0.5
+    images = 0.3 * torch.randn(240, 1, 8, 8, generator=g, dtype=torch.float64) + bright[:, None, None, None].double()
+    treatment = (torch.rand(240, generator=g) < 0.5).long()
+    outcome = bright * 2.0 * treatment + torch.randn(240, generator=g, dtype=torch.float64)
     return {"outcome": outcome.to(dtype), "treatment": treatment, "images": images.to(dtype)}
 
 

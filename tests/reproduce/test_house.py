@@ -1,0 +1,101 @@
+"""Long checks of the library as a whole: fifty kills over a long fit and a long run, memory of a streamed run."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+
+_RUN = """
+import sys, torch
+import pyro, pyro.distributions as dist
+from inference import MCMC, HMC, fit
+torch.set_num_threads(1)
+kind, folder = sys.argv[1:]
+quiet = {"checkpoint": folder + "/run", "progress": False}
+g = torch.Generator().manual_seed(0)
+x = torch.randn(200, 4, generator=g)
+y = x.sum(1) + 0.1 * torch.randn(200, generator=g)
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            layers = torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Dropout(0.1), torch.nn.Linear(16, 1)
+            self.net = torch.nn.Sequential(*layers)
+    def forward(self, x, y):
+        return (self.net(x)[:, 0] - y).square().mean()
+def model(x, y):
+    w = pyro.sample("w", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+if kind == "fit":
+    net = Net()
+    result = fit(net, (x, y), num_steps=20000, batch_size=32, checkpoint_every=50, **quiet)
+    torch.save([*net.state_dict().values(), result.losses], folder + "/answer.pt")
+else:
+    mcmc = MCMC(HMC(model, num_steps=3), 12000, 500, num_chains=4, checkpoint_every=0.0, compile=False, **quiet)
+    mcmc.run(x, y)
+    samples = mcmc.get_samples(group_by_chain=True)
+    torch.save([*samples.values(), *mcmc.sample_stats.values()], folder + "/answer.pt")
+"""
+
+
+@pytest.mark.parametrize("kind", ["fit", "mcmc"])
+def test_twenty_five_kills_at_random_times(kind: str, tmp_path: Path) -> None:
+    """SIGKILL after random waits, again and again; the run that ends at last has the bits of an undisturbed one."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir(), cut.mkdir()
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(_RUN), kind]
+    start = time.perf_counter()
+    subprocess.run([*command, str(whole)], env=environment, check=True)
+    length = time.perf_counter() - start
+    dice, kills = random.Random(0), 0
+    while kills < 25 and not (cut / "answer.pt").exists():
+        process = subprocess.Popen([*command, str(cut)], env=environment)
+        try:
+            process.wait(timeout=length * dice.uniform(0.1, 0.6))
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+    if not (cut / "answer.pt").exists():
+        subprocess.run([*command, str(cut)], env=environment, check=True)
+    one, two = torch.load(whole / "answer.pt"), torch.load(cut / "answer.pt")
+    print(f"{kind}: {kills} kills of a run of {length:.0f} s")
+    assert kills >= 5 and len(one) == len(two)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_memory_of_a_streamed_run_is_flat(tmp_path: Path) -> None:
+    """10,000 draws of 64 chains, streamed into statistics: the peak is that of a run of a tenth of the draws.
+
+    The draws are 64 x 10,000 x 8 numbers, 20 MB in single precision; none may be held.
+    """
+    script = """
+import resource, sys, torch
+import pyro, pyro.distributions as dist
+from inference import MCMC, SGLD, StreamingMCMC
+torch.set_num_threads(1)
+def model():
+    pyro.sample("w", dist.Normal(torch.zeros(8), 1.0).to_event(1))
+StreamingMCMC(SGLD(model, step_size=0.1), int(sys.argv[1]), 10, num_chains=64, progress=False, compile=False).run()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+    peaks = []
+    for draws in (1000, 10000):
+        command = [sys.executable, "-W", "ignore", "-c", script, str(draws)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        peaks.append(float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout))
+    print(f"peak memory in MiB: {peaks[0]:.0f} for 1,000 draws, {peaks[1]:.0f} for 10,000")
+    assert peaks[1] < peaks[0] + 15  # ten times the draws; kept in memory they would take 20 MB more
