@@ -179,7 +179,8 @@ print({name: round(score, 3) for name, score in scores.items()})
 # ## Outliers among partial records
 #
 # Records whose answers were shuffled between people have the right share of yes in each question, and nobody's pattern.
-# Can they be told from true ones with half of the answers missing? A score that ignores how answers go together hardly can.
+# Can they be told from true ones with half of the answers missing? A score that ignores how answers go together hardly
+# can.
 
 # %%
 genuine = test[150:1150]
