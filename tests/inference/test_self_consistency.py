@@ -218,6 +218,12 @@ def test_energy_objectives_vanish_at_the_target_and_only_there() -> None:
             float(EnergyConsistency(wrong, g, log_density, sizes, num_chains=64, likelihood=0.0, window=0)())
             for _ in "ab"
         ]
+    level = TableMarginals(MIXED, law + 3.0)  # consistent, and a nat too high
+    objective = EnergyConsistency(level, g, log_density, sizes, num_chains=64, likelihood=0.0, window=0)
+    with torch.no_grad(), scoped_seed(0):
+        # one each from the complete rows, from the last pair, and from the quarter of D = 4 times the pairs that end
+        # at a complete row, where the target stands in for f; without that it is two
+        assert 2.7 < sum(float(objective()) for _ in range(20)) / 20 < 3.3
     # D = 4 times the squared residual of those pairs that start at nothing, a quarter of all
     assert 0.5 < sum(r) / 2 < 1.6
 
