@@ -364,8 +364,8 @@ class EnergyModel(Model):
             if "energy" in objects or "state_dict" not in str(error):
                 raise
             raise CheckpointError(
-                f"{path} holds another energy than the default network; where it was a module of yours, give load(path, "
-                "energy=...)"
+                f"{path} holds another energy than the default network; where it was a module of yours, give "
+                "load(path, energy=...)"
             ) from error
         if noise is not None:
             like = next(iter(model.energy.parameters()))
