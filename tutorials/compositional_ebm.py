@@ -56,7 +56,7 @@ ax.plot(grid, law.log_prob(grid).exp(), color=BLUE, label="cut law, fitted")
 wide = torch.linspace(-1, 4, 300)
 naive = torch.distributions.Normal(x.mean(), x.std()).log_prob(wide).exp()
 ax.plot(wide, naive, color=ORANGE, ls="--", label="normal with the naive moments")
-ax.set(xlabel="x", ylabel="density")
+ax.set(xlabel="x", ylabel="density", ylim=(0, 0.85))
 ax.legend(frameon=False)
 figure.savefig(OUT / "ebm_truncated.png", dpi=150)
 
