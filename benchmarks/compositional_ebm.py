@@ -17,6 +17,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def table(title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> 
 
 
 # ---------------------------------------------------------------- the landscape
-class _Nodes(dist.Normal):  # type: ignore[misc]
+class _Nodes(dist.Normal):
     """A grid as noise, whose weights are those of the rectangle rule."""
 
     has_rsample = False
@@ -179,6 +180,7 @@ def landscape(most: int = 3000) -> None:
             model.zero_grad()
             objective(x).backward()
             with torch.no_grad():
+                assert model.theta.grad is not None
                 model.theta.sub_(0.5 * model.theta.grad)
             steps += 1
         row: list[Any] = [r, steps]
@@ -266,11 +268,11 @@ def speed() -> None:
             noise = GaussianNoise.fit(x)
             ebm._start(x, noise, 0, frozen=False)
             made: dict[str, Callable[[], nn.Module]] = {
-                "NCE": lambda e=ebm, q=noise, m=m: NoiseContrastive(e, q, m),
-                "compositional": lambda e=ebm, q=noise, m=m: CompositionalLikelihood(
-                    e, q, m, correction="none", on_collapse="ignore"
+                "NCE": partial(NoiseContrastive, ebm, noise, m),
+                "compositional": partial(
+                    CompositionalLikelihood, ebm, noise, m, correction="none", on_collapse="ignore"
                 ),
-                "ratio": lambda e=ebm, q=noise, m=m: CompositionalLikelihood(e, q, m, on_collapse="ignore"),
+                "ratio": partial(CompositionalLikelihood, ebm, noise, m, on_collapse="ignore"),
             }
             seconds = {}
             for name, make in made.items():
@@ -427,6 +429,14 @@ def mixtures(dim: int, seeds: int, num_steps: int = 1500) -> None:
 
 
 # ---------------------------------------------------------------- digits, regression, prior
+def _mixture_score(clf: EnergyClassifier, mixture: Any, x: Tensor) -> Any:
+    return -mixture.score_samples(clf._components(x).numpy())
+
+
+def _softmax_score(clf: EnergyClassifier, x: Tensor) -> Tensor:
+    return -clf.predict_proba(x).max(1).values
+
+
 def digits(seeds: int) -> None:
     """scikit-learn's digits: density of 16 components, accuracy, AUROC of flipped digits and image patches."""
     from sklearn.datasets import load_digits, load_sample_images
@@ -440,8 +450,8 @@ def digits(seeds: int) -> None:
     flipped = x[test].reshape(-1, 8, 8).flip(1).reshape(-1, 64)
     grey = [p.mean(2)[: len(p) // 8 * 8, : p.shape[1] // 8 * 8] for p in load_sample_images().images]
     pictures = np.concatenate(grey)
-    patches = pictures.reshape(pictures.shape[0] // 8, 8, -1, 8).transpose(0, 2, 1, 3).reshape(-1, 64)
-    patches = torch.tensor(patches[:: len(patches) // 500][:500] / 255, dtype=torch.float32)
+    tiles = pictures.reshape(pictures.shape[0] // 8, 8, -1, 8).transpose(0, 2, 1, 3).reshape(-1, 64)
+    patches = torch.tensor(tiles[:: len(tiles) // 500][:500] / 255, dtype=torch.float32)
     rows = []
     for seed in range(seeds):
         clf, started = EnergyClassifier(seed=seed), time.process_time()
@@ -455,10 +465,10 @@ def digits(seeds: int) -> None:
             inside, outside = np.asarray(score(x[test])), np.asarray(score(other))
             return float(roc_auc_score(np.r_[np.zeros(len(inside)), np.ones(len(outside))], np.r_[inside, outside]))
 
-        scores = {
-            "energy": lambda v, c=clf: c.ood_score(v),
-            "GMM": lambda v, c=clf, g=gmm: -g.score_samples(c._components(v).numpy()),
-            "softmax": lambda v, c=clf: -c.predict_proba(v).max(1).values,
+        scores: dict[str, Callable[[Tensor], Any]] = {
+            "energy": clf.ood_score,
+            "GMM": partial(_mixture_score, clf, gmm),
+            "softmax": partial(_softmax_score, clf),
         }
         found = {n: (auroc(s, flipped), auroc(s, patches)) for n, s in scores.items()}
         accuracy = float((clf.predict(x[test]) == y[test]).float().mean())

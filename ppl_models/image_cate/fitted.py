@@ -15,9 +15,9 @@ from ppl_models.image_cate.data import Trial, Units
 from ppl_models.image_cate.nuisance import Baseline
 from ppl_models.image_cate.posterior import HeadDesign, HeadsModel
 from ppl_models.image_cate.towers import ImageEffectModel
-from ppl_models.image_cate.training import Columns, Prepared, Settings, Trained, build_networks, point_values, prepare
+from ppl_models.image_cate.training import Columns, Prepared, Settings, Trained, point_values
 
-__all__ = ["AtImages", "Fitted", "design_of", "rebuild"]
+__all__ = ["AtImages", "Fitted", "design_of"]
 
 _KERNEL_DRAWS = 20
 _CHUNK = 2048  # images at once in the networks
@@ -263,13 +263,3 @@ def _on_standardised(head: nn.Linear, scale: Tensor) -> Tensor:
     weight = head.weight[:, :count] * scale[1]
     bias = head.bias + head.weight[:, :count] @ scale[0]
     return torch.cat([weight, head.weight[:, count:], bias.unsqueeze(1)], 1).double()
-
-
-def rebuild(trial: Trial, settings: Settings, weight: Tensor, num_baselines: int) -> tuple[Any, nn.ModuleList, Columns]:
-    """Networks of the shapes of a fit, to load parameters into."""
-    prepared = prepare(trial, settings, weight)
-    network = build_networks(prepared, settings, 0)
-    baselines = nn.ModuleList([Baseline(prepared, settings, 0) for _ in range(num_baselines)])
-    for model in baselines:
-        model._data = ()  # type: ignore[assignment]
-    return network.eval(), baselines.eval(), prepared.columns

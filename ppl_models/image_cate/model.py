@@ -21,7 +21,8 @@ from ppl_models.image_cate.covariates import check_covariates
 from ppl_models.image_cate.data import MISSING, Trial, Units, check_images, make_trial
 from ppl_models.image_cate.estimation import cross_fit_effects, estimate_trial, type_effects
 from ppl_models.image_cate.evaluation import Evaluation, evaluate, gate
-from ppl_models.image_cate.fitted import Fitted, rebuild
+from ppl_models.image_cate.files import pack, unpack
+from ppl_models.image_cate.fitted import Fitted
 from ppl_models.image_cate.likelihoods import OUTCOMES
 from ppl_models.image_cate.mixture import OBJECTIVES
 from ppl_models.image_cate.posterior import POSTERIORS
@@ -44,10 +45,6 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "missing": MISSING,
 }
 _COUNTS = ("num_clusters", "width", "depth", "num_steps", "batch_size", "num_samples")
-_TENSORS = (
-    "images", "outcome", "treatment", "image_index", "groups", "modifiers", "controls", "sample_weight", "rows",
-    "image_rows",
-)  # fmt: skip
 
 
 class ImageCATE(Model):
@@ -561,66 +558,14 @@ class ImageCATE(Model):
         state: Fitted | None = self._state
         if state is None:
             return {}, {}
-        held = {
-            "network": dict(state.network.state_dict()),
-            "baselines": dict(state.baselines.state_dict()),
-            "columns": {f"{i}": dict(m.state_dict()) for i, m in enumerate(state.columns)},
-            "samples": state.samples,
-            "stats": state.sample_stats,
-            "trial": {n: getattr(state.trial, n) for n in _TENSORS},
-            "order": state.order,
-            "propensity": state.propensity,
-            "weight": state.weight,
-            "offset": state.offset,
-            "scores": state.scores,
-            "mean_outcome": state.mean_outcome,
-            "folds": state.folds,
-            "feature_scale": state.feature_scale,
-            "cross_fitted": None if state.cross_fitted is None else list(state.cross_fitted),
-            "places": self._places,
-            "shift": float(state.shift),
-            "seed": int(state.seed),
-            "messages": list(state.messages),
-            "dropped": list(state.trial.dropped),
-        }
-        tensors, packed = flatten_state(held)
+        tensors, packed = flatten_state({**pack(state), "places": self._places})
         return tensors, {"fitted": packed}
 
     def _restore_extra(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         if "fitted" not in meta:
             return
         held = unflatten_state(dict(tensors), meta["fitted"])
-        trial = Trial(**held["trial"], dropped=tuple(held["dropped"]), messages=())
-        settings = self.settings()
-        count = len({name.split(".")[0] for name in held["baselines"]})
-        network, baselines, columns = rebuild(trial, settings, held["weight"], count)
-        network.load_state_dict(held["network"])
-        baselines.load_state_dict(held["baselines"])
-        for i, module in enumerate(columns):
-            module.load_state_dict(held["columns"][f"{i}"])
-        crossed = held["cross_fitted"]
-        state = Fitted(
-            network=network.requires_grad_(False),
-            baselines=baselines.requires_grad_(False),
-            columns=columns,
-            samples=held["samples"],
-            sample_stats=held["stats"],
-            order=held["order"],
-            shift=held["shift"],
-            trial=trial,
-            propensity=held["propensity"],
-            weight=held["weight"],
-            offset=held["offset"],
-            scores=held["scores"],
-            mean_outcome=held["mean_outcome"],
-            folds=held["folds"],
-            feature_scale=held["feature_scale"],
-            settings=settings,
-            seed=held["seed"],
-            messages=tuple(held["messages"]),
-            cross_fitted=None if crossed is None else (crossed[0], crossed[1]),
-        )
-        object.__setattr__(self, "_state", state)
+        object.__setattr__(self, "_state", unpack(held, self.settings()))
         object.__setattr__(self, "_places", held["places"])
 
 

@@ -49,7 +49,7 @@ def test_the_clock() -> None:
 
 
 def test_an_impossible_criterion_runs_to_the_end() -> None:
-    stopped = MCMC(HMC(model, num_steps=4), 150, 20, num_chains=2, progress=False, stop=Stop(ess=1e9)).run()
+    stopped = MCMC(HMC(model, num_steps=4), 150, 100, num_chains=2, progress=False, stop=Stop(ess=1e9)).run()
     assert stopped.stopped is None
     assert stopped.get_samples(group_by_chain=True)["x"].shape == (2, 150)
 
@@ -64,7 +64,7 @@ def test_a_stopped_run_resumes_and_stops_again(tmp_path: Any) -> None:
     "criteria", [{}, {"rhat": 1.0}, {"ess": 0}, {"seconds": -1.0}, {"rhat": 1.01, "least": 2}, {"ess": float("nan")}]
 )
 def test_criteria_without_meaning(criteria: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"Stop needs|must be"):
+    with pytest.raises(ValueError, match=r"Stop needs|must be|must lie in"):
         Stop(**criteria)
 
 

@@ -5,7 +5,7 @@ X1 to X6 are exact: formulas, an exact variance, quadrature, or an iteration mat
 
 import math
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pyro
@@ -13,7 +13,6 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import constraints
-from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.nn import PyroModule
 from torch import Tensor
 
@@ -35,81 +34,13 @@ from inference.objectives.unnormalised.compositional import mix
 from inference.objectives.unnormalised.pair import Draws
 from inference.runtime.generators import generator, scoped_seed
 from tests.accelerator import fake_accelerator
-
-DOUBLE = torch.float64
+from tests.inference.unnormalised_cases import DOUBLE, Quadratic, Tilted, data, grid_noise, normal_noise
 
 
 @pytest.fixture(autouse=True)
 def _own_random_numbers() -> Iterator[None]:
     with scoped_seed(0):
         yield
-
-
-class Tilted(PyroModule):
-    """``l(x) = theta x - x^2 / 2 + gauge``; Z = sqrt(2 pi) exp(theta^2 / 2 + gauge), the mean is theta."""
-
-    def __init__(self, theta: float = 0.0, gauge: float = 0.0, dtype: torch.dtype = DOUBLE) -> None:
-        super().__init__()
-        self.theta, self.gauge = torch.nn.Parameter(torch.tensor(theta, dtype=dtype)), gauge
-
-    def forward(self, x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.ImproperUniform(constraints.real, (), ()), obs=x)
-            pyro.factor("energy", self.theta * x - x**2 / 2 + self.gauge)
-
-    def log_z(self) -> float:
-        return 0.5 * math.log(2 * math.pi) + self.theta.item() ** 2 / 2 + self.gauge
-
-
-class Quadratic(PyroModule):
-    """``l(x) = t1 x + t2 x^2``."""
-
-    def __init__(self, device: torch.device | None = None) -> None:
-        super().__init__()
-        self.t = torch.nn.Parameter(torch.zeros(2, device=device) - torch.arange(2, device=device) / 5)
-
-    def forward(self, x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.ImproperUniform(constraints.real, (), ()), obs=x)
-            pyro.factor("energy", self.t[0] * x + self.t[1] * x**2)
-
-    def moments(self) -> tuple[float, float, float]:
-        """Mean, variance and log Z."""
-        a, b = self.t.double().tolist()
-        return -a / (2 * b), -1 / (2 * b), -(a**2) / (4 * b) + 0.5 * math.log(math.pi / -b)
-
-
-class Nodes(TorchDistribution):  # type: ignore[misc]
-    """A quadrature as noise: its draws are the grid, its density makes the weights those of the rule."""
-
-    arg_constraints: ClassVar[dict[str, Any]] = {}
-    support = constraints.real
-    has_rsample = False
-
-    def __init__(self, low: float, high: float, size: int) -> None:
-        self.grid = torch.linspace(low, high, size, dtype=DOUBLE)
-        self.value = -math.log((high - low) / (size - 1) * size)
-        super().__init__(self.grid.shape, torch.Size(), validate_args=False)
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        return self.grid
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        return torch.full_like(value, self.value)
-
-
-def grid_noise(low: float, high: float, size: int = 2001) -> Any:
-    law = Nodes(low, high, size)
-    return lambda: pyro.sample("x", law)
-
-
-def normal_noise(mean: float, scale: float, dtype: torch.dtype = DOUBLE) -> Any:
-    law = dist.Normal(torch.tensor(mean, dtype=dtype), torch.tensor(scale, dtype=dtype))
-    return lambda: pyro.sample("x", law)
-
-
-def data(n: int, mean: float, scale: float, seed: int, dtype: torch.dtype = DOUBLE) -> Tensor:
-    return mean + scale * torch.randn(n, generator=generator(seed, "data"), dtype=dtype)
 
 
 # ---------------------------------------------------------------- X1: the step
@@ -557,53 +488,3 @@ def test_on_an_accelerator() -> None:
             for _ in range(2):
                 objective(x).backward()
             assert model.t.grad.device.type == device.type
-
-
-# ---------------------------------------------------------------- bad input
-def test_bad_arguments() -> None:
-    q = normal_noise(0.0, 1.0)
-    with pytest.raises(ValueError, match="needs noise"):
-        CompositionalLikelihood(Tilted(), None)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="model must be a Pyro callable"):
-        CompositionalLikelihood(3, q)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="noise_samples=1 with beta=1"):
-        CompositionalLikelihood(Tilted(), q, 1, beta=1.0)
-    with pytest.raises(ValueError, match="beta"):
-        CompositionalLikelihood(Tilted(), q, beta=0.0)
-    with pytest.raises(ValueError, match="correction must be one of"):
-        CompositionalLikelihood(Tilted(), q, correction="storm")
-    with pytest.raises(ValueError, match="adapt must be one of"):
-        CompositionalLikelihood(Tilted(), q, adapt="yes")
-    with pytest.raises(ValueError, match="noise_samples must be at least 1"):
-        CompositionalLikelihood(Tilted(), q, 0)
-
-
-def test_pairs_that_do_not_fit() -> None:
-    x = data(20, 0.0, 1.0, 12)
-
-    def other_site() -> None:
-        pyro.sample("y", dist.Normal(0.0, 1.0))
-
-    with pytest.raises(ValueError, match="no sites of the model"):
-        CompositionalLikelihood(Tilted(), other_site)(x)
-
-    def counts() -> None:
-        pyro.sample("x", dist.Poisson(1.0))
-
-    with pytest.raises(ValueError, match="continuous and the noise is discrete"):
-        CompositionalLikelihood(Tilted(), counts)(x)
-
-    def narrow() -> None:
-        pyro.sample("x", dist.Uniform(-0.1, 0.1))
-
-    with pytest.raises(ValueError, match="rows of data lie outside the noise's support"):
-        CompositionalLikelihood(Tilted(), narrow)(x)
-
-    class Summed(Tilted):
-        def forward(self, x: Tensor) -> None:
-            with pyro.plate("data", len(x)):
-                pyro.sample("x", dist.ImproperUniform(constraints.real, (), ()), obs=x)
-            pyro.factor("energy", (self.theta * x - x**2 / 2).sum())
-
-    with pytest.raises(ValueError, match="must sit inside the data plate"):
-        CompositionalLikelihood(Summed(), normal_noise(0.0, 1.0))(x)
