@@ -134,7 +134,7 @@ def test_bad_images() -> None:
         (lambda: net.fit(good, [0, -1]), "labels must be 0 to 2"),
         (lambda: net.fit(good, [0]), "one an image"),
         (lambda: net.fit(good), "labels are needed"),
-        (lambda: net.fit(good, labels, 1.5), "shown_fraction"),
+        (lambda: net.fit(good, labels, 1.5), "observed_fraction"),
         (lambda: net.fit(good, labels, objective="pseudo_likelihood"), "objective"),
         (lambda: net.fit(good, labels, label_weight=2.0), "label_weight"),
         (lambda: net.classify(good, torch.ones(2, 3, 3, dtype=torch.bool)), "mask must be"),

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
@@ -201,7 +203,7 @@ def spoiled(value: float, row: int = 3, column: int = 2) -> Tensor:
         ({"cardinalities": []}, ValueError, "empty"),
         ({"cardinalities": [2, 0]}, ValueError, r"cardinalities\[1\]"),
         ({"cardinalities": [2, 2.5]}, TypeError, r"cardinalities\[1\]"),
-        ({"cardinalities": 3}, TypeError, "list"),
+        ({"cardinalities": 3}, TypeError, "sequence"),
         ({"network": "cnn"}, ValueError, "network"),
         ({"marginal": "both"}, ValueError, "marginal"),
         ({"dropout": 1.0}, ValueError, "dropout"),
@@ -210,6 +212,9 @@ def spoiled(value: float, row: int = 3, column: int = 2) -> Tensor:
         ({"network": "lattice", "cardinalities": [2] * 10}, ValueError, "shape"),
         ({"network": "unet", "shape": (2, 5)}, ValueError, "shape"),
         ({"shape": (3, 3)}, ValueError, "lattice"),
+        ({"shape": torch.tensor(3.0)}, ValueError, "lattice"),
+        ({"network": "lattice", "shape": torch.tensor(3.0)}, TypeError, "shape"),
+        ({"network": "lattice", "shape": (9,)}, ValueError, r"\(9,\)"),
     ],
 )
 def test_bad_models(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -293,6 +298,10 @@ def test_bad_questions(ask: Callable[[MarginalizationModel], Any], error: type[E
         ask(MarginalizationModel([2] * 9, **SMALL))
 
 
+def coins() -> None:
+    pyro.sample("z", dist.Bernoulli(torch.tensor([0.3, 0.6])).to_event(1))
+
+
 @pytest.mark.parametrize(
     ("density", "options", "error", "message"),
     [
@@ -309,6 +318,10 @@ def test_bad_questions(ask: Callable[[MarginalizationModel], Any], error: type[E
         (LATTICE.log_density, {"uniform": 1.0}, ValueError, "uniform"),
         (LATTICE.log_density, {"args": (1,)}, ValueError, "site"),
         (LatticeIsing(4, 0.1, 0.2).log_density, {}, ValueError, "16"),
+        (3, {"site": "z"}, TypeError, "Pyro model"),
+        (coins, {"site": "q"}, ValueError, r"latent sites are \['z'\]"),
+        (coins, {"site": "z"}, ValueError, r"variables of \[2, 2\] values"),
+        (lambda: (coins(), pyro.sample("w", dist.Bernoulli(0.5))), {"site": "z"}, ValueError, r"\['w'\] beside 'z'"),
     ],
 )
 def test_bad_energies(density: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
