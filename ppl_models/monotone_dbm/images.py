@@ -79,6 +79,9 @@ class ConvMonotoneDBM(BoltzmannModel):
         if check_count("num_classes", num_classes, 0) == 1:
             raise ValueError("num_classes must be 0 (no labels) or at least 2, got 1")
         check_bound(monotonicity, curvature)
+        for name, table in (("hidden", hidden), ("kernels", kernels)):
+            if table is not None and not isinstance(table, list | tuple):
+                raise TypeError(f"{name} must be a list of lists of integers, got {table!r}")
         channels, height, width = shape
         if rank is None and hidden is None and kernels is None and height * width <= _SMALL:
             rank = 96

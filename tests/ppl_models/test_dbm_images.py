@@ -113,6 +113,8 @@ def test_nothing_observed_and_every_pixel_observed() -> None:
         (((1, 8, 8), 4, 10, {"hidden": [(8, 4, 4, 2)], "kernels": [[3, 0, 0], [4, 3, 0], [0, 4, 1]]}), "must be one"),
         (((1, 8, 8), 4, 10, {"hidden": [(8, 4, 4, 2)], "kernels": [[3, 0], [3, 3]]}), "columns"),
         (((1, 8, 8), 4, 10, {"rank": 4, "kernels": [[3]]}), "not both"),
+        (((1, 8, 8), 4, 10, {"hidden": torch.ones(4)}), "hidden"),
+        (((1, 8, 8), 4, 10, {"curvature": torch.ones(2)}), "curvature"),
     ],
 )
 def test_bad_networks(arguments: tuple[Any, ...], words: str) -> None:
