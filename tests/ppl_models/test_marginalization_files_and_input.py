@@ -287,6 +287,11 @@ def coins() -> None:
     pyro.sample("z", dist.Bernoulli(torch.tensor([0.3, 0.6])).to_event(1))
 
 
+def coins_and_one_more() -> None:
+    coins()
+    pyro.sample("w", dist.Bernoulli(0.5))
+
+
 @pytest.mark.parametrize(
     ("density", "options", "error", "message"),
     [
@@ -306,7 +311,7 @@ def coins() -> None:
         (3, {"site": "z"}, TypeError, "Pyro model"),
         (coins, {"site": "q"}, ValueError, r"latent sites are \['z'\]"),
         (coins, {"site": "z"}, ValueError, r"variables of \[2, 2\] values"),
-        (lambda: (coins(), pyro.sample("w", dist.Bernoulli(0.5))), {"site": "z"}, ValueError, r"\['w'\] beside 'z'"),
+        (coins_and_one_more, {"site": "z"}, ValueError, r"\['w'\] beside 'z'"),
     ],
 )
 def test_bad_energies(density: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
