@@ -64,6 +64,8 @@ def test_a_conditional_is_the_joint_in_each_state() -> None:
     potential = DiscretePotential(model, (X,))
     states = torch.tensor([[0, 2, 1, 0, 1], [1, 1, 0, 0, 0]])
     assert potential.sizes == (3, 3, 2, 2, 2)
+    energies = potential.value_and_grad(states.float())[0]  # what a run reports
+    torch.testing.assert_close(energies, -potential.log_density(states))
     for j, size in enumerate(potential.sizes):
         logits = potential.conditional_logits(states, j)
         for k in range(size):
