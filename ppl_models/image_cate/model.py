@@ -22,7 +22,7 @@ from ppl_models.image_cate.data import MISSING, Trial, Units, check_images, make
 from ppl_models.image_cate.estimation import cross_fit_effects, estimate_trial, type_effects
 from ppl_models.image_cate.evaluation import Evaluation, evaluate, gate
 from ppl_models.image_cate.files import pack, unpack
-from ppl_models.image_cate.fitted import Fitted
+from ppl_models.image_cate.fitted import AtImages, Fitted
 from ppl_models.image_cate.likelihoods import OUTCOMES
 from ppl_models.image_cate.mixture import OBJECTIVES
 from ppl_models.image_cate.posterior import POSTERIORS
@@ -336,7 +336,7 @@ class ImageCATE(Model):
         return type_effects(state.on_units(), state.trial.sample_weight)[:, state.order]
 
     # ------------------------------------------------------------------ queries
-    def _at(self, query: str, images: Any, covariates: Any) -> tuple[Fitted, Any]:
+    def _at(self, query: str, images: Any, covariates: Any) -> tuple[Fitted, AtImages]:
         state = self._fitted(query)
         pixels = self._like_training(state, images)
         modifiers, controls = state.average_columns(len(pixels))
@@ -348,7 +348,8 @@ class ImageCATE(Model):
                 raise ValueError(
                     f"covariates must be ({len(pixels)}, {width}) and finite, got shape {tuple(modifiers.shape)}"
                 )
-        return state, state.at(pixels, modifiers, controls)
+        found = state.at(pixels, modifiers, controls)  # draws are in double precision, answers in that of the data
+        return state, AtImages(*(x.to(pixels) for x in found))
 
     def _like_training(self, state: Fitted, images: Any) -> Tensor:
         pixels = check_images(images).to(state.trial.images)
