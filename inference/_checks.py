@@ -1,12 +1,13 @@
 """Checks of numbers that every door shares."""
 
 import math
+from collections.abc import Iterable, Mapping
 from numbers import Integral
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["count", "nonnegative", "positive"]
+__all__ = ["count", "counts", "nonnegative", "positive"]
 
 
 def count(name: str, value: Any, least: int = 1) -> int:
@@ -16,6 +17,13 @@ def count(name: str, value: Any, least: int = 1) -> int:
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     return int(value)
+
+
+def counts(name: str, values: Any, least: int = 1) -> tuple[int, ...]:
+    """``values`` as integers of at least ``least``, there may be none; raises naming the argument."""
+    if isinstance(values, str | bytes | Mapping | Tensor) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a sequence of integers, got {values!r}")
+    return tuple(count(f"{name}[{i}]", value, least) for i, value in enumerate(values))
 
 
 def positive(name: str, value: Any, *, upper: float = math.inf) -> float:
