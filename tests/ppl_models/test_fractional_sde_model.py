@@ -183,6 +183,7 @@ def test_long_solves_can_be_checkpointed() -> None:
 def test_forward_and_backward_on_an_accelerator(settings: dict[str, Any]) -> None:
     model = FractionalSDE(2, hidden=(8,), **settings)
     model.system.noise.set_horizon(2.0)
+    model._max_step = 0.5  # few steps: fake tensors are slow
     grid = model._grid(TIMES.double())
     with fake_accelerator() as device:
         place(model, device)
