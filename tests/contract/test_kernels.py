@@ -132,6 +132,19 @@ class Quadratic:
         return 0.5 * (z * gradient).sum(1), gradient
 
 
+class OneBlock:
+    """Streams that hold one block of one step."""
+
+    def __init__(self, inputs: StepInputs) -> None:
+        self._inputs = inputs
+
+    def block(self, steps: int, controls: Any) -> StepInputs:
+        return self._inputs
+
+    def inputs(self, steps: int, controls: Any) -> list[StepInputs]:
+        return [StepInputs(*({n: v[0] for n, v in group.items()} for group in self._inputs))]
+
+
 @pytest.mark.parametrize(
     "kind", [k for k in KERNELS if k not in (kernels.NUTS, ParallelTempering)], ids=lambda k: k.__name__
 )
@@ -143,17 +156,19 @@ def test_a_step_stays_on_the_accelerator(kind: type[Kernel]) -> None:
     fixed = {"adapt_step_size": False, "adapt_mass_matrix": False, "adapt_damping": False}
     code = kind.__init__.__code__
     accepted = {n: v for n, v in fixed.items() if n in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]}
-    sampler = kind(potential_fn=lambda z: z, **accepted, **NEEDS.get(kind, {}))  # type: ignore[call-arg]
+    sampler: Any = kind(potential_fn=lambda z: z, **accepted, **NEEDS.get(kind, {}))  # type: ignore[call-arg]
+    sampler.plan = lambda state: 2  # read back once a block, which is its purpose
     with fake_accelerator() as device:
         potential: Any = Quadratic(torch.empty(3, device=device))
         state = sampler.init(torch.empty(CHAINS, 3, device=device), potential)
         spec = sampler.noise(potential)
         noise = {
-            n: torch.empty(CHAINS, k, device=device) for n, k in (("normal", spec.normal), ("uniform", spec.uniform))
+            n: torch.empty(1, CHAINS, k, device=device) for n, k in (("normal", spec.normal), ("uniform", spec.uniform))
         }
-        control = {n: torch.empty((), device=device) for n in sampler.controls(0, 1, 10)}
-        move = sampler.build(potential, lambda function, calls: Program(function, record=False))
-        state, info = move(state, StepInputs(noise, control, {}), 2)
+        control = {n: torch.empty(1, device=device) for n in sampler.controls(0, 1, 10)}
+        streams: Any = OneBlock(StepInputs(noise, control, {}))
+        run_block = sampler.runner(potential, lambda function, calls: Program(function, record=False), streams)
+        state, info, _ = next(run_block(state, 0, 1, 10))
         state = sampler.end_window(state, 8, 12, potential)  # no first window: chains far out are looked for there
         leaves = [v for v in state if isinstance(v, Tensor)] + list(info.values())
         assert leaves and all(v.device.type == device.type for v in leaves)
