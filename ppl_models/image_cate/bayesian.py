@@ -1,9 +1,8 @@
 """Bayesian kernels of the gate, by staged empirical Bayes.
 
 Stage 1 trains the gate without a prior on its kernels.  Stage 2 gives each kernel tensor the prior N(its stage-1
-values,
-(a tenth of their standard deviation)^2) and learns a mean-field normal posterior beside that of the effects, as the
-reference implementation of Jerzak, Johansson and Daoud (arXiv 2206.06417) does.
+values, (a tenth of their standard deviation)^2) and learns a mean-field normal posterior beside that of the effects, as
+the reference implementation of Jerzak, Johansson and Daoud (arXiv 2206.06417) does.
 """
 
 import torch

@@ -20,6 +20,7 @@ from ppl_models.image_cate.training import Prepared, Settings, Trained, point_va
 __all__ = ["cross_fit_effects", "estimate_trial", "find_propensity"]
 
 _PROPENSITY_FLOOR = 1e-3
+_COLLAPSED = 0.02  # share of the units, below which a type is said to be lost
 _FEW = 20  # units of an arm in a type, below which a warning is given
 Progress = bool | Callable[[dict[str, Any]], None]
 
@@ -171,7 +172,7 @@ def estimate_trial(
         feature_scale=scale,
         settings=settings,
         seed=seed,
-        messages=(*trial.messages, *trained.messages),
+        messages=trial.messages,
         history=trained.history,
     )
     use_posterior_mean(fitted)
@@ -181,7 +182,7 @@ def estimate_trial(
         average = clustered_mean(scores, trial.groups, trial.sample_weight).estimate
         mean = found.effect.mean(0)
         fitted.shift = average - float((trial.sample_weight * mean).sum() / trial.sample_weight.sum())
-    fitted.messages = (*fitted.messages, *_few(found, trial, fitted.order))
+    fitted.messages = (*fitted.messages, *warnings_of_types(found.probs.mean(0)[:, fitted.order], trial))
     return fitted
 
 
@@ -207,11 +208,16 @@ def type_effects(found: Any, weight: Tensor) -> Tensor:
     return (w * found.effects).sum(1) / w.sum(1).clamp(min=1e-12)
 
 
-def _few(found: Any, trial: Trial, order: Tensor) -> tuple[str, ...]:
-    """Warnings of types with few units in an arm."""
-    probs = found.probs.mean(0)[:, order]
+def warnings_of_types(probs: Tensor, trial: Trial) -> tuple[str, ...]:
+    """What to say of types that were lost, or have few units in an arm, by the units' probabilities ``(N, K)``.
+
+    By the posterior: where training had given up a type, the mode of the last layer may have found it again.
+    """
     messages = []
-    for k in range(probs.shape[1]):
+    for k, share in enumerate(probs.mean(0).tolist()):
+        if share < _COLLAPSED:
+            messages.append(f"type {k} has collapsed: its share of the units is {share:.3f}")
+            continue
         for arm, name in ((1, "treated"), (0, "control")):
             count = float(probs[trial.treatment == arm, k].sum())
             if count < _FEW and probs.shape[1] > 1:

@@ -7,9 +7,8 @@ Heterogeneity, CLeaR 2023, arXiv 2206.06417, Schema 1),
     f0_i = b_i - e_i sum_k pi_ik mu_k;
 
 the baseline ``b`` is the outcome without treatment where e is 0 (the paper's form), and the outcome at average
-treatment
-where e is the propensity: then errors of b are orthogonal to those of mu (Nie and Wager, arXiv:1712.04912).  The
-spread of effects inside a type is part of the treated arm's noise, from which data cannot tell it apart.  The model
+treatment where e is the propensity: then errors of b are orthogonal to those of mu (Nie and Wager, arXiv:1712.04912).
+The spread of effects inside a type is part of the treated arm's noise, from which data cannot tell it apart.  The model
 is one; the guide of Z decides on the objective, and Z is summed out exactly under each:
 
     guide Z ~ pi_i                      E_pi[log p(y | Z)]       image types ("gated", the paper's)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from inference.citation import Paper
 from inference.runtime.checkpoint import flatten_state, unflatten_state
-from ppl_models.base import Model, check_count
+from ppl_models.base import Model, check_count, to_tensor
 from ppl_models.image_cate import salience as saliences
 from ppl_models.image_cate.backbones import AGGREGATIONS
 from ppl_models.image_cate.covariates import check_covariates
@@ -22,7 +22,7 @@ from ppl_models.image_cate.data import MISSING, Trial, Units, check_images, make
 from ppl_models.image_cate.estimation import cross_fit_effects, estimate_trial, type_effects
 from ppl_models.image_cate.evaluation import Evaluation, evaluate, gate
 from ppl_models.image_cate.files import pack, unpack
-from ppl_models.image_cate.fitted import Fitted
+from ppl_models.image_cate.fitted import AtImages, Fitted
 from ppl_models.image_cate.likelihoods import OUTCOMES
 from ppl_models.image_cate.mixture import OBJECTIVES
 from ppl_models.image_cate.posterior import POSTERIORS
@@ -51,16 +51,14 @@ class ImageCATE(Model):
     """Treatment effects by image: K image types, their effects, and every image's membership.
 
     A gate network gives each image its probabilities of the types, each type has an effect, and a baseline network
-    takes
-    up what images say about the outcome itself:
+    takes up what images say about the outcome itself:
 
         Y = f0(M) + T mu_Z + noise,   Z | M ~ Categorical(pi(M)),   effect at an image tau(M) = sum_k pi_k(M) mu_k.
 
     After ``fit``, calling the object with standardised images and ``Units`` runs its Pyro model.  ``fit`` trains the
     networks by the exact ELBO (types summed out), then takes the joint posterior of effects, noise scales and the
-    gate's
-    last layer with the features held.  Estimates follow scikit-learn's conventions (``get_params``, ``set_params``,
-    ``sklearn.base.clone``).
+    gate's last layer with the features held.  Estimates follow scikit-learn's conventions (``get_params``,
+    ``set_params``, ``sklearn.base.clone``).
 
     What data cannot tell: the spread of effects inside a type from noise of the treated arm; and, where memberships are
     neither 0 nor 1, more extreme effects with softer memberships from milder ones with harder, beyond what the shape of
@@ -69,12 +67,11 @@ class ImageCATE(Model):
     Args:
         num_clusters: types K; 1 is a constant effect. ``choose_num_clusters`` compares several.
         objective: ``"gated"``, image types (the paper's: a hard partition of images where it can); ``"marginal"``,
-            types
-            of units whose shares depend on the image; ``"relaxed"``, the paper's sampled relaxation, to reproduce it.
+            types of units whose shares depend on the image; ``"relaxed"``, the paper's sampled relaxation, to
+            reproduce it.
         outcome: law of the outcome: normal, student_t, lognormal, bernoulli, hurdle, poisson or negative_binomial.
         backbone: ``"cnn"``, ``"vit"``, ``"random"`` (frozen convolutions), ``"embedding"`` (images are given as
-            features
-            ``(N, F)``), or a ``torch.nn.Module`` from ``(N, C, H, W)`` to ``(N, F)``, which is copied.
+            features ``(N, F)``), or a ``torch.nn.Module`` from ``(N, C, H, W)`` to ``(N, F)``, which is copied.
         effects: ``"cluster"``, one effect a type; ``"network"``, each type's effect is a network of the image.
         baseline: ``"crossfit"``: fitted on other folds beforehand, with a centred treatment, so that its mistakes do
             not move effects; ``"joint"``: trained with the rest, as in the paper.
@@ -246,8 +243,7 @@ class ImageCATE(Model):
         """Fit a trial, or an observational study with a propensity.
 
         Images must be from before the treatment.  Equal images are one image; each is looked at once, however many
-        units
-        share it.  Folds and standard errors go by ``groups``, and by image without them.
+        units share it.  Folds and standard errors go by ``groups``, and by image without them.
 
         Args:
             outcome: ``(N,)``.
@@ -290,6 +286,7 @@ class ImageCATE(Model):
                 keep, messages = check_covariates(columns, trial.treatment)
                 if not bool(torch.as_tensor(keep).all()):
                     raise ValueError(f"{name} cannot be used as they are: " + " ".join(messages))
+        places = None if lon_lat is None else _places_of(lon_lat, trial)
         state = estimate_trial(
             trial,
             settings,
@@ -305,16 +302,8 @@ class ImageCATE(Model):
         for message in state.messages[len(trial.messages) :]:
             warnings.warn(message, UserWarning, stacklevel=2)
         object.__setattr__(self, "_state", state)
-        object.__setattr__(self, "_places", self._check_places(lon_lat, trial))
+        object.__setattr__(self, "_places", places)
         return self.result
-
-    def _check_places(self, lon_lat: Any, trial: Trial) -> Tensor | None:
-        if lon_lat is None:
-            return None
-        places = torch.as_tensor(lon_lat).to(trial.outcome)
-        if places.ndim != 2 or places.shape[1] != 2 or len(places) <= int(trial.image_rows.max()):
-            raise ValueError(f"lon_lat must be (S, 2), a place for each row of images, got {tuple(places.shape)}")
-        return places[trial.image_rows]
 
     @property
     def result(self) -> ImageCATEResult:
@@ -336,19 +325,18 @@ class ImageCATE(Model):
         return type_effects(state.on_units(), state.trial.sample_weight)[:, state.order]
 
     # ------------------------------------------------------------------ queries
-    def _at(self, query: str, images: Any, covariates: Any) -> tuple[Fitted, Any]:
+    def _at(self, query: str, images: Any, covariates: Any) -> tuple[Fitted, AtImages]:
         state = self._fitted(query)
         pixels = self._like_training(state, images)
         modifiers, controls = state.average_columns(len(pixels))
         if covariates is not None:
-            modifiers = torch.as_tensor(covariates).to(pixels)
+            modifiers = to_tensor("covariates", covariates).to(pixels)
             modifiers = modifiers.unsqueeze(1) if modifiers.ndim == 1 else modifiers
             width = state.trial.modifiers.shape[1]
-            if modifiers.shape != (len(pixels), width) or not bool(torch.isfinite(modifiers).all()):
-                raise ValueError(
-                    f"covariates must be ({len(pixels)}, {width}) and finite, got shape {tuple(modifiers.shape)}"
-                )
-        return state, state.at(pixels, modifiers, controls)
+            if modifiers.shape != (len(pixels), width):
+                raise ValueError(f"covariates must be ({len(pixels)}, {width}), got shape {tuple(modifiers.shape)}")
+        found = state.at(pixels, modifiers, controls)  # draws are in double precision, answers in that of the data
+        return state, AtImages(*(x.to(pixels) for x in found))
 
     def _like_training(self, state: Fitted, images: Any) -> Tensor:
         pixels = check_images(images).to(state.trial.images)
@@ -410,8 +398,7 @@ class ImageCATE(Model):
         Args:
             alpha: one minus the coverage.
             population: ``"sample"``, the units of the study; ``"super"``, the population that its sites were drawn
-                from;
-                ``"target"``, the places of ``images``, by transport.
+                from; ``"target"``, the places of ``images``, by transport.
             images: of the target.
 
         Raises:
@@ -453,7 +440,7 @@ class ImageCATE(Model):
         state = self._fitted("transport")
         _check_alpha(alpha)
         pixels = self._like_training(state, images)
-        places = None if lon_lat is None else torch.as_tensor(lon_lat)
+        places = None if lon_lat is None else to_tensor("lon_lat", lon_lat)
         if places is not None and places.shape != (len(pixels), 2):
             raise ValueError(f"lon_lat must be ({len(pixels)}, 2), got {tuple(places.shape)}")
         return transport(state, pixels, places, alpha)
@@ -571,6 +558,14 @@ class ImageCATE(Model):
 
 def _parameter_names() -> list[str]:
     return [name for name in inspect.signature(ImageCATE.__init__).parameters if name != "self"]
+
+
+def _places_of(lon_lat: Any, trial: Trial) -> Tensor:
+    """Places of the distinct images, ``(S, 2)``."""
+    places = to_tensor("lon_lat", lon_lat).to(trial.outcome)
+    if places.ndim != 2 or places.shape[1] != 2 or len(places) <= int(trial.image_rows.max()):
+        raise ValueError(f"lon_lat must be (S, 2), a place for each row of images, got {tuple(places.shape)}")
+    return places[trial.image_rows]
 
 
 def _ends(draws: Tensor, alpha: float) -> Tensor:

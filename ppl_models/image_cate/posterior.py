@@ -1,6 +1,5 @@
 """The posterior of effects, scales and last layers, with the networks' features held: by Laplace's method, a
-variational
-fit, NUTS or stochastic-gradient HMC of the shared engines.
+variational fit, NUTS or stochastic-gradient HMC of the shared engines.
 
 Features cost nothing then, so that the joint law, which mean-field guides understate, takes seconds.
 """

@@ -52,6 +52,8 @@ class ImageCATEResult:
         seconds: wall time of the networks' training.
         messages: warnings of the data and the fit.
         dropped: rows that were left out.
+        type_effects: of the types in outcome units, ``(chain, draw, K)``.
+        outcome, treatment: the data, ``(N,)``.
     """
 
     samples: dict[str, Tensor]

@@ -104,12 +104,11 @@ class Prepared:
 
 
 class Trained(NamedTuple):
-    """Trained networks in eval mode, the fitted guide, and the histories of the optimisation."""
+    """Trained networks in eval mode, the fitted guide, and the history of the optimisation."""
 
     model: ImageEffectModel
     guide: TypeGuide
     history: FitResult
-    messages: tuple[str, ...]
 
 
 def prepare(trial: Trial, settings: Settings, weight: Tensor) -> Prepared:
@@ -370,7 +369,7 @@ def _once(
         _fit(second, prepared, settings, settings.num_steps, derive_seed(seed, "kernels"), False, None)
         second.settle()
     model.eval()
-    return Trained(model, guide, history, _collapse(model, guide, prepared, centres))
+    return Trained(model, guide, history)
 
 
 def _warm(model: ImageEffectModel, prepared: Prepared, settings: Settings, seed: int, centres: Tensor) -> Tensor:
@@ -462,21 +461,3 @@ def _fit(
         checkpoint=checkpoint,
         progress=progress,
     )
-
-
-@torch.no_grad()
-def _collapse(model: ImageEffectModel, guide: TypeGuide, prepared: Prepared, start: Tensor) -> tuple[str, ...]:
-    """What tells that types were lost."""
-    if model.gate is None:
-        return ()
-    units = prepared.units
-    found = model.predictions(prepared.images, units)
-    mu = point_values(guide, found, units)["mu"]
-    share = (found.logits.softmax(-1) * units.mask.unsqueeze(-1)).sum((0, 1)) / units.mask.sum()
-    messages = []
-    for k in range(len(mu)):
-        if share[k] < 0.02:
-            messages.append(f"a type has collapsed: its share of the units is {share[k]:.3f}")
-        elif (mu[k] - start[k]).abs().max() < 0.01 and model.mixture.num_clusters > 2:
-            messages.append("the effect of a type has not moved from its start")
-    return tuple(messages)

@@ -80,8 +80,7 @@ class Transported:
 
 def support_scores(features: Tensor, training: Tensor, sites: Tensor) -> Tensor:
     """Support of rows of ``features`` by ``training`` rows ``(S, F)`` whose ``sites`` are ``(S,)``: the share of
-    training
-    rows whose distance to other sites' rows (mean of the nearest five) is as large or larger.
+    training rows whose distance to other sites' rows (mean of the nearest five) is as large or larger.
     """
     count = min(_NEIGHBOURS, len(training) - 1)
     if count < 1:

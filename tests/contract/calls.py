@@ -14,6 +14,7 @@ import inference
 import sde
 from inference import kernels
 from inference.kernels import Kernel
+from ppl_models.image_cate.rate import rate
 from tests.contract.case import model_cases
 from tests.contract.test_kernels import KERNELS, NEEDS
 from tests.inference import zoo
@@ -170,7 +171,9 @@ def _engines() -> list[Call]:
 
 
 def _models() -> list[Call]:
-    found = []
+    scores = torch.randn(20, generator=torch.Generator().manual_seed(0), dtype=F64)
+    ranking = {"scores": scores, "priority": -scores, "groups": torch.arange(20) // 2, "weights": torch.ones(20)}
+    found = [Call("rate", rate, {**ranking, "kind": "qini", "num_bootstrap": 4, "seed": 0})]
     for case in model_cases():
         model = case.build()
         found.append(Call(type(model).__name__, type(model), dict(model.config())))

@@ -1,6 +1,7 @@
 """The mixture against sums written by hand, conjugate formulas and expectation maximisation."""
 
 import math
+from typing import Any
 
 import pyro
 import pytest
@@ -9,9 +10,13 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from inference import ELBO, Laplace, fit
-from ppl_models.image_cate.data import Units
+from ppl_models.image_cate.data import Units, make_trial
 from ppl_models.image_cate.likelihoods import make_likelihood
-from ppl_models.image_cate.mixture import EffectMixture, TypeGuide, type_log_likelihood
+from ppl_models.image_cate.mixture import OBJECTIVES, EffectMixture, TypeGuide, type_log_likelihood
+from ppl_models.image_cate.nuisance import Baseline
+from ppl_models.image_cate.simulation import stripes
+from ppl_models.image_cate.training import Settings, build_networks, flipped, prepare
+from tests.accelerator import fake_accelerator, place
 
 K = 3
 
@@ -225,3 +230,53 @@ def test_means_are_those_of_the_laws(name: str) -> None:
     assert abs(draws.mean() - law.mean(eta, noise)) < 4 * error
     restored = law.standardise(y)
     assert torch.isfinite(law.law(eta.expand(len(y), -1), noise.expand(len(y), -1)).log_prob(restored)).all()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    "options",
+    [{"effects": "network", "baseline": "joint"}, {"site_effect": True, "outcome": "hurdle", "scales": (8, 16)}],
+    ids=["networks", "hurdle"],
+)
+def test_on_an_accelerator(objective: str, options: dict[str, Any]) -> None:
+    """Forward and backward of the networks, the Pyro model in both forms and its guide: nothing is left on the CPU.
+
+    Traces by hand, as Pyro's sum over enumerated sites reads a mask back, which fake tensors have not.
+    """
+    with pyro.settings.context(module_local_params=True), pyro.get_param_store().scope():
+        run_on_an_accelerator(Settings(objective=objective, width=4, **options))
+
+
+def run_on_an_accelerator(settings: Settings) -> None:
+    trial = stripes(12, noise=0.5, seed=0, size=16)
+    held = make_trial(trial.outcome.clamp(min=0), trial.treatment, trial.images, groups=torch.arange(12) // 3)
+    prepared = prepare(held, settings, held.sample_weight)
+    model, baseline = build_networks(prepared, settings, 0), Baseline(prepared, settings, 0)
+    values = {"mu": prepared.average_effect.expand(2, -1), "rho": prepared.noise_start.unsqueeze(-1).expand(-1, -1, 2)}
+    if model.mixture.calibrated:
+        zero = torch.zeros_like(prepared.baseline_start)
+        values |= {"intercept": zero, "slope": zero + 1}
+    if settings.site_effect:
+        values |= {"site_scale": torch.tensor(0.2), "site": torch.zeros(prepared.num_sites)}
+    guide = TypeGuide(model.mixture, values)
+    with torch.random.fork_rng():  # a guide lays itself out at its first call
+        guide(*model.predictions(prepared.images, prepared.units), prepared.units)
+    with fake_accelerator() as device, pyro.validation_enabled(False):
+        parts = nn.ModuleList([model, guide, baseline])
+        place(parts, device)
+        images, *columns = (
+            torch.empty(x.shape, dtype=x.dtype, device=device) for x in (prepared.images, *prepared.units)
+        )
+        units = Units(*columns)
+        found = model.predictions(flipped(images), units)
+        drawn = poutine.trace(guide).get_trace(*found, units)
+        loss = drawn.log_prob_sum()
+        for summed in (False, True):
+            replayed = poutine.replay(model.mixture, trace=drawn)
+            loss = loss - poutine.trace(replayed).get_trace(*found, units, summed).log_prob_sum()
+        baseline._data = (images, units)
+        loss = loss + baseline(torch.arange(6, device=device))
+        loss.backward()
+        assert loss.device.type == device.type
+        for name, parameter in parts.named_parameters():
+            assert parameter.grad is not None and parameter.grad.device.type == device.type, name

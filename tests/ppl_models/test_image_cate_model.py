@@ -1,7 +1,5 @@
-"""ImageCATE from data to files: truth of simulations, invariances, bad input, and one fit that many tests look at."""
+"""ImageCATE on data: truth of simulations, invariances, bad input, and one fit that many tests look at."""
 
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from inference._errors import CheckpointError
 from ppl_models import ImageCATE
+from ppl_models.image_cate.data import make_trial
+from ppl_models.image_cate.estimation import warnings_of_types
 from ppl_models.image_cate.simulation import stripes
 
 SMALL: dict[str, Any] = {"num_steps": 40, "num_folds": 2, "num_samples": 100, "width": 8}
@@ -150,22 +149,6 @@ def test_transport(fitted: ImageCATE) -> None:
     assert wide["upper"] - wide["lower"] > area["share_outside"]
 
 
-def test_files_in_a_new_process(fitted: ImageCATE, tmp_path: Path) -> None:
-    path = tmp_path / "cate"
-    fitted.save(path)
-    images = stripes(5, noise=1.0, seed=6).images
-    code = (
-        "import torch; from ppl_models import ImageCATE; from ppl_models.image_cate.simulation import stripes;"
-        f"m = ImageCATE.load({str(path)!r}); x = stripes(5, noise=1.0, seed=6).images;"
-        "print([v.hex() for v in m.effect(x).tolist()], m.ate().hex())"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    assert out == f"{[v.hex() for v in fitted.effect(images).tolist()]} {fitted.ate().hex()}"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointError):
-        ImageCATE.load(path)
-
-
 def test_hand_over(fitted: ImageCATE) -> None:
     frame = fitted.to_dataframe()
     assert len(frame) == 500 and frame.effect.mean() == pytest.approx(fitted.ate(), abs=1e-5)
@@ -206,20 +189,6 @@ def test_scikit_learn_conventions() -> None:
         model.effect(torch.zeros(2, 1, 8, 8))
 
 
-def test_same_seed_same_bits_and_resume(tmp_path: Path) -> None:
-    trial = stripes(60, noise=0.5, seed=0)
-
-    def run(**options: Any) -> Tensor:
-        model = ImageCATE(**{**SMALL, "num_steps": 12})
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            model.fit(trial.outcome, trial.treatment, trial.images, seed=3, progress=False, **options)
-        return model.effect(trial.images)
-
-    first = run(checkpoint=tmp_path / "run")
-    assert torch.equal(first, run()) and torch.equal(first, run(checkpoint=tmp_path / "run"))
-
-
 def test_effects_follow_the_units_of_the_outcome() -> None:
     """E6: Y -> a Y + b multiplies effects by a; the doubly robust average takes no notice of b."""
     trial = tabular_trial(120)
@@ -230,13 +199,10 @@ def test_effects_follow_the_units_of_the_outcome() -> None:
     assert second.ate() == pytest.approx(3 * first.ate(), rel=1e-5)
     found = second.effect(double["images"])
     torch.testing.assert_close(found, 3 * first.effect(double["images"]), rtol=1e-4, atol=1e-4)
-    flipped = embedding_model(num_steps=30)
-    fit_tabular(flipped, {**double, "treatment": 1 - double["treatment"]})
-    assert flipped.ate() == pytest.approx(-first.ate(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
-    "posterior", ["laplace", "svi", *(pytest.param(p, marks=pytest.mark.slow) for p in ("nuts", "sghmc"))]
+    "posterior", ["svi", *(pytest.param(p, marks=pytest.mark.slow) for p in ("laplace", "nuts", "sghmc"))]
 )
 def test_posteriors_agree(posterior: str) -> None:
     """All engines on the same heads: effects near the truth, and errors of the size of the sampling error."""
@@ -252,25 +218,30 @@ def test_posteriors_agree(posterior: str) -> None:
 @pytest.mark.parametrize(
     ("outcome", "truth"),
     [
-        ("student_t", 1.0), ("bernoulli", 0.25), ("poisson", 1.5), ("negative_binomial", 1.5), ("hurdle", 1.0),
-        ("lognormal", 1.0),
+        ("student_t", 1.0), ("bernoulli", 0.25), ("poisson", 1.5), ("hurdle", 1.0),
+        pytest.param("negative_binomial", 1.5, marks=pytest.mark.slow),
+        pytest.param("lognormal", 1.0, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_laws_of_the_outcome(outcome: str, truth: float) -> None:
-    """Effects come out in outcome units, whatever the predictor's scale."""
+    """Effects come out in outcome units, whatever the predictor's scale: the types differ by half of the truth.
+
+    Shares tell less, with a standard error of 0.09 of the difference between types at 400 units, so there are 800.
+    """
     g = torch.Generator().manual_seed(1)
-    x = torch.randn(400, 3, generator=g)
-    t = (torch.arange(400) % 2).float()
+    n = 800 if outcome == "bernoulli" else 400
+    x = torch.randn(n, 3, generator=g)
+    t = (torch.arange(n) % 2).float()
     high = (x[:, 0] > 0).float()
     if outcome == "bernoulli":
-        y = (torch.rand(400, generator=g) < 0.3 + 0.5 * t * high).float()
+        y = (torch.rand(n, generator=g) < 0.3 + 0.5 * t * high).float()
     elif outcome in ("poisson", "negative_binomial"):
         y = torch.poisson(1.5 + 3.0 * t * high, generator=g)
     elif outcome == "student_t":
-        y = 2.0 * t * high + torch.randn(400, generator=g)
+        y = 2.0 * t * high + torch.randn(n, generator=g)
     else:
-        y = (0.5 * torch.randn(400, generator=g)).exp() * (1 + 2.0 * t * high)
-        y = torch.where(torch.rand(400, generator=g) < 0.3, torch.zeros(()), y) if outcome == "hurdle" else y
+        y = (0.5 * torch.randn(n, generator=g)).exp() * (1 + 2.0 * t * high)
+        y = torch.where(torch.rand(n, generator=g) < 0.3, torch.zeros(()), y) if outcome == "hurdle" else y
     model = embedding_model(outcome=outcome)
     fit_tabular(model, {"outcome": y, "treatment": t, "images": x})
     effect = model.effect(x)
@@ -284,7 +255,8 @@ def test_one_type_is_a_constant_effect() -> None:
     model = embedding_model(num_clusters=1, num_steps=30)
     fit_tabular(model, trial)
     effect = model.effect(trial["images"])
-    assert effect.std() == 0 and model.cluster_probs(trial["images"]).shape == (120, 1)
+    assert effect.max() - effect.min() < 1e-6  # the mean of the same draws, in another order
+    assert model.cluster_probs(trial["images"]).shape == (120, 1)
     assert bool((model.salience(trial["images"]) == 0).all())
 
 
@@ -314,8 +286,11 @@ def test_columns_groups_and_confounding() -> None:
     model = embedding_model()
     model.fit(y, t, x, controls=w, propensity="logistic", groups=np.arange(n) // 2, progress=False)
     assert naive > 2.5 and model.ate() == pytest.approx(1.5, abs=0.25)
-    modified = embedding_model(site_effect=True, num_steps=40)
-    modified.fit(y, t, x, covariates=w, propensity="image", groups=np.arange(n) // 20, progress=False)
+    modified = embedding_model(site_effect=True, num_steps=10)
+    part = slice(0, 200)
+    modified.fit(
+        y[part], t[part], x[part], covariates=w[part], propensity="image", groups=np.arange(200) // 20, progress=False
+    )
     assert modified.effect(x, covariates=w).shape == (n,)
     with pytest.raises(ValueError, match="covariates must be"):
         modified.effect(x, covariates=w[:3])
@@ -387,6 +362,8 @@ def bad(**changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         ({"num_folds": 1}, "num_folds"),
         ({"outcome": torch.zeros(40, 2)}, r"outcome must have shape \(N,\)"),
         ({"images": torch.randn(30, 4)}, "give image_index"),
+        ({"lon_lat": torch.zeros(39, 2)}, r"lon_lat must be \(S, 2\)"),
+        ({"lon_lat": torch.full((40, 2), torch.nan)}, "lon_lat must be finite"),
     ],
 )
 def test_bad_input(changes: dict[str, Any], message: str) -> None:
@@ -404,6 +381,15 @@ def test_rows_with_gaps_are_dropped_and_named() -> None:
     with pytest.warns(UserWarning, match="left out 2 of 80 rows"):
         result = fit_tabular(model, trial)
     assert result.dropped == (3, 7) and len(model.to_dataframe()) == 78
+
+
+def test_types_that_were_lost_are_told() -> None:
+    trial = tabular_trial(200)
+    data = make_trial(trial["outcome"], trial["treatment"], trial["images"])
+    share = torch.full((200, 1), 0.01)
+    (message,) = warnings_of_types(torch.cat([1 - share, share], 1), data)
+    assert message == "type 1 has collapsed: its share of the units is 0.010"
+    assert warnings_of_types(torch.full((200, 2), 0.5), data) == ()
 
 
 def test_few_units_in_a_type_are_told() -> None:
