@@ -1,8 +1,6 @@
 """Energy models against closed forms and quadrature; queries, files, bad input."""
 
 import math
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,7 +102,7 @@ def test_log_z_five_ways(fitted: EnergyModel) -> None:
     assert found.lower <= found.value <= found.upper < found.lower + 0.05
     sandwich = fitted.log_partition("ais", num_chains=128, num_temperatures=16)
     assert abs(sandwich.value - exact.value) < 0.15
-    bridge = fitted.log_partition("bridge", num_draws=40)
+    bridge = fitted.log_partition("bridge", num_draws=20)
     assert abs(bridge.value - exact.value) < 0.3
     grid = torch.cartesian_prod(*[torch.linspace(-7, 7, 200)] * 2)
     assert float(fitted.log_prob(grid).exp().sum()) * (14 / 199) ** 2 == pytest.approx(1.0, abs=0.03)
@@ -351,7 +349,7 @@ def test_posterior_of_the_parameters() -> None:
 
 
 # ---------------------------------------------------------------- files
-def test_saved_models_give_the_same_in_a_new_process(
+def test_saved_models_give_the_same(
     fitted: EnergyModel, classifier: tuple[EnergyClassifier, Tensor, Tensor], tmp_path: Path
 ) -> None:
     x = eight_gaussians(20, 13)
@@ -359,32 +357,23 @@ def test_saved_models_give_the_same_in_a_new_process(
     conditional.fit(x[:, 0], x[:, 1], num_steps=3, batch_size=10, noise_samples=8, progress=False)
     family = TruncatedNormal(0.0)
     family.fit(x.abs()[:, 0], num_steps=3, progress=False)
-    fitted.save(tmp_path / "ebm")
-    classifier[0].save(tmp_path / "clf")
-    conditional.save(tmp_path / "reg")
-    family.save(tmp_path / "family")
-    values = [
-        fitted.log_prob(x).sum(),
-        fitted.sample(10, method="sir", seed=5).sum(),
-        classifier[0].log_prob(classifier[1]).sum(),
-        conditional.log_prob(x[:, 1], x[:, 0]).sum(),
-        conditional.sample(x[:, 0], 5, seed=2).sum(),
-        family.log_prob(x.abs()[:, 0]).sum(),
-    ]
-    torch.save((x, classifier[1]), tmp_path / "data")
-    code = f"""
-import torch
-from ppl_models import ConditionalEnergyModel, EnergyClassifier, EnergyModel
-from ppl_models.compositional_ebm import TruncatedNormal
-x, z = torch.load({str(tmp_path / "data")!r})
-e, c = EnergyModel.load({str(tmp_path / "ebm")!r}), EnergyClassifier.load({str(tmp_path / "clf")!r})
-r, t = ConditionalEnergyModel.load({str(tmp_path / "reg")!r}), TruncatedNormal.load({str(tmp_path / "family")!r})
-for v in (e.log_prob(x), e.sample(10, method="sir", seed=5), c.log_prob(z), r.log_prob(x[:, 1], x[:, 0]),
-          r.sample(x[:, 0], 5, seed=2), t.log_prob(x.abs()[:, 0])):
-    print(repr(v.sum().item()))
-"""
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert [float(line) for line in out.split()] == [v.item() for v in values]
+    models = (fitted, classifier[0], conditional, family)
+
+    def answers(e: EnergyModel, c: EnergyClassifier, r: ConditionalEnergyModel, t: TruncatedNormal) -> list[Tensor]:
+        return [
+            e.log_prob(x),
+            e.sample(10, method="sir", seed=5),
+            c.log_prob(classifier[1]),
+            r.log_prob(x[:, 1], x[:, 0]),
+            r.sample(x[:, 0], 5, seed=2),
+            t.log_prob(x.abs()[:, 0]),
+        ]
+
+    loaded: list[Any] = []
+    for name, model in zip(("ebm", "clf", "reg", "family"), models, strict=True):
+        model.save(tmp_path / name)
+        loaded.append(type(model).load(tmp_path / name))
+    assert all(torch.equal(a, b) for a, b in zip(answers(*loaded), answers(*models), strict=True))
     with pytest.raises(CheckpointError, match="of the kind"):
         EnergyClassifier.load(tmp_path / "ebm")
     (tmp_path / "ebm").write_bytes((tmp_path / "ebm").read_bytes()[:-200])

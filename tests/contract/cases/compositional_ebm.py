@@ -1,5 +1,6 @@
 """Energy models: densities, classifiers, conditional laws."""
 
+import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -26,7 +27,8 @@ def pairs(dtype: torch.dtype) -> Data:
 
 def unnormalised(model: EnergyModel, x: Tensor) -> Tensor:
     """Minus the log-density that the Pyro model scores."""
-    return -poutine.trace(model).get_trace(x).log_prob_sum()
+    with pyro.get_param_store().scope():
+        return -poutine.trace(model).get_trace(x).log_prob_sum()
 
 
 ENERGY = ModelCase(
@@ -40,6 +42,7 @@ ENERGY = ModelCase(
     },
     rowwise={"log_prob": lambda m, x: m.log_prob(x)},  # type: ignore[operator]
     rows=lambda dtype: points(dtype)["x"][:7],
+    loss=unnormalised,
     call=lambda m, data: (data["x"],),
     not_finite=("x",),
     bad=[Bad("columns", lambda m: m.fit(torch.ones(5, 3)), "x")],  # type: ignore[operator]
