@@ -102,7 +102,7 @@ def check_counts(name: str, values: object, least: int = 1) -> tuple[int, ...]:
     return counts(name, values, least)
 
 
-def check_batch_size(batch_size: int | None, num_rows: int) -> int | None:
+def check_batch_size(batch_size: int | str | None, num_rows: int) -> int | None:
     """``batch_size``, or None if it is the whole data; raises if it is larger."""
     if batch_size is None:
         return None

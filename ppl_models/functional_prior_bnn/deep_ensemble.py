@@ -72,7 +72,7 @@ class DeepEnsemble:
         x_train: Any,
         y_train: Any,
         num_steps: int = 2000,
-        batch_size: int | None = 32,
+        batch_size: int | str | None = "auto",
         lr: float = 0.01,
         seed: int = 0,
         *,
@@ -84,7 +84,8 @@ class DeepEnsemble:
         Args:
             x_train, y_train: as in ``FunctionalPriorBNN.fit``, in the user's units.
             num_steps: optimisation steps.
-            batch_size: rows a step, shared by the members, which differ in their starts; None for all.
+            batch_size: rows a step, shared by the members, which differ in their starts; None for all,
+                ``"auto"`` for 32 or, where there are fewer, all.
             lr: learning rate.
             seed: same seed, same result to the bit.
             weight_decay: Adam's L2 penalty.
@@ -96,7 +97,7 @@ class DeepEnsemble:
         """
         x = check_inputs("x_train", x_train, self.network.in_features, self.image_shape)
         y = self.likelihood.check(y_train, len(x), self.out_features, x)
-        size = None if batch_size is None else check_batch_size(min(batch_size, len(x)), len(x))
+        size = check_batch_size(min(32, len(x)) if batch_size == "auto" else batch_size, len(x))
         for units in (self.input_units, self.target_units):
             units.to(dtype=x.dtype, device=x.device)
         self.input_units.learn(x)
