@@ -17,7 +17,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from inference._checks import count
+from inference._checks import count, counts
 from inference._errors import CheckpointError
 from inference.citation import Citable
 from inference.model_check import ModelCheck, check_model
@@ -29,6 +29,7 @@ __all__ = [
     "Standardiser",
     "check_batch_size",
     "check_count",
+    "check_counts",
     "check_inputs",
     "to_tensor",
     "unchanged_on_error",
@@ -92,6 +93,13 @@ def check_count(name: str, value: object, least: int = 1) -> int:
     argument.
     """
     return count(name, value, least)
+
+
+def check_counts(name: str, values: object, least: int = 1) -> tuple[int, ...]:
+    """``values`` if it is a sequence of integers of at least ``least``, such as the widths of layers; raises
+    ``TypeError`` or ``ValueError`` naming the argument.
+    """
+    return counts(name, values, least)
 
 
 def check_batch_size(batch_size: int | None, num_rows: int) -> int | None:

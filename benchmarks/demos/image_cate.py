@@ -12,7 +12,7 @@ from ppl_models import ImageCATE
 
 def run(out: Path, quick: bool) -> list[Row]:
     """Striped places gain 2, plain ones nothing."""
-    n = 80 if quick else 600
+    n = 200 if quick else 600
     g = torch.Generator().manual_seed(0)
     striped = torch.rand(n, generator=g) < 0.5
     wave = torch.sin(torch.arange(16) * 2.0).expand(16, 16)

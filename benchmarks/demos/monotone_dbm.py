@@ -41,7 +41,12 @@ def run(out: Path, quick: bool) -> list[Row]:
         for row, (name, pictures) in enumerate(rows.items()):
             for column in range(10):
                 ax = figure.add_subplot(3, 10, row * 10 + column + 1)
-                ax.imshow(pictures[column, 0], cmap=mpl.colormaps["Greys"].with_extremes(bad="#9ecae1"), vmin=0, vmax=1)
+                ax.imshow(
+                    pictures[column, 0].numpy(),
+                    cmap=mpl.colormaps["Greys"].with_extremes(bad="#9ecae1"),
+                    vmin=0,
+                    vmax=1,
+                )
                 ax.set(xticks=[], yticks=[])
                 if column == 0:
                     ax.set_ylabel(name)

@@ -45,7 +45,7 @@ class MaskedConditionals(nn.Module):
             variable's own states.
         heads: what is scored.
         unit_of: variables of one unit are shown or hidden together ``(V,)``: the channels of a pixel.
-        shown_fraction: probability that a unit is shown; a pair draws it anew for each row between the two.
+        observed_fraction: probability that a unit is shown; a pair draws it anew for each row between the two.
         num_steps: length of the fit, for ``progress``.
 
     The data are the states ``(N, V)`` and, where rows miss some, which are present ``(N, V)``: the others are neither
@@ -61,13 +61,14 @@ class MaskedConditionals(nn.Module):
         conditional: Callable[[Tensor, Tensor, Tensor], Tensor],
         heads: Sequence[Head],
         unit_of: Tensor,
-        shown_fraction: float | tuple[float, float],
+        observed_fraction: float | tuple[float, float],
         num_steps: int,
     ) -> None:
         super().__init__()
-        low, high = shown_fraction if isinstance(shown_fraction, tuple) else (shown_fraction, shown_fraction)
+        given = observed_fraction
+        low, high = given if isinstance(given, tuple) else (given, given)
         if not 0 <= low <= high <= 1:
-            raise ValueError(f"shown_fraction must lie in [0, 1], a pair in increasing order, got {shown_fraction!r}")
+            raise ValueError(f"observed_fraction must lie in [0, 1], a pair in increasing order, got {given!r}")
         self.model, self.conditional, self.heads = model, conditional, list(heads)
         self.low, self.high, self.num_steps = float(low), float(high), num_steps
         self.units = int(unit_of.max()) + 1

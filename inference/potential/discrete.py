@@ -13,9 +13,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from pyro import poutine
+from pyro.distributions import MaskedDistribution
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
-from torch.distributions import identity_transform
+from torch.distributions import Independent, identity_transform
 from torch.func import vmap
 
 from inference._errors import CaptureWarning
@@ -122,10 +123,12 @@ class _DiscreteDensity(_StateDensity):
                 continue
             if node["is_observed"]:
                 continue
+            while isinstance(fn, Independent | MaskedDistribution):  # each element of a vector is a variable of its own
+                fn = fn.base_dist
             if not getattr(fn, "has_enumerate_support", False):
                 raise ValueError(
-                    f"latent site {name!r} ({type(fn).__name__}) has no finite list of states: a Gibbs kernel for "
-                    "discrete models needs all latent sites discrete; observe it or use another kernel"
+                    f"latent site {name!r} ({type(fn).__name__}) has no finite list of states, and all latent sites "
+                    "must be discrete here; observe it or use another engine"
                 )
             listed = fn.enumerate_support(expand=False)
             base = listed.reshape(len(listed), *value.shape[value.dim() - len(fn.event_shape) :])

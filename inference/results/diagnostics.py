@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inference._checks import positive
+from inference._checks import fraction
 
 __all__ = [
     "Summary",
@@ -284,8 +284,7 @@ def summary(samples: Mapping[str, Tensor], prob: float = 0.9) -> Summary:
     """
     if not isinstance(samples, Mapping):
         raise TypeError(f"samples must be a mapping from site names to tensors, got {type(samples).__name__}")
-    if not 0.0 < positive("prob", prob) < 1.0:
-        raise ValueError(f"prob must lie strictly between 0 and 1, got {prob}")
+    prob = fraction("prob", prob)
     if not samples:
         raise ValueError("samples holds no site; there is nothing to summarise")
     for site, draws in samples.items():
@@ -301,7 +300,7 @@ def summary(samples: Mapping[str, Tensor], prob: float = 0.9) -> Summary:
         site: dict(zip(_COLUMNS, _over_blocks(lambda block: _summarise(block, prob), draws), strict=True))
         for site, draws in samples.items()
     }
-    return Summary(sites, float(prob), num_chains, num_draws)
+    return Summary(sites, prob, num_chains, num_draws)
 
 
 def _summarise(x: Tensor, prob: float) -> tuple[Tensor, ...]:

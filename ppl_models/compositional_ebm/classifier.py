@@ -21,7 +21,7 @@ from inference.objectives.unnormalised.mixture import MixtureNoise
 from inference.objectives.unnormalised.noise import DefensiveMixture, GaussianNoise, Noise, noise_from_config
 from inference.objectives.unnormalised.objective import UnnormalisedObjective
 from inference.results.evidence import LogPartition
-from ppl_models.base import Model, check_count, to_tensor
+from ppl_models.base import Model, check_count, check_counts, to_tensor
 from ppl_models.compositional_ebm.distribution import EnergyDistribution
 from ppl_models.compositional_ebm.methods import EnergyFit, build_objective, check_schedule, optimise
 from ppl_models.compositional_ebm.networks import EnergyNetwork
@@ -131,20 +131,21 @@ class EnergyClassifier(Model):
         super().__init__()
         self.num_classes = check_count("num_classes", num_classes, 2)
         self.num_components = check_count("num_components", num_components)
-        self.hidden, self.seed = tuple(hidden), seed
+        self.hidden, self.seed = check_counts("hidden", hidden), seed
         self.input_shape: tuple[int, ...] | None = None
         self.noise: Noise | None = None
         self.log_z: float | None = None
         self.result: EnergyFit | None = None
         if input_shape is not None:
-            self._build(tuple(input_shape))
+            self._build(check_counts("input_shape", input_shape))
 
     def _build(self, input_shape: tuple[int, ...]) -> None:
         columns = torch.Size(input_shape).numel()
         size = min(columns, self.num_components)
         self.input_shape = input_shape
         self.components = PrincipalComponents(columns, size)
-        self.network = EnergyNetwork(size, self.hidden, outputs=self.num_classes, seed=self.seed)
+        # without Fourier features, by which a classifier of few rows learns them by heart
+        self.network = EnergyNetwork(size, self.hidden, outputs=self.num_classes, bandwidth=0.0, seed=self.seed)
 
     # ------------------------------------------------------------------ the Pyro model
     def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:

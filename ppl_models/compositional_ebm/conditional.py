@@ -20,7 +20,7 @@ from inference.objectives.unnormalised import CompositionalLikelihood, Condition
 from inference.objectives.unnormalised.mixture import MixtureNoise
 from inference.objectives.unnormalised.noise import DefensiveMixture, GaussianNoise, Noise, noise_from_config
 from inference.runtime.generators import derive_seed, generator, scoped_seed
-from ppl_models.base import Model, Standardiser, check_count, to_tensor
+from ppl_models.base import Model, Standardiser, check_count, check_counts, to_tensor
 from ppl_models.compositional_ebm.distribution import EnergyDistribution, refuse_output_bias
 from ppl_models.compositional_ebm.methods import EnergyFit, check_schedule, optimise
 from ppl_models.compositional_ebm.networks import EnergyNetwork, mlp
@@ -136,11 +136,14 @@ class ConditionalEnergyModel(Model):
         if base not in ("tilt", None):
             raise ValueError(f"base must be 'tilt' or None, got {base!r}")
         refuse_output_bias(energy)
-        self.normaliser, self.base, self.hidden, self.seed = normaliser, base, tuple(hidden), seed
+        self.normaliser, self.base, self.hidden, self.seed = normaliser, base, check_counts("hidden", hidden), seed
         self._custom, self.flat_y = energy is not None, False
         self.energy: nn.Module | None = energy
         self.noise: Noise | None = None
         self.result: EnergyFit | None = None
+        for name, columns in (("x_columns", x_columns), ("y_columns", y_columns)):
+            if columns is not None:
+                check_count(name, columns)
         self.x_columns, self.y_columns = x_columns, y_columns
         if x_columns is not None and y_columns is not None:
             self._build(x_columns, y_columns)
@@ -293,7 +296,6 @@ class ConditionalEnergyModel(Model):
     @torch.no_grad()
     def sample(self, x: Any, n: int, seed: int = 0) -> Tensor:
         """Draws of y at each x, ``(n, N, Dy)``, or ``(n, N)`` where y was given without columns."""
-        self._query(x)
         check_count("n", n)
         x = self._query(x)
         points, values, _ = self._table(x, seed)

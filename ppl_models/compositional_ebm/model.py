@@ -21,7 +21,7 @@ from inference.objectives.unnormalised import CompositionalLikelihood
 from inference.objectives.unnormalised.guards import unreliable
 from inference.objectives.unnormalised.noise import Noise, noise_from_config
 from inference.results.evidence import LogPartition
-from ppl_models.base import Model, Standardiser, check_count, to_tensor
+from ppl_models.base import Model, Standardiser, check_count, check_counts, to_tensor
 from ppl_models.compositional_ebm.distribution import EnergyDistribution, refuse_output_bias
 from ppl_models.compositional_ebm.methods import EnergyFit, build_objective, check_schedule, optimise
 from ppl_models.compositional_ebm.networks import EnergyNetwork
@@ -97,9 +97,7 @@ class EnergyModel(Model):
             raise TypeError(f"energy must be a torch module or None, got {type(energy).__name__}")
         if not (base is None or base == "tilt" or isinstance(base, Distribution)):
             raise ValueError(f"base must be 'tilt', None or a distribution, got {base!r}")
-        if not isinstance(event_shape, tuple | list | torch.Size):
-            raise TypeError(f"event_shape must be a tuple of integers, got {event_shape!r}")
-        self.event_shape = tuple(check_count("event_shape", n) for n in event_shape)
+        self.event_shape = check_counts("event_shape", event_shape)
         if isinstance(base, Distribution) and (base.batch_shape or tuple(base.event_shape) != self.event_shape):
             raise ValueError(
                 f"base must have no batch shape and event shape {self.event_shape}; it has {tuple(base.batch_shape)} "
@@ -107,7 +105,7 @@ class EnergyModel(Model):
             )
         refuse_output_bias(energy)
         self._given = {"energy": energy is not None, "base": isinstance(base, Distribution)}
-        self.hidden, self.seed = tuple(hidden), seed
+        self.hidden, self.seed = check_counts("hidden", hidden), seed
         size = torch.Size(self.event_shape).numel()
         self.energy = EnergyNetwork(size, self.hidden, seed=seed) if energy is None else energy
         self._base, self._support = base, support

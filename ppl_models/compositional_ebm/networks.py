@@ -38,7 +38,8 @@ class EnergyNetwork(nn.Module):
         columns: size of a flattened event.
         hidden: widths of the hidden layers.
         outputs: 1 gives ``(row,)``, more ``(row, outputs)``.
-        bandwidth: standard deviation of the frequencies, in radians per standard deviation of the data.
+        bandwidth: standard deviation of the frequencies, in radians per standard deviation of the data; 0: no Fourier
+            features, for functions as smooth as the data are few.
         seed: of frequencies and initial weights.
     """
 
@@ -49,7 +50,7 @@ class EnergyNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.units = Standardiser(columns)
-        fourier = _FREQUENCIES if columns <= _LOW_DIMENSION else 0
+        fourier = _FREQUENCIES if bandwidth and columns <= _LOW_DIMENSION else 0
         draw = torch.randn(columns, fourier, generator=generator(seed, "frequencies"))
         self.register_buffer("frequencies", draw * bandwidth)
         self.layers = mlp((columns + 2 * fourier, *hidden, outputs), seed)

@@ -67,9 +67,12 @@ def chains(
     progress: bool | Callable[[dict[str, Any]], None] = False,
 ) -> MCMC:
     """Markov chains from ``start`` ``(chain, *event)``, all in one program."""
+    # what the engine looks at the model with, before it goes to the chains' own starts
+    event = tuple(law.event_shape)
+    started = EnergyDistribution(law.energy, event, law.base, law.log_z, law.support, lambda num: start[:num])
 
     def model() -> None:
-        pyro.sample("x", law)
+        pyro.sample("x", started)
 
     if method == "hmc":
         kernel: Any = HMC(model, step_size=0.1 if step_size is None else step_size, num_steps=10)

@@ -41,6 +41,8 @@ class PathLikelihood(nn.Module):
             if noise_std != "learn":
                 raise ValueError(f"noise_std must be a number, a ({self.size},) vector or 'learn', got {noise_std!r}")
             return
+        if isinstance(noise_std, Tensor) and noise_std.is_complex():
+            raise TypeError(f"noise_std must hold real numbers, got {noise_std.dtype}")
         try:
             value = torch.as_tensor(noise_std, dtype=torch.float64)
         except (TypeError, ValueError) as error:

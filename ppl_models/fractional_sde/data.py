@@ -56,10 +56,12 @@ def check_series(times: Any, observations: Any, mask: Any, shape: tuple[int, ...
             raise TypeError(
                 f"observations must be a tensor or a numeric array, got {type(observations).__name__}"
             ) from error
-        values = values.to(torch.get_default_dtype())
+        values = values if values.is_complex() else values.to(torch.get_default_dtype())
     else:
         values = observations.detach()
-        values = values if values.is_floating_point() else values.to(torch.get_default_dtype())
+    if values.is_complex():
+        raise TypeError(f"observations must hold real numbers, got {values.dtype}")
+    values = values if values.is_floating_point() else values.to(torch.get_default_dtype())
     if values.ndim != 2 + len(shape) or tuple(values.shape[1:]) != (len(clock), *shape) or len(values) == 0:
         raise ValueError(f"observations must have shape ({what}) for {len(clock)} times, got {tuple(values.shape)}")
     if mask is None:

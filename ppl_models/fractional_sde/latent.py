@@ -21,7 +21,12 @@ from inference.runtime.generators import derive_seed, generator, scoped_seed
 from ppl_models.base import check_batch_size, check_count
 from ppl_models.fractional_sde.bound import PathBound, PathLikelihood, particles_of
 from ppl_models.fractional_sde.data import SeriesData, check_series
-from ppl_models.fractional_sde.networks import ConstantDiffusion, DiagonalNeuralDiffusion, NeuralDrift
+from ppl_models.fractional_sde.networks import (
+    ConstantDiffusion,
+    DiagonalNeuralDiffusion,
+    NeuralDrift,
+    check_sizes,
+)
 from ppl_models.fractional_sde.paths import PathModel
 from ppl_models.fractional_sde.posterior import Draws, Evidence, PathPosterior, SolverGrid, start_state
 from ppl_models.fractional_sde.pyro_form import ControlledPath, PriorPath
@@ -36,7 +41,7 @@ from ppl_models.fractional_sde.video import (
     interpolate,
 )
 from sde import MarkovNoise
-from sde._checks import as_times
+from sde._checks import as_number, as_times
 
 __all__ = ["LatentFractionalSDE"]
 
@@ -117,19 +122,25 @@ class LatentFractionalSDE(PathModel):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        shape = tuple(check_count("data_shape", side) for side in data_shape)
+        shape = tuple(check_sizes("data_shape", data_shape))
         if not shape:
             raise ValueError("data_shape must name at least one dimension, such as (3,) or (1, 32, 32)")
         check_count("state_size", state_size)
         check_count("content_size", content_size, 0)
         if likelihood not in _LIKELIHOODS:
             raise ValueError(f"likelihood must be one of {', '.join(_LIKELIHOODS)}, got {likelihood!r}")
-        widths = [check_count("hidden", size) for size in hidden]
+        widths = check_sizes("hidden", hidden)
+        check_count("features", features)
+        check_count("context_size", context_size)
+        check_count("width", width)
+        horizon = None if horizon is None else as_number(horizon, "horizon")
+        if squash is not None and not isinstance(squash, bool):
+            raise TypeError(f"squash must be True, False or None, got {squash!r}")
         settings = {
             "num_processes": check_count("num_processes", num_processes),
             "max_speed": max_speed, "kind": kind, "normalisation": normalisation, "grid": grid, "start": start,
         }  # fmt: skip
-        self.squash = len(shape) == 3 if squash is None else bool(squash)
+        self.squash = len(shape) == 3 if squash is None else squash
         self._config = {
             "data_shape": list(shape), "state_size": state_size, "content_size": content_size, "drift": drift,
             "diffusion": diffusion, "noise": noise, "hurst": hurst, "likelihood": likelihood, "squash": self.squash,
@@ -207,7 +218,8 @@ class LatentFractionalSDE(PathModel):
         if self.family == "bernoulli":
             return -nn.functional.binary_cross_entropy_with_logits(raw, frames.expand_as(raw), reduction="none")
         mean = torch.sigmoid(raw) if self.squash else raw
-        return dist.Normal(mean, self.likelihood()).log_prob(frames)
+        # Pyro's checks read values back, for which an accelerator would wait at each step.
+        return dist.Normal(mean, self.likelihood(), validate_args=False).log_prob(frames)
 
     def _contents(self, encoded: _Encoded, particles: int, seed: int | None) -> tuple[Tensor, Tensor, Tensor]:
         """Draws ``(P B, W)``, KL and log p / q."""
@@ -335,8 +347,9 @@ class LatentFractionalSDE(PathModel):
         if self.family == "bernoulli" and not bool(((data.values >= 0) & (data.values <= 1)).all()):
             raise ValueError("observations must lie in [0, 1] for likelihood='bernoulli'")
         self.likelihood.check(noise_std, positive=True)
-        size = None if batch_size is None or batch_size > len(data.values) else batch_size
-        size = check_batch_size(size, len(data.values))
+        rows = len(data.values)
+        size = None if batch_size is None else min(check_count("batch_size", batch_size), rows)
+        size = check_batch_size(size, rows)
         steps = check_count("num_steps", num_steps)
         check_count("num_particles", num_particles)
         fresh = self._data is None

@@ -31,14 +31,20 @@ from ppl_models.fractional_sde.exact import (
     one_step_ahead,
     posterior_draws,
 )
-from ppl_models.fractional_sde.networks import ConstantDiffusion, DiagonalNeuralDiffusion, LinearDrift, NeuralDrift
+from ppl_models.fractional_sde.networks import (
+    ConstantDiffusion,
+    DiagonalNeuralDiffusion,
+    LinearDrift,
+    NeuralDrift,
+    check_sizes,
+)
 from ppl_models.fractional_sde.paths import PathModel
 from ppl_models.fractional_sde.posterior import Draws, Evidence, PathPosterior, SolverGrid, start_state
 from ppl_models.fractional_sde.pyro_form import ControlledPath, PriorPath
 from ppl_models.fractional_sde.results import FractionalSDEResult, PathPrediction
 from ppl_models.fractional_sde.system import FractionalSystem, HurstNoise
 from sde import MarkovNoise
-from sde._checks import as_times
+from sde._checks import as_number, as_times
 
 __all__ = ["FractionalSDE"]
 
@@ -114,7 +120,7 @@ class FractionalSDE(PathModel):
     ) -> None:
         super().__init__()
         check_count("state_size", state_size)
-        widths = [check_count("hidden", width) for width in hidden]
+        widths = check_sizes("hidden", hidden)
         settings = {
             "num_processes": check_count("num_processes", num_processes),
             "max_speed": max_speed,
@@ -123,8 +129,7 @@ class FractionalSDE(PathModel):
             "grid": grid,
             "start": start,
         }
-        if horizon is not None and not 0 < horizon < float("inf"):
-            raise ValueError(f"horizon must be positive and finite, got {horizon}")
+        horizon = None if horizon is None else as_number(horizon, "horizon")
         self._config = {
             "state_size": state_size, "drift": drift, "diffusion": diffusion, "noise": noise, "hurst": hurst,
             "kind": kind, **{k: v for k, v in settings.items() if k != "kind"}, "horizon": horizon, "initial": initial,

@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MLP", "DiagonalNeuralDiffusion", "LinearDrift", "NeuralDrift", "build_diffusion", "build_drift"]
+from ppl_models.base import check_count
+
+__all__ = [
+    "MLP",
+    "DiagonalNeuralDiffusion",
+    "LinearDrift",
+    "NeuralDrift",
+    "build_diffusion",
+    "build_drift",
+    "check_sizes",
+]
 
 _DRIFTS = ("neural", "linear", "constant", "none")
 _DIFFUSIONS = ("constant", "neural")
@@ -130,6 +140,13 @@ class DiagonalNeuralDiffusion(nn.Module):
             h = torch.baddbmm(bias, h if i == 0 else torch.tanh(h), weight)
         # softplus, 1 where the network is 0
         return torch.nn.functional.softplus(h.squeeze(-1).T + math.log(math.e - 1)) * self.unit
+
+
+def check_sizes(name: str, sizes: Any) -> list[int]:
+    """``sizes`` as a list of positive integers."""
+    if not isinstance(sizes, Sequence) or isinstance(sizes, str | bytes):
+        raise TypeError(f"{name} must be a sequence of integers, such as (64, 64), got {sizes!r}")
+    return [check_count(name, size) for size in sizes]
 
 
 def build_drift(drift: Any, state_size: int, hidden: Sequence[int]) -> nn.Module:

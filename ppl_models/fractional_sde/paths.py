@@ -13,7 +13,7 @@ from ppl_models.fractional_sde.data import SeriesData, check_series
 from ppl_models.fractional_sde.posterior import Draws, PathPosterior, SolverGrid, start_state
 from ppl_models.fractional_sde.system import FractionalSystem
 from sde import MarkovNoise, Path, observation_grid, solve
-from sde._checks import as_times
+from sde._checks import as_number, as_times
 
 __all__ = ["PathModel"]
 
@@ -111,8 +111,7 @@ class PathModel(Model):
                 f"times reach {last:g}, beyond horizon={horizon:g}, up to which the noise's weights are optimal; build "
                 f"the model with horizon={last:g} or more"
             )
-        if max_step is not None and not 0 < max_step < float("inf"):
-            raise ValueError(f"max_step must be positive and finite, got {max_step}")
+        max_step = None if max_step is None else as_number(max_step, "max_step")
         self.to(device=data.values.device, dtype=data.values.dtype)
         self.system.noise.set_horizon(horizon)
         self._data, self._max_step, self._shared = data, max_step, data.shared

@@ -148,6 +148,8 @@ class FractionalSystem(nn.Module):
             self.log_start_std = nn.Parameter(torch.zeros(state_size))
         else:
             try:
+                if any(isinstance(v, Tensor) and v.is_complex() for v in initial):
+                    raise TypeError("complex numbers")
                 mean, std = (torch.as_tensor(v, dtype=torch.get_default_dtype()) for v in initial)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"initial must be 'learn' or a pair (mean, std) of X(0), got {initial!r}") from error
@@ -205,4 +207,8 @@ class FractionalSystem(nn.Module):
 
 
 def _tensor(value: Any) -> Any:
-    return torch.tensor(value["tensor"], dtype=torch.float64) if isinstance(value, dict) else value
+    return (
+        torch.tensor(value["tensor"], dtype=torch.float64)
+        if isinstance(value, dict) and value.keys() == {"tensor"}
+        else value
+    )

@@ -80,6 +80,8 @@ def _halvings(shape: tuple[int, ...]) -> int:
 def frame_encoder(shape: tuple[int, ...], width: int, features: int) -> nn.Module:
     """``(M, *shape)`` -> ``(M, features)``: convolutions for ``(C, H, W)``, dense layers for vectors."""
     if len(shape) == 3:
+        if width % _GROUPS:
+            raise ValueError(f"width must be a multiple of {_GROUPS} for images, got {width}")
         return _ConvEncoder(shape, width, features)
     return nn.Sequential(nn.Flatten(), MLP([math.prod(shape), 4 * width, features]))
 
@@ -87,6 +89,8 @@ def frame_encoder(shape: tuple[int, ...], width: int, features: int) -> nn.Modul
 def frame_decoder(inputs: int, shape: tuple[int, ...], width: int) -> nn.Module:
     """``(M, inputs)`` -> ``(M, *shape)``, without a squashing function."""
     if len(shape) == 3:
+        if width % _GROUPS:
+            raise ValueError(f"width must be a multiple of {_GROUPS} for images, got {width}")
         return _ConvDecoder(inputs, shape, width)
     return _Reshaped(MLP([inputs, 4 * width, math.prod(shape)]), shape)
 
@@ -135,10 +139,17 @@ def interpolate(g: Tensor, times: Tensor, at: Tensor) -> Tensor:
 
 def check_network(name: str, net: nn.Module, inputs: Sequence[int], outputs: Sequence[int]) -> nn.Module:
     """The user's network, after one call that shows its shapes."""
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"{name} must be a torch module or None, got {type(net).__name__}")
     like = next(net.parameters(), torch.zeros(()))
     x = torch.zeros(2, *inputs, dtype=like.dtype, device=like.device)
+    needed = f"{name} must map {tuple(x.shape)} to {(2, *outputs)}"
     with torch.no_grad():
-        out = net(x)
-    if tuple(out.shape) != (2, *outputs):
-        raise ValueError(f"{name} must map {tuple(x.shape)} to {(2, *outputs)}, it returned {tuple(out.shape)}")
+        try:
+            out = net(x)
+        except Exception as error:
+            raise ValueError(f"{needed}: {error}") from error
+    if not isinstance(out, Tensor) or tuple(out.shape) != (2, *outputs):
+        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(f"{needed}, it returned {got}")
     return net

@@ -11,7 +11,7 @@ from torch import Tensor
 from inference.any_order import MISSING
 from inference.citation import Paper
 from inference.runtime.generators import scoped_seed
-from ppl_models.base import Model, check_count, to_tensor
+from ppl_models.base import Model, check_count, check_counts, to_tensor
 from ppl_models.marginalization_model.distribution import MarginalizationDistribution
 from ppl_models.marginalization_model.networks import BODIES, ConditionalNetwork, MarginalNetwork, build_body
 
@@ -53,7 +53,8 @@ class MarginalizationNetworks(Model):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        counts = [check_count(f"cardinalities[{j}]", k) for j, k in enumerate(_plain(cardinalities))]
+        plain = cardinalities.tolist() if isinstance(cardinalities, Tensor) else cardinalities
+        counts = list(check_counts("cardinalities", plain))
         if not counts:
             raise ValueError("cardinalities is empty: give the number of values of each variable")
         if network not in BODIES:
@@ -68,6 +69,9 @@ class MarginalizationNetworks(Model):
         context_features = check_count("context_features", context_features, 0)
         if network in ("transformer", "unet") and hidden % num_heads:
             raise ValueError(f"hidden must be a multiple of num_heads, got {hidden} and {num_heads}")
+        if shape is not None and network not in ("unet", "lattice"):
+            raise ValueError(f"shape is for the networks 'unet' and 'lattice', and network is {network!r}")
+        sides = None if shape is None else check_counts("shape", shape)
         self._config = {
             "cardinalities": counts,
             "network": network,
@@ -77,7 +81,7 @@ class MarginalizationNetworks(Model):
             "depth": depth,
             "dropout": float(dropout),
             "num_heads": num_heads,
-            "shape": None if shape is None else list(shape),
+            "shape": None if sides is None else list(sides),
             "seed": seed,
         }
         self.context_features, self._width = context_features, hidden
@@ -93,9 +97,7 @@ class MarginalizationNetworks(Model):
             "num_heads": num_heads,
         }
         if network in ("unet", "lattice"):
-            settings["shape"] = _shape(shape, len(counts))
-        elif shape is not None:
-            raise ValueError(f"shape is for the networks 'unet' and 'lattice', and network is {network!r}")
+            settings["shape"] = _sides(sides, len(counts))
         with scoped_seed(seed):
             trunk = build_body(network, **settings)
             self.conditionals = ConditionalNetwork(trunk, counts)
@@ -254,19 +256,9 @@ class MarginalizationNetworks(Model):
         self.marginals.pairwise.set_terms(**tensors)
 
 
-def _plain(cardinalities: Any) -> list[Any]:
-    if isinstance(cardinalities, Tensor):
-        cardinalities = cardinalities.tolist()
-    try:
-        return list(cardinalities)
-    except TypeError:
-        raise TypeError(f"cardinalities must be a list of integers, got {cardinalities!r}") from None
-
-
-def _shape(shape: Any, size: int) -> tuple[int, int]:
-    if shape is None:
-        side = math.isqrt(size)
-        shape = (side, side)
-    if len(shape) != 2 or shape[0] * shape[1] != size or min(shape) < 3:
-        raise ValueError(f"shape must be (height, width) of the {size} variables, at least 3 each, got {tuple(shape)}")
-    return int(shape[0]), int(shape[1])
+def _sides(sides: tuple[int, ...] | None, size: int) -> tuple[int, int]:
+    height, width = (math.isqrt(size),) * 2 if sides is None else sides if len(sides) == 2 else (0, 0)
+    if height * width != size or min(height, width) < 3:
+        given = sides or (height, width)
+        raise ValueError(f"shape must be (height, width) of the {size} variables, at least 3 each, got {given}")
+    return height, width

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from inference._errors import SamplerWarning
 from inference.objectives.persistent_chains import uniform_values
-from inference.potential.discrete_density import DiscreteDensity
+from inference.potential.discrete import DiscretePotential
 
 __all__ = ["EnergyTarget", "make_target"]
 
@@ -92,10 +92,17 @@ def make_target(
         if args or kwargs:
             raise ValueError("args and kwargs are those of a Pyro model: name its discrete site by site=")
         return EnergyTarget(density, cardinalities, like, generator)
-    found = DiscreteDensity(density, site, args, kwargs)
-    if found.cardinalities.tolist() != cardinalities.tolist():
+    if not callable(density):
+        raise TypeError(f"log_density must be a Pyro model, got {type(density).__name__}")
+    found = DiscretePotential(density, tuple(args), kwargs)
+    if site not in found.sites:
+        raise ValueError(f"site {site!r} is no latent site of the model; its latent sites are {list(found.sites)}")
+    if len(found.sites) > 1:
+        others = [name for name in found.sites if name != site]
+        raise ValueError(f"the model has the latent sites {others} beside {site!r}: condition on them, or sum them out")
+    if list(found.sizes) != cardinalities.tolist():
         raise ValueError(
-            f"site {site!r} has {len(found.cardinalities)} variables of {int(found.cardinalities[0])} values, and the "
-            f"model's cardinalities are {cardinalities.tolist()}"
+            f"site {site!r} has variables of {list(found.sizes)} values, and the model's cardinalities are "
+            f"{cardinalities.tolist()}"
         )
-    return EnergyTarget(found, cardinalities, like, generator)
+    return EnergyTarget(found.log_density, cardinalities, like, generator)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, conv_transpose2d
 
-from ppl_models.base import check_count
+from ppl_models.base import check_count, check_counts
 from ppl_models.monotone_dbm.groups import Groups
 from ppl_models.monotone_dbm.operators import _DENSE_LIMIT, PairwiseMap, ScaledOperator, hollow, of_matrix
 
@@ -52,11 +52,11 @@ def check_layers(layers: Sequence[Sequence[int]]) -> list[Layer]:
     """Layers as given, ``(channels, height, width, groups)`` or ``(channels, groups)`` for one without locations."""
     found = []
     for i, given in enumerate(layers):
-        numbers = [check_count(f"layers[{i}]", v) for v in given]
+        numbers = check_counts(f"layers[{i}]", given)
         if len(numbers) == 2:
-            numbers = [numbers[0], 1, 1, numbers[1]]
+            numbers = (numbers[0], 1, 1, numbers[1])
         if len(numbers) != 4:
-            raise ValueError(f"layers[{i}] must be (channels, height, width, groups), got {tuple(given)}")
+            raise ValueError(f"layers[{i}] must be (channels, height, width, groups), got {numbers}")
         layer = Layer(*numbers)
         if layer.channels % layer.groups or layer.states < 2:
             raise ValueError(

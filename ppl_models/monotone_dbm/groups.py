@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ppl_models.base import check_count
+from ppl_models.base import check_counts
 
 __all__ = ["Groups"]
 
@@ -45,11 +45,7 @@ class Groups(nn.Module):
 
     def __init__(self, sizes: Sequence[int]) -> None:
         super().__init__()
-        try:
-            given = list(sizes)
-        except TypeError:
-            raise TypeError(f"group_sizes must be a list of integers, got {sizes!r}") from None
-        self.sizes = tuple(check_count(f"group_sizes[{i}]", k, 2) for i, k in enumerate(given))
+        self.sizes = check_counts("group_sizes", sizes, 2)
         if not self.sizes:
             raise ValueError("group_sizes is empty: a model needs at least one group")
         self.num_groups, self.num_states, self.largest = len(self.sizes), sum(self.sizes), max(self.sizes)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from inference.objectives.masked import Head
 from inference.runtime.generators import generator
-from ppl_models.base import check_count, to_tensor
+from ppl_models.base import check_count, check_counts, to_tensor
 from ppl_models.monotone_dbm.convolution import ConvOperator, Layer, check_layers, layer_groups
 from ppl_models.monotone_dbm.model import BoltzmannModel
 from ppl_models.monotone_dbm.operators import DenseOperator, check_bound
@@ -72,13 +72,16 @@ class ConvMonotoneDBM(BoltzmannModel):
         curvature: int = 1,
         seed: int = 0,
     ) -> None:
-        shape = tuple(check_count("image_shape", v) for v in image_shape)
+        shape = check_counts("image_shape", image_shape)
         if len(shape) != 3:
-            raise ValueError(f"image_shape must be (C, H, W), got {tuple(image_shape)}")
+            raise ValueError(f"image_shape must be (C, H, W), got {shape}")
         check_count("num_bins", num_bins, 2)
         if check_count("num_classes", num_classes, 0) == 1:
             raise ValueError("num_classes must be 0 (no labels) or at least 2, got 1")
         check_bound(monotonicity, curvature)
+        for name, table in (("hidden", hidden), ("kernels", kernels)):
+            if table is not None and not isinstance(table, list | tuple):
+                raise TypeError(f"{name} must be a list of lists of integers, got {table!r}")
         channels, height, width = shape
         if rank is None and hidden is None and kernels is None and height * width <= _SMALL:
             rank = 96
@@ -161,6 +164,9 @@ class ConvMonotoneDBM(BoltzmannModel):
             TypeError, ValueError: images or labels of other shapes or out of range.
         """
         pixels = self._check_images("images", images)
+        if isinstance(images, Tensor):  # the model goes where its data are, and takes their precision, not below single
+            self.to(device=images.device, dtype=torch.promote_types(pixels.dtype, torch.float32))
+            pixels = pixels.to(images.device)
         states = self.bin(pixels)
         visible = torch.arange(self.num_pixels, device=states.device)
         unit_of = visible // self.image_shape[0]
@@ -181,8 +187,6 @@ class ConvMonotoneDBM(BoltzmannModel):
             raise ValueError("labels were given and the model has none (num_classes=0)")
         if objective not in ("masked", "elbo", "pcd"):
             raise ValueError(f"objective must be masked, elbo or pcd, got {objective!r}")
-        self._learn_levels(pixels)
-        self._start_bias(states[:, : self.num_pixels])
         loss = self._objective(
             objective,
             visible,
@@ -195,6 +199,8 @@ class ConvMonotoneDBM(BoltzmannModel):
             num_sweeps=num_sweeps,
             seed=seed,
         )
+        self._learn_levels(pixels)
+        self._start_bias(states[:, : self.num_pixels])
         return self._run_fit(loss, objective, (states,), num_steps, batch_size, lr, seed, progress, checkpoint)
 
     # ------------------------------------------------------------------ queries
@@ -281,7 +287,7 @@ class ConvMonotoneDBM(BoltzmannModel):
             value = value[:, None]
         if value.dim() != 4 or tuple(value.shape[1:]) != self.image_shape:
             raise ValueError(f"{name} must be (N, {channels}, {height}, {width}), got {tuple(value.shape)}")
-        value = value.to(self.bias.dtype)
+        value = value if value.is_floating_point() else value.to(self.bias.dtype)
         low, high = float(value.min()), float(value.max())
         if low < 0 or high > 1:
             raise ValueError(f"{name} must lie in [0, 1], they reach from {low:.4g} to {high:.4g}; divide bytes by 255")

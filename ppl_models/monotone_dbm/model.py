@@ -23,7 +23,7 @@ from inference.objectives.mean_field_contrast import FreeEnergyContrast
 from inference.objectives.pseudo_likelihood import PseudoLikelihood
 from inference.results.evidence import LogPartition
 from inference.runtime.generators import generator
-from ppl_models.base import check_batch_size, check_count, to_tensor
+from ppl_models.base import check_batch_size, check_count, check_counts, to_tensor
 from ppl_models.monotone_dbm.beyond_mean_field import Correlations, correct
 from ppl_models.monotone_dbm.calibration import TemperatureScaling
 from ppl_models.monotone_dbm.energy import PairwiseEnergy
@@ -311,7 +311,7 @@ class BoltzmannModel(PairwiseModel):
         checkpoint: str | Path | None,
     ) -> DBMFit:
         rows = len(data[0])
-        size = check_batch_size(None if batch_size is None else min(batch_size, rows), rows)
+        size = None if batch_size is None else min(check_count("batch_size", batch_size), rows)
         if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 < lr < math.inf:
             raise ValueError(f"lr must be positive and finite, got {lr!r}")
         try:
@@ -319,7 +319,7 @@ class BoltzmannModel(PairwiseModel):
                 loss,
                 data,
                 num_steps=num_steps,
-                batch_size=size,
+                batch_size=check_batch_size(size, rows),
                 optimizer=slow_temperatures(self, lr),
                 scheduler=one_cycle(num_steps),
                 seed=seed,
@@ -361,8 +361,10 @@ class BoltzmannModel(PairwiseModel):
         states = self._check_states("truth", truth)
         if states.shape != query.states.shape:
             raise ValueError(f"truth must be {tuple(query.states.shape)}, as the queries, got {tuple(states.shape)}")
-        chosen = torch.arange(self.groups.num_groups) if groups is None else torch.tensor(list(groups))
-        chosen = chosen.to(self.bias.device)
+        indices = tuple(range(self.groups.num_groups)) if groups is None else check_counts("groups", groups, 0)
+        if not indices or len(set(indices)) < len(indices) or max(indices) >= self.groups.num_groups:
+            raise ValueError(f"groups must be different numbers below {self.groups.num_groups}, got {indices}")
+        chosen = torch.tensor(indices, device=self.bias.device)
         with torch.no_grad():
             logits = self.groups.padded(self.tempered(self.solved_logits(query)), fill=-torch.inf)[:, chosen]
         hidden = ~query.mask[:, chosen]

@@ -219,7 +219,7 @@ def hollow(matrix: Tensor, groups: Groups) -> Tensor:
 
 def check_bound(monotonicity: float, curvature: int) -> float:
     """``curvature - monotonicity``, checked."""
-    if curvature not in (1, 2) or isinstance(curvature, bool):
+    if isinstance(curvature, bool) or not isinstance(curvature, int) or curvature not in (1, 2):
         raise ValueError(f"curvature must be 1 (the published bound) or 2 (the relaxed one), got {curvature!r}")
     if isinstance(monotonicity, bool) or not isinstance(monotonicity, int | float):
         raise TypeError(f"monotonicity must be a number, got {monotonicity!r}")

@@ -132,6 +132,16 @@ class Quadratic:
         return 0.5 * (z * gradient).sum(1), gradient
 
 
+class OneBlock:
+    """Streams that hold one block of one step."""
+
+    def __init__(self, inputs: StepInputs) -> None:
+        self._inputs = StepInputs(*({n: v[None] for n, v in group.items()} for group in inputs))
+
+    def block(self, steps: int, controls: Any) -> StepInputs:
+        return self._inputs
+
+
 @pytest.mark.parametrize(
     "kind", [k for k in KERNELS if k not in (kernels.NUTS, ParallelTempering)], ids=lambda k: k.__name__
 )
@@ -143,7 +153,7 @@ def test_a_step_stays_on_the_accelerator(kind: type[Kernel]) -> None:
     fixed = {"adapt_step_size": False, "adapt_mass_matrix": False, "adapt_damping": False}
     code = kind.__init__.__code__
     accepted = {n: v for n, v in fixed.items() if n in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]}
-    sampler = kind(potential_fn=lambda z: z, **accepted, **NEEDS.get(kind, {}))  # type: ignore[call-arg]
+    sampler: Any = kind(potential_fn=lambda z: z, **accepted, **NEEDS.get(kind, {}))  # type: ignore[call-arg]
     with fake_accelerator() as device:
         potential: Any = Quadratic(torch.empty(3, device=device))
         state = sampler.init(torch.empty(CHAINS, 3, device=device), potential)
@@ -151,9 +161,13 @@ def test_a_step_stays_on_the_accelerator(kind: type[Kernel]) -> None:
         noise = {
             n: torch.empty(CHAINS, k, device=device) for n, k in (("normal", spec.normal), ("uniform", spec.uniform))
         }
-        control = {n: torch.empty((), device=device) for n in sampler.controls(0, 1, 10)}
-        move = sampler.build(potential, lambda function, calls: Program(function, record=False))
-        state, info = move(state, StepInputs(noise, control, {}), 2)
+        inputs = StepInputs(noise, {n: torch.empty((), device=device) for n in sampler.controls(0, 1, 10)}, {})
+        lift = lambda function, calls: Program(function, record=False)  # noqa: E731
+        step = sampler.build(potential, lift)
+        if step is None:  # in place, by a clock
+            state, info, _ = next(sampler.runner(potential, lift, OneBlock(inputs))(state, 0, 1, 10))
+        else:
+            state, info = step(state, inputs, 2)
         state = sampler.end_window(state, 8, 12, potential)  # no first window: chains far out are looked for there
         leaves = [v for v in state if isinstance(v, Tensor)] + list(info.values())
         assert leaves and all(v.device.type == device.type for v in leaves)

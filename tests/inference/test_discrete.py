@@ -73,6 +73,22 @@ def test_a_conditional_is_the_joint_in_each_state() -> None:
         assert (logits[:, 0, size:] == -math.inf).all()
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_elements_of_a_vector_are_variables_and_the_joint_sums_to_the_evidence(masked: bool) -> None:
+    probs, x = torch.tensor([0.3, 0.6]), torch.tensor(0.5)
+
+    def vector() -> None:
+        law = dist.Bernoulli(probs).to_event(1)
+        z = pyro.sample("z", law.mask(True) if masked else law)
+        pyro.sample("x", dist.Normal(z.sum(), 1.0), obs=x)
+
+    potential = DiscretePotential(vector)
+    assert potential.sizes == (2, 2)
+    rows = torch.cartesian_prod(torch.arange(2), torch.arange(2))
+    terms = dist.Bernoulli(probs).log_prob(rows.float()).sum(1) + dist.Normal(rows.sum(1), 1.0).log_prob(x)
+    torch.testing.assert_close(potential.log_density(rows), terms)
+
+
 def test_states_of_probability_zero_are_not_drawn() -> None:
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]]).repeat(4, 1)
     drawn = draw_states(logits, torch.tensor([0.0, 0.49, 0.5, 1 - 2**-24]))

@@ -57,3 +57,16 @@ def test_pairs_that_do_not_fit() -> None:
 
     with pytest.raises(ValueError, match="must sit inside the data plate"):
         CompositionalLikelihood(Summed(), normal_noise(0.0, 1.0))(x)
+
+
+def test_an_argument_that_is_bound_already_takes_none_of_the_data() -> None:
+    x, law = data(20, 0.0, 1.0, 12), dist.Normal(0.0, 1.5)
+
+    def rows(x: Tensor | None = None) -> None:
+        with pyro.plate("noise", 8 if x is None else len(x)):
+            pyro.sample("x", law)
+
+    bound = CompositionalLikelihood(Tilted(), lambda law=law: pyro.sample("x", law), 8)
+    bound(x)
+    assert bound.noise_samples == 8
+    CompositionalLikelihood(Tilted(), rows, 32)(x)  # None is no value: the guide sees the rows

@@ -113,6 +113,8 @@ def test_nothing_observed_and_every_pixel_observed() -> None:
         (((1, 8, 8), 4, 10, {"hidden": [(8, 4, 4, 2)], "kernels": [[3, 0, 0], [4, 3, 0], [0, 4, 1]]}), "must be one"),
         (((1, 8, 8), 4, 10, {"hidden": [(8, 4, 4, 2)], "kernels": [[3, 0], [3, 3]]}), "columns"),
         (((1, 8, 8), 4, 10, {"rank": 4, "kernels": [[3]]}), "not both"),
+        (((1, 8, 8), 4, 10, {"hidden": torch.ones(4)}), "hidden"),
+        (((1, 8, 8), 4, 10, {"curvature": torch.ones(2)}), "curvature"),
     ],
 )
 def test_bad_networks(arguments: tuple[Any, ...], words: str) -> None:
@@ -134,7 +136,7 @@ def test_bad_images() -> None:
         (lambda: net.fit(good, [0, -1]), "labels must be 0 to 2"),
         (lambda: net.fit(good, [0]), "one an image"),
         (lambda: net.fit(good), "labels are needed"),
-        (lambda: net.fit(good, labels, 1.5), "shown_fraction"),
+        (lambda: net.fit(good, labels, 1.5), "observed_fraction"),
         (lambda: net.fit(good, labels, objective="pseudo_likelihood"), "objective"),
         (lambda: net.fit(good, labels, label_weight=2.0), "label_weight"),
         (lambda: net.classify(good, torch.ones(2, 3, 3, dtype=torch.bool)), "mask must be"),

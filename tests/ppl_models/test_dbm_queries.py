@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from inference import CheckpointError
-from ppl_models import MonotoneDBM
+from ppl_models import ConvMonotoneDBM, MonotoneDBM
 from ppl_models.monotone_dbm import DeepBoltzmannMachine
 from ppl_models.monotone_dbm.mean_field import SOLVERS
 from tests.accelerator import fake_accelerator
@@ -299,10 +299,13 @@ def test_other_bad_arguments() -> None:
         (lambda: MonotoneDBM([10] * 8).exact_marginals(), "too many"),
         (lambda: dbm.fit([[0] * 6] * 4, objective="x"), "objective"),
         (lambda: dbm.fit([[0] * 6] * 4, [[False] * 6] * 4), "nothing as data"),
-        (lambda: dbm.fit([[0] * 6] * 4, observed_fraction=1.5), "shown_fraction"),
+        (lambda: dbm.fit([[0] * 6] * 4, observed_fraction=1.5), "observed_fraction"),
         (lambda: dbm.fit([[0] * 6] * 4, [[True] * 5 + [False]] * 4, objective="pseudo_likelihood"), "hidden"),
         (lambda: dbm.fit([[0] * 6] * 4, labels=[9]), "labels"),
         (lambda: dbm.fit([[0] * 6] * 4, lr=-1.0), "lr"),
+        (lambda: dbm.fit([[0] * 6] * 4, batch_size=torch.empty(0, 3)), "batch_size"),  # type: ignore[arg-type]
+        (lambda: dbm.calibrate([[0] * 6], ALL, [[0] * 6], groups=[6]), "below 6"),
+        (lambda: ConvMonotoneDBM(torch.tensor(8)), "image_shape"),  # type: ignore[arg-type]
         (lambda: dbm.calibrate([[0] * 6], ALL, [[0] * 6]), "nothing to predict"),
         (lambda: DeepBoltzmannMachine([[2, 2]]), "two"),
     ]

@@ -126,6 +126,7 @@ def test_forward_and_backward_on_an_accelerator() -> None:
     model = LatentFractionalSDE((3,), 2, 2, **SMALL)
     model.system.noise.set_horizon(2.0)
     model._data = check_series(TIMES, torch.zeros(4, 5, 3), None, (3,))
+    model._max_step = 0.5  # few steps: fake tensors are slow
     grid = model._grid(TIMES.double())
     with fake_accelerator() as device:
         place(model, device)
@@ -144,6 +145,10 @@ def test_forward_and_backward_on_an_accelerator() -> None:
         ({"data_shape": (3,), "content_size": -1}, "content_size"),
         ({"data_shape": (3,), "likelihood": "poisson"}, "likelihood"),
         ({"data_shape": (3,), "hurst": 1.5}, "hurst"),
+        ({"data_shape": (3,), "features": 0}, "features"),
+        ({"data_shape": (3,), "context_size": 0}, "context_size"),
+        ({"data_shape": (1, 8, 8), "width": 6}, "width"),
+        ({"data_shape": (3,), "horizon": -1.0, "noise": "brownian"}, "horizon"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], match: str) -> None:

@@ -43,20 +43,29 @@ def powers(*exponents: int) -> Any:
     return lambda x: torch.stack([x**k for k in exponents], -1)
 
 
-def learn(model: Statistics, noise: Any, x: Tensor, m: int, steps: int, lr: float, seed: int, **options: Any) -> Any:
-    objective = CompositionalLikelihood(model, lambda: pyro.sample("x", noise), m, **options)
+def learn(model: Statistics, noise: Any, x: Tensor, m: int, steps: int, lr: float, seed: int) -> tuple[Tensor, float]:
+    """Fit; the model ends at the averaged parameters. Returned are those of the last step and the running log u, which
+    follows them."""
+    objective = CompositionalLikelihood(model, lambda: pyro.sample("x", noise), m)
+    last = model.theta.detach().clone()
+
+    def adam(parameters: Any) -> torch.optim.Adam:
+        made = torch.optim.Adam(parameters, lr=lr)
+        made.register_step_post_hook(lambda *_: last.copy_(model.theta.detach()))
+        return made
+
     fit(
         objective,
         x,
         num_steps=steps,
         batch_size=256,
-        lr=lr,
+        optimizer=adam,
         scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, steps),
         average_last=0.5,
         seed=seed,
         progress=False,
     )
-    return objective
+    return last, float(objective.log_u)
 
 
 def newton(statistics: Any, grid: Tensor, log_weight: Tensor, mean: Tensor, start: Tensor) -> tuple[Tensor, float]:
@@ -76,12 +85,12 @@ def test_gaussian(seed: int) -> None:
     """S1."""
     x = 2 + 1.5 * torch.randn(2000, generator=generator(seed, "S1"), dtype=torch.float64)
     model = Statistics(powers(1, 2), [0.0, -0.2])
-    objective = learn(model, dist.Normal(x.mean(), 1.5 * x.std()), x, 512, 3000, 0.02, seed)
+    last, log_u = learn(model, dist.Normal(x.mean(), 1.5 * x.std()), x, 512, 3000, 0.02, seed)
     a, b = model.theta.tolist()
     assert abs(-a / (2 * b) - float(x.mean())) < 0.02
     assert abs(-1 / (2 * b) / float(x.var(correction=0)) - 1) < 0.01
-    objective.refresh()
-    assert abs(float(objective.log_u) - (-(a**2) / (4 * b) + 0.5 * math.log(math.pi / -b))) < 0.03
+    a, b = last.tolist()
+    assert abs(log_u - (-(a**2) / (4 * b) + 0.5 * math.log(math.pi / -b))) < 0.03
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -91,14 +100,12 @@ def test_truncated_gaussian(seed: int) -> None:
     x = drawn[drawn > 0][:3000]
     model = Statistics(powers(1, 2), [0.0, -0.5], constraints.greater_than_eq(0.0))
     noise = dist.Exponential(torch.tensor(1 / 1.5, dtype=torch.float64))
-    objective = learn(model, noise, x, 512, 3000, 0.02, seed)
+    last, log_u = learn(model, noise, x, 512, 3000, 0.02, seed)
     grid = torch.linspace(0, 12, 40_001, dtype=torch.float64)
     weight = (grid[1] - grid[0]).log().expand_as(grid)
     best, _ = newton(powers(1, 2), grid, weight, powers(1, 2)(x).mean(0), torch.tensor([0.0, -0.5]).double())
     assert float((model.theta - best).abs().max()) < 0.03
-    exact = float(torch.logsumexp(powers(1, 2)(grid) @ model.theta.detach() + weight, 0))
-    objective.refresh()
-    assert abs(float(objective.log_u) - exact) < 0.02
+    assert abs(log_u - float(torch.logsumexp(powers(1, 2)(grid) @ last + weight, 0))) < 0.02
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -110,13 +117,12 @@ def test_double_well(seed: int) -> None:
     p = (t(grid) @ torch.tensor([0.3, 2.0, -0.5]).double()).softmax(0)
     x = grid[torch.multinomial(p, 3000, replacement=True, generator=generator(seed, "S3"))]
     model = Statistics(t, [0.0, 0.5, -0.2])
-    objective = learn(model, dist.Normal(0.0, torch.tensor(2.5).double()), x, 1024, 5000, 0.05, seed)
+    last, log_u = learn(model, dist.Normal(0.0, torch.tensor(2.5).double()), x, 1024, 5000, 0.05, seed)
     mean = t(x).mean(0)
     _, best = newton(t, grid, weight, mean, torch.tensor([0.3, 2.0, -0.5]).double())
     log_z = float(torch.logsumexp(t(grid) @ model.theta.detach() + weight, 0))
     assert best - (float(model.theta.detach() @ mean) - log_z) < 5e-5
-    objective.refresh()
-    assert abs(float(objective.log_u) - log_z) < 0.05
+    assert abs(log_u - float(torch.logsumexp(t(grid) @ last + weight, 0))) < 0.05
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -219,10 +219,11 @@ class NoisePair(nn.Module):
 
         @torch.no_grad()
         def run(*tensors: Tensor) -> list[Tensor]:
-            with self._scope(), poutine.trace() as recorder:
-                self._run_guide(count, tensors)
-            nodes: Any = recorder.trace.nodes
-            return [self._sum(nodes, count, None), *(nodes[n]["value"] for n in self.sites)]
+            with self._scope():
+                with poutine.trace() as recorder:
+                    self._run_guide(count, tensors)
+                nodes: Any = recorder.trace.nodes
+                return [self._sum(nodes, count, None), *(nodes[n]["value"] for n in self.sites)]
 
         with torch.no_grad():
             log_q, *values = self._run((f"draw {count}", False), run, batch, record)
@@ -238,9 +239,10 @@ class NoisePair(nn.Module):
 
         def run(*tensors: Tensor) -> list[Tensor]:
             given = dict(zip(self.sites, tensors, strict=False))
-            with self._scope(), poutine.trace() as recorder, poutine.condition(data=given):
-                self._run_guide(count, tensors[len(self.sites) :])
-            return [self._sum(recorder.trace.nodes, count, None)]
+            with self._scope():
+                with poutine.trace() as recorder, poutine.condition(data=given):
+                    self._run_guide(count, tensors[len(self.sites) :])
+                return [self._sum(recorder.trace.nodes, count, None)]
 
         return self._run(("log q", torch.is_grad_enabled()), run, (*(values[n] for n in self.sites), *batch), record)[0]
 
@@ -267,9 +269,10 @@ class NoisePair(nn.Module):
 
     def forward(self, values: Values, batch: tuple[Tensor, ...]) -> Tensor:
         """``log_density`` by Pyro itself."""
-        with self._scope(), poutine.trace() as recorder:
-            self._conditioned_model(values)(*self._arguments(values, batch))
-        return self._sum(recorder.trace.nodes, len(next(iter(values.values()))), self._frame)
+        with self._scope():
+            with poutine.trace() as recorder:
+                self._conditioned_model(values)(*self._arguments(values, batch))
+            return self._sum(recorder.trace.nodes, len(next(iter(values.values()))), self._frame)
 
     def _run(
         self,
@@ -462,11 +465,14 @@ def _is_data(site: Any, batch: tuple[Tensor, ...]) -> bool:
 
 
 def _accepts(function: Any, count: int) -> bool:
-    """Whether a callable takes this many positional arguments."""
+    """Whether a callable takes this many positional arguments.
+
+    An argument with a value of its own, as in ``lambda law=law: ...``, is bound already and takes none of the batch.
+    """
     target = function.forward if isinstance(function, nn.Module) else function
     try:
-        signature = inspect.signature(target)
-        signature.bind(*range(count))
+        given = inspect.signature(target).bind(*range(count))
     except (TypeError, ValueError):
         return False
-    return True
+    free = (inspect.Parameter.empty, None)
+    return all(any(given.signature.parameters[n].default is f for f in free) for n in given.arguments)
