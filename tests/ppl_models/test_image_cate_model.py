@@ -14,8 +14,6 @@ from ppl_models.image_cate.data import make_trial
 from ppl_models.image_cate.estimation import warnings_of_types
 from ppl_models.image_cate.simulation import stripes
 
-SMALL: dict[str, Any] = {"num_steps": 40, "num_folds": 2, "num_samples": 100, "width": 8}
-
 
 def tabular_trial(n: int = 240, seed: int = 0, noise: float = 0.3) -> dict[str, Tensor]:
     """Embeddings whose first column is the type (effects 0 and 2) and whose second drives the outcome."""
@@ -313,7 +311,8 @@ def test_columns_groups_and_confounding() -> None:
 )
 def test_variants_run(options: dict[str, Any]) -> None:
     trial = stripes(40, noise=0.5, seed=0, size=16)
-    model = ImageCATE(**{**SMALL, "num_steps": 4, "num_restarts": 1, **options})
+    small = {"num_steps": 4, "num_restarts": 1, "num_folds": 2, "num_samples": 50, "width": 4}
+    model = ImageCATE(**{**small, **options})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         model.fit(trial.outcome, trial.treatment, trial.images, progress=False)
@@ -375,12 +374,12 @@ def test_bad_input(changes: dict[str, Any], message: str) -> None:
 
 
 def test_rows_with_gaps_are_dropped_and_named() -> None:
-    trial = tabular_trial(80)
+    trial = tabular_trial(240)  # enough for twenty units of each arm in a type
     trial["outcome"][[3, 7]] = torch.nan
     model = embedding_model(missing="drop", num_steps=10)
-    with pytest.warns(UserWarning, match="left out 2 of 80 rows"):
+    with pytest.warns(UserWarning, match="left out 2 of 240 rows"):
         result = fit_tabular(model, trial)
-    assert result.dropped == (3, 7) and len(model.to_dataframe()) == 78
+    assert result.dropped == (3, 7) and len(model.to_dataframe()) == 238
 
 
 def test_types_that_were_lost_are_told() -> None:
