@@ -227,7 +227,7 @@ def test_posterior_over_parameters_by_nuts() -> None:
     )  # fmt: skip
     assert result.samples["hurst"].shape == (2, 40)
     parameters = model.parameter_model
-    grid_h, grid_s = torch.linspace(0.02, 0.98, 25).double(), torch.linspace(math.log(0.4), math.log(3), 16).exp()
+    grid_h, grid_s = torch.linspace(0.02, 0.98, 40).double(), torch.linspace(math.log(0.4), math.log(3), 30).exp()
     log_density = torch.stack(
         [
             torch.stack(
