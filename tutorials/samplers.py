@@ -40,7 +40,8 @@ import inference
 SMOKE = os.environ.get("PPL_MODELS_SMOKE", "0") not in ("", "0")
 OUT = os.environ.get("PPL_MODELS_OUT")
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"  # told apart by people with colour-blindness
-DRAWS = 100 if SMOKE else 500
+CHAINS, DRAWS, WARMUP = (16, 50, 50) if SMOKE else (64, 500, 200)
+THEIRS = 15 if SMOKE else 100  # draws of Pyro
 
 torch.set_num_threads(1)  # small tensors: a second thread costs more than it brings
 plt.rcParams.update({"axes.spines.right": False, "axes.spines.top": False, "font.size": 9, "legend.frameon": False})
@@ -86,17 +87,17 @@ def model(effect, error):
 # %%
 pyro.set_rng_seed(0)
 start = time.perf_counter()
-theirs = pyro.infer.MCMC(
-    pyro.infer.NUTS(model), num_samples=100, warmup_steps=50 if SMOKE else 300, disable_progbar=True
-)
+theirs = pyro.infer.MCMC(pyro.infer.NUTS(model), num_samples=THEIRS, warmup_steps=3 * THEIRS, disable_progbar=True)
 theirs.run(EFFECT, ERROR)
 pyro_seconds = time.perf_counter() - start
 
 start = time.perf_counter()
-ours = inference.MCMC(inference.NUTS(model), num_samples=DRAWS, warmup_steps=150, num_chains=64, progress=False)
+ours = inference.MCMC(inference.NUTS(model), num_samples=DRAWS, warmup_steps=WARMUP, num_chains=CHAINS, progress=False)
 ours.run(EFFECT, ERROR)
 our_seconds = time.perf_counter() - start
-print(f"Pyro: {100 / pyro_seconds:.0f} draws a second; here: {64 * DRAWS / our_seconds:.0f}, compilation included")
+print(
+    f"Pyro: {THEIRS / pyro_seconds:.0f} draws a second; here: {CHAINS * DRAWS / our_seconds:.0f}, compilation included"
+)
 
 # %% [markdown]
 # ## Reading the diagnostics
@@ -158,7 +159,7 @@ show("eight_schools")
 engines = {"NUTS": inference.NUTS(model), "ChEES": inference.ChEES(model)}
 rows = {}
 for name, kernel in engines.items():
-    run = inference.MCMC(kernel, num_samples=DRAWS, warmup_steps=200, num_chains=64, progress=False, seed=1)
+    run = inference.MCMC(kernel, num_samples=DRAWS, warmup_steps=WARMUP, num_chains=CHAINS, progress=False, seed=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", inference.SamplerWarning)
         run.run(EFFECT, ERROR)
@@ -173,7 +174,7 @@ for name, kernel in engines.items():
 # Tempered SMC walks from the prior to the posterior and multiplies up the weights: log Z with its standard error.
 
 # %%
-smc = inference.SMC(model, num_particles=500, num_runs=4, progress=False)
+smc = inference.SMC(model, num_particles=100 if SMOKE else 500, num_runs=4, progress=False)
 smc.run(EFFECT, ERROR)
 evidence = smc.log_evidence
 print(f"log Z = {evidence.value:.2f} with standard error {evidence.standard_error:.2f}")
@@ -187,8 +188,8 @@ print(f"log Z = {evidence.value:.2f} with standard error {evidence.standard_erro
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
-    enough = inference.Stop(rhat=1.02, ess=400)
-    line = {"num_samples": 5000, "warmup_steps": 150, "num_chains": 16, "progress": False}
+    enough = inference.Stop(rhat=1.02, ess=100 if SMOKE else 400)
+    line = {"num_samples": 200 if SMOKE else 5000, "warmup_steps": WARMUP, "num_chains": 16, "progress": False}
     first = inference.MCMC(inference.NUTS(model), checkpoint=folder, stop=enough, **line).run(EFFECT, ERROR)
     kept = first.get_samples(group_by_chain=True)["tau"].shape[1]
     again = inference.MCMC(inference.NUTS(model), checkpoint=folder, stop=enough, **line).run(EFFECT, ERROR)

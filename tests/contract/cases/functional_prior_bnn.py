@@ -27,7 +27,7 @@ BNN = ModelCase(
     name="functional_prior_bnn",
     build=lambda: FunctionalPriorBNN(3, hidden=(8,)),
     data=regression,
-    fit={"num_chains": 2, "warmup_steps": 30, "num_samples": 4, "thin": 30, "batch_size": 20},
+    fit={"num_chains": 2, "warmup_steps": 20, "num_samples": 4, "thin": 15, "batch_size": 20},
     queries={
         "predict": lambda m: m.predict(regression(torch.float32)["x_train"]).samples,  # type: ignore[operator]
         "sample": lambda m: m.predict(regression(torch.float32)["x_train"]).sample(seed=1),  # type: ignore[operator]
