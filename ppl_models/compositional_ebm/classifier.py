@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from inference.citation import Paper
+from inference.objectives.unnormalised import CompositionalLikelihood
 from inference.objectives.unnormalised.mixture import MixtureNoise
 from inference.objectives.unnormalised.noise import DefensiveMixture, GaussianNoise, Noise, noise_from_config
 from inference.objectives.unnormalised.objective import UnnormalisedObjective
@@ -98,14 +99,7 @@ class EnergyClassifier(Model):
     """
 
     papers: ClassVar[tuple[Paper, ...]] = (
-        Paper(
-            "inproceedings",
-            "jiang2023learning",
-            author="Jiang, Wei and Qin, Jiayu and Wu, Lingyu and Chen, Changyou and Yang, Tianbao and Zhang, Lijun",
-            title="Learning Unnormalized Statistical Models via Compositional Optimization",
-            booktitle="International Conference on Machine Learning",
-            year=2023,
-        ),
+        *CompositionalLikelihood.papers,
         Paper(
             "inproceedings",
             "grathwohl2020classifier",

@@ -69,16 +69,7 @@ class EnergyModel(Model):
         (torch.Size([400]), torch.Size([5, 2]))
     """
 
-    papers: ClassVar[tuple[Paper, ...]] = (
-        Paper(
-            "inproceedings",
-            "jiang2023learning",
-            author="Jiang, Wei and Qin, Jiayu and Wu, Lingyu and Chen, Changyou and Yang, Tianbao and Zhang, Lijun",
-            title="Learning Unnormalized Statistical Models via Compositional Optimization",
-            booktitle="International Conference on Machine Learning",
-            year=2023,
-        ),
-    )
+    papers: ClassVar[tuple[Paper, ...]] = CompositionalLikelihood.papers
 
     kind: ClassVar[str] = "EnergyModel"
 

@@ -31,6 +31,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from inference.citation import Paper
 from inference.kernels.base import count
 from inference.objectives.unnormalised.objective import UnnormalisedObjective, positive_weights
 from inference.objectives.unnormalised.schedules import BetaSchedule, Constant, as_beta
@@ -101,6 +102,16 @@ class CompositionalLikelihood(UnnormalisedObjective):
         1.2
     """
 
+    papers: ClassVar[tuple[Paper, ...]] = (
+        Paper(
+            "inproceedings",
+            "jiang2023learning",
+            author="Jiang, Wei and Qin, Jiayu and Wu, Lingyu and Chen, Changyou and Yang, Tianbao and Zhang, Lijun",
+            title="Learning Unnormalized Statistical Models via Compositional Optimization",
+            booktitle="International Conference on Machine Learning",
+            year=2023,
+        ),
+    )
     columns: ClassVar[tuple[str, ...]] = ("log_partition", "log_partition_batch", "ess", "beta")
     log_u: Tensor
     share: Tensor
