@@ -235,7 +235,7 @@ def test_on_an_accelerator() -> None:
         ({"group_sizes": []}, "empty"),
         ({"group_sizes": [3, 1]}, r"group_sizes\[1\] must be at least 2"),
         ({"group_sizes": [3, 2.5]}, "integer"),
-        ({"group_sizes": 3}, "list"),
+        ({"group_sizes": 3}, "group_sizes must be a sequence of integers"),
         ({"group_sizes": [3, 3], "rank": 0}, "rank"),
         ({"group_sizes": [3, 3], "monotonicity": 1.0}, "monotonicity"),
         ({"group_sizes": [3, 3], "monotonicity": math.nan}, "monotonicity"),
