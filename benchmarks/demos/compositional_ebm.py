@@ -24,7 +24,8 @@ def run(out: Path, quick: bool) -> list[Row]:
     x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
     train, test = x[:180], x[180:]
     model = EnergyModel(event_shape=(2,))
-    model.fit(train, num_steps=20 if quick else 800, batch_size=90, progress=not quick)
+    # Chosen on a third of these rows: without the decay the network learns 180 points by heart within 800 steps.
+    model.fit(train, num_steps=20 if quick else 100, batch_size=60, weight_decay=10.0, progress=not quick)
     score = float(model.log_prob(test).mean())
     units = train.mean(0), train.std(0)
     mixtures = {
