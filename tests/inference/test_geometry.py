@@ -115,7 +115,7 @@ KERNELS = {
 
 def standard_errors_off(kernel, target: Target) -> Tensor:
     """Distance of each statistic's mean from its expectation, in its own Monte Carlo standard errors."""
-    mcmc = MCMC(kernel, 250, 250, num_chains=20, progress=False, compile=False).run()
+    mcmc = MCMC(kernel, 250, 250, num_chains=20, progress=False, compile=isinstance(kernel, NUTS)).run()
     statistics = target.statistics(mcmc.get_samples(group_by_chain=True))
     assert (rhat(statistics) < 1.05).all()  # an error bar is no error bar where chains disagree
     return (statistics.mean((0, 1)) - target.expected) / mcse_mean(statistics)

@@ -127,7 +127,7 @@ def test_two_modes_through_the_driver():
 def test_warm_up_evens_out_rejection_and_acceptance():
     """One rung far too hot at the start: after the warm-up all pairs and all moves are accepted about alike."""
     kernel = ParallelTempering(cases.regression, num_temperatures=4)
-    mcmc = MCMC(kernel, 10, 200, num_chains=64, progress=False)
+    mcmc = MCMC(kernel, 10, 400, num_chains=64, progress=False)
     states = []
     original = kernel.end_window
 
