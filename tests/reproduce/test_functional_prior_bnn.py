@@ -48,8 +48,8 @@ def measure() -> Measure:
     return measured
 
 
-# Over four seeds the matched prior's RMSE of split 5 is 1.96 with a standard deviation of 0.07, and the bound is three
-# of them above the mean; that of split 2 is 2.25 and 0.11, too wide for a bound below the N(0, 1) prior's 2.46.
+# The matched prior's RMSE of split 5 is 1.96 with a standard deviation of 0.07 over four seeds; the bound is three
+# of them above the mean. Split 2 has 2.29 and 0.10 over three: no bound fits between that and the N(0, 1) prior's 2.46.
 @pytest.mark.parametrize(("split", "largest"), [(2, None), (5, 2.17), (9, None)])
 def test_boston_three_splits(measure: Measure, split: int, largest: float | None) -> None:
     """The notebook's FG within 6%, and a matched prior that is better.
