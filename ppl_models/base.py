@@ -102,12 +102,18 @@ def check_counts(name: str, values: object, least: int = 1) -> tuple[int, ...]:
     return counts(name, values, least)
 
 
-def check_batch_size(batch_size: int | str | None, num_rows: int) -> int | None:
-    """``batch_size``, or None if it is the whole data; raises if it is larger."""
+def check_batch_size(batch_size: object, num_rows: int, default: int | None = None) -> int | None:
+    """``batch_size``, or None if it is the whole data; ``default``, which nobody asked for, shrinks to the data.
+
+    Raises:
+        TypeError, ValueError: no count, or larger than the data.
+    """
     if batch_size is None:
         return None
     batch_size = check_count("batch_size", batch_size)
     if batch_size > num_rows:
+        if batch_size == default:
+            return None
         raise ValueError(
             f"batch_size = {batch_size} is larger than the data, which have {num_rows} rows; "
             f"use at most {num_rows}, or None for full batches"

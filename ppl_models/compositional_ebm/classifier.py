@@ -22,11 +22,11 @@ from inference.objectives.unnormalised.mixture import MixtureNoise
 from inference.objectives.unnormalised.noise import DefensiveMixture, GaussianNoise, Noise, noise_from_config
 from inference.objectives.unnormalised.objective import UnnormalisedObjective
 from inference.results.evidence import LogPartition
-from ppl_models.base import Model, check_count, check_counts, to_tensor
+from ppl_models.base import Model, check_batch_size, check_count, check_counts, to_tensor
 from ppl_models.compositional_ebm.distribution import EnergyDistribution
 from ppl_models.compositional_ebm.methods import EnergyFit, build_objective, check_schedule, optimise
 from ppl_models.compositional_ebm.networks import EnergyNetwork
-from ppl_models.compositional_ebm.noise import as_noise, default_batch
+from ppl_models.compositional_ebm.noise import as_noise
 from ppl_models.compositional_ebm.normaliser import importance
 
 __all__ = ["EnergyClassifier"]
@@ -206,7 +206,7 @@ class EnergyClassifier(Model):
         for name, value in (("density_weight", density_weight), ("input_noise", input_noise)):
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
-        size = default_batch(batch_size, len(x), 128)
+        size = check_batch_size(batch_size, len(x), 128)
         self._build(tuple(x.shape[1:]))
         self.to(device=x.device, dtype=x.dtype)
         self.components.learn(x.flatten(1))

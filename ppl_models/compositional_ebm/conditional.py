@@ -20,11 +20,11 @@ from inference.objectives.unnormalised import CompositionalLikelihood, Condition
 from inference.objectives.unnormalised.mixture import MixtureNoise
 from inference.objectives.unnormalised.noise import DefensiveMixture, GaussianNoise, Noise, noise_from_config
 from inference.runtime.generators import derive_seed, generator, scoped_seed
-from ppl_models.base import Model, Standardiser, check_count, check_counts, to_tensor
+from ppl_models.base import Model, Standardiser, check_batch_size, check_count, check_counts, to_tensor
 from ppl_models.compositional_ebm.distribution import EnergyDistribution, refuse_output_bias
 from ppl_models.compositional_ebm.methods import EnergyFit, check_schedule, optimise
 from ppl_models.compositional_ebm.networks import EnergyNetwork, mlp
-from ppl_models.compositional_ebm.noise import as_noise, default_batch
+from ppl_models.compositional_ebm.noise import as_noise
 
 __all__ = ["ConditionalEnergyModel", "ConditionalPrediction"]
 
@@ -196,7 +196,7 @@ class ConditionalEnergyModel(Model):
         check_count("num_steps", num_steps)
         check_count("noise_samples", noise_samples)
         check_schedule(lr, weight_decay, 0.0)
-        size = default_batch(batch_size, len(x), 64)
+        size = check_batch_size(batch_size, len(x), 64)
         y = y.to(x)
         if isinstance(noise, str) and noise == "auto":
             # never discrete: a response of few values is still a number

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from inference.objectives.unnormalised import CompositionalLikelihood
 from inference.objectives.unnormalised.noise import GaussianNoise
-from ppl_models.base import check_count, to_tensor
+from ppl_models.base import check_batch_size, check_count, to_tensor
 from ppl_models.compositional_ebm.methods import EnergyFit, check_schedule, optimise
 from ppl_models.compositional_ebm.model import EnergyModel
-from ppl_models.compositional_ebm.noise import default_batch
 
 __all__ = ["LatentEnergyPrior"]
 
@@ -87,7 +86,7 @@ class LatentEnergyPrior(EnergyModel):
         normal = GaussianNoise(torch.zeros(size).to(mean), torch.eye(size).to(mean))
         self._start(mean, normal, seed, frozen=False)
         density = CompositionalLikelihood(self, normal, noise_samples, beta=beta)
-        batch = default_batch(batch_size, len(mean))
+        batch = check_batch_size(batch_size, len(mean), 256)
         settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "average_last": 0.0}
         loop, history = optimise(
             _FreshCodes(density),

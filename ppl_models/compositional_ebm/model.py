@@ -21,11 +21,11 @@ from inference.objectives.unnormalised import CompositionalLikelihood
 from inference.objectives.unnormalised.guards import unreliable
 from inference.objectives.unnormalised.noise import Noise, noise_from_config
 from inference.results.evidence import LogPartition
-from ppl_models.base import Model, Standardiser, check_count, check_counts, to_tensor
+from ppl_models.base import Model, Standardiser, check_batch_size, check_count, check_counts, to_tensor
 from ppl_models.compositional_ebm.distribution import EnergyDistribution, refuse_output_bias
 from ppl_models.compositional_ebm.methods import EnergyFit, build_objective, check_schedule, optimise
 from ppl_models.compositional_ebm.networks import EnergyNetwork
-from ppl_models.compositional_ebm.noise import as_noise, default_batch
+from ppl_models.compositional_ebm.noise import as_noise
 from ppl_models.compositional_ebm.normaliser import estimate, importance
 from ppl_models.compositional_ebm.sampling import sample
 
@@ -195,7 +195,7 @@ class EnergyModel(Model):
         check_count("num_steps", num_steps)
         check_count("noise_samples", noise_samples)
         check_schedule(lr, weight_decay, average_last)
-        size = default_batch(batch_size, len(x))
+        size = check_batch_size(batch_size, len(x), 256)
         if noise is None and self._base is None:
             raise ValueError("an improper model (base=None) has no law to draw noise from: give noise='auto' or a law")
         found = as_noise(noise, x, self._support, seed)

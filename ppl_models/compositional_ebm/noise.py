@@ -22,7 +22,6 @@ from inference.objectives.unnormalised.noise import (
     PoissonNoise,
 )
 from inference.runtime.generators import scoped_seed
-from ppl_models.base import check_count
 
 __all__ = [
     "BernoulliNoise",
@@ -169,19 +168,3 @@ def as_noise(noise: Any, x: Tensor, support: Any = None, seed: int = 0) -> Noise
             f"{int(outside.nonzero()[0])}): the noise must be able to draw whatever the data may be"
         )
     return found
-
-
-def default_batch(batch_size: Any, rows: int, default: int = 256) -> int | None:
-    """The batch size; the default shrinks to the data, a user's own does not.
-
-    Raises:
-        TypeError, ValueError: it is no count, or above the number of rows.
-    """
-    if batch_size is None:
-        return None
-    size = check_count("batch_size", batch_size)
-    if size > rows:
-        if size != default:
-            raise ValueError(f"batch_size={size} is larger than the data, which have {rows} rows")
-        return None
-    return size

@@ -68,7 +68,7 @@ def sample_posterior(
         num_samples, warmup_steps, num_chains, thin, seed, progress: as in ``inference.MCMC``.
         prior_scale: standard deviation of the normal prior on each parameter, around zero.
         pool_size: noise draws that estimate Z.
-        batch_size: rows of a minibatch; None for all.
+        batch_size: rows of a minibatch; None for all. The default is all rows where there are fewer.
         step_size, friction: of SGHMC. Steps are in units of parameters.
 
     Raises:
@@ -79,7 +79,7 @@ def sample_posterior(
     ebm._fitted("sample_posterior")
     x = ebm._check(x, "x")
     rows = len(x)
-    size = check_batch_size(None if batch_size is None or batch_size >= rows else batch_size, rows)
+    size = check_batch_size(batch_size, rows, 128)
     check_count("pool_size", pool_size, 100)
     noise, law = ebm._noise(), ebm._law(None)
     with torch.no_grad(), scoped_seed(derive_seed(seed, "pool"), x.device):

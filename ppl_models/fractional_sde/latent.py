@@ -310,7 +310,7 @@ class LatentFractionalSDE(PathModel):
         kl_warmup: int = 0,
         clip_norm: float | None = 100.0,
         checkpoint_segments: int | str | None = None,
-        validation: Any = None,
+        valid: Any = None,
         validate_every: int = 200,
         checkpoint: str | FilePath | None = None,
         progress: bool | Callable[[dict[str, Any]], None] = True,
@@ -325,7 +325,7 @@ class LatentFractionalSDE(PathModel):
                 0.7071.
             seed: same seed, same result to the bit.
             num_steps: of Adam, with a cosine schedule.
-            batch_size: series in a step; None or more than there are for all.
+            batch_size: series in a step; None for all. The default is all series where there are fewer.
             lr: learning rate.
             num_particles: paths of each series in a step.
             bound: ``"elbo"`` or ``"iwae"``.
@@ -333,7 +333,7 @@ class LatentFractionalSDE(PathModel):
             kl_warmup: steps over which the KL's weight rises to 1.
             clip_norm: longest gradient.
             checkpoint_segments: of a solve, ``"sqrt"`` for long series.
-            validation: further observations of the same times, all seen, whose loss is recorded.
+            valid: held-out observations of the same times, all seen, whose loss is recorded.
             validate_every: steps between two looks at them.
             checkpoint: file to resume from.
             progress: progress bar, or a function that receives its fields.
@@ -343,13 +343,12 @@ class LatentFractionalSDE(PathModel):
             NonFiniteError: the loss became non-finite.
         """
         data = check_series(times, observations, mask, self.data_shape)
-        held = None if validation is None else check_series(times, validation, None, self.data_shape)
+        held = None if valid is None else check_series(times, valid, None, self.data_shape)
         if self.family == "bernoulli" and not bool(((data.values >= 0) & (data.values <= 1)).all()):
             raise ValueError("observations must lie in [0, 1] for likelihood='bernoulli'")
         self.likelihood.check(noise_std, positive=True)
         rows = len(data.values)
-        size = None if batch_size is None else min(check_count("batch_size", batch_size), rows)
-        size = check_batch_size(size, rows)
+        size = check_batch_size(batch_size, rows, 32)
         steps = check_count("num_steps", num_steps)
         check_count("num_particles", num_particles)
         fresh = self._data is None

@@ -35,7 +35,7 @@ _LOSSES = ("path", "pair", "segment", "sum_rule", "kl")
 _ROWS = ("data", "model", "mixture", "uniform")
 _OBJECTIVES = ("consistency", "kl", "fm", "arm", "arm_mc")
 _PARTITIONS = ("importance", "bridge", "network")
-_DEFAULT_BATCH = 512
+_BATCH = 512
 _SWEEPS = 8  # of Metropolis blocks, from resampled draws to draws of the target
 
 
@@ -85,7 +85,7 @@ class MarginalizationModel(Training):
         method: str = "two-stage",
         num_steps: int = 2000,
         marginal_steps: int | None = None,
-        batch_size: int | None = None,
+        batch_size: int | None = _BATCH,
         lr: float = 1e-3,
         weight_decay: float = 0.01,
         rows: str | Any = "mixture",
@@ -108,7 +108,7 @@ class MarginalizationModel(Training):
             method: ``"two-stage"``, or ``"joint"`` for both at once with ``penalty`` on the consistency.
             num_steps: updates of the first stage (or the joint one).
             marginal_steps: updates of the second; as many by default.
-            batch_size: rows of an update; at most 512 by default.
+            batch_size: rows of an update; None for all. The default is all rows where there are fewer.
             lr: of AdamW, decaying to zero by a cosine.
             weight_decay: of AdamW.
             rows: where consistency is asked: ``"data"``, ``"model"`` (draws), ``"mixture"`` of both, ``"uniform"``
@@ -147,8 +147,7 @@ class MarginalizationModel(Training):
             held_c = self._check_context(valid_context, len(held_out), "valid_context")
         check_count("num_steps", num_steps)
         check_count("num_rows", num_rows, 2)
-        size = min(_DEFAULT_BATCH, len(values)) if batch_size is None else batch_size
-        check_batch_size(size, len(values))
+        size = check_batch_size(batch_size, len(values), _BATCH) or len(values)
         own = None if isinstance(rows, str) else self._training_rows("rows", rows)
         if (own is not None or rows != "data") and self.context_features and method == "joint":
             raise ValueError("a joint fit of a model with context takes rows='data'")

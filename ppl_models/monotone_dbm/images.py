@@ -14,7 +14,7 @@ from torch import Tensor
 
 from inference.objectives.masked import Head
 from inference.runtime.generators import generator
-from ppl_models.base import check_count, check_counts, to_tensor
+from ppl_models.base import check_batch_size, check_count, check_counts, to_tensor
 from ppl_models.monotone_dbm.convolution import ConvOperator, Layer, check_layers, layer_groups
 from ppl_models.monotone_dbm.model import BoltzmannModel
 from ppl_models.monotone_dbm.operators import DenseOperator, check_bound
@@ -186,7 +186,8 @@ class ConvMonotoneDBM(BoltzmannModel):
         elif labels is not None:
             raise ValueError("labels were given and the model has none (num_classes=0)")
         if objective not in ("masked", "elbo", "pcd"):
-            raise ValueError(f"objective must be masked, elbo or pcd, got {objective!r}")
+            raise ValueError(f"objective must be one of masked, elbo, pcd, got {objective!r}")
+        check_batch_size(batch_size, len(states), 96)
         loss = self._objective(
             objective,
             visible,

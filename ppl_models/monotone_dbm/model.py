@@ -198,7 +198,8 @@ class BoltzmannModel(PairwiseModel):
             observed_fraction: share that is shown to ``"masked"``; of a pair, drawn for each row between the two.
             labels: groups that ``"masked"`` never shows and scores on their own, with ``label_weight``.
             label_weight: share of their loss in the whole.
-            num_steps, batch_size, lr: of Adam with one cycle of rates; temperatures learn at a quarter of ``lr``.
+            batch_size: rows in a step; None for all. The default is all rows where there are fewer.
+            num_steps, lr: of Adam with one cycle of rates; temperatures learn at a quarter of ``lr``.
             annealed: share of the fit over which the bound on Phi is widened from half to the whole of it.
             num_chains, num_sweeps: persistent chains, and their sweeps before an update.
             seed, progress, checkpoint: as in ``inference.fit``.
@@ -311,7 +312,7 @@ class BoltzmannModel(PairwiseModel):
         checkpoint: str | Path | None,
     ) -> DBMFit:
         rows = len(data[0])
-        size = None if batch_size is None else min(check_count("batch_size", batch_size), rows)
+        size = check_batch_size(batch_size, rows, 96)
         if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 < lr < math.inf:
             raise ValueError(f"lr must be positive and finite, got {lr!r}")
         try:
@@ -319,7 +320,7 @@ class BoltzmannModel(PairwiseModel):
                 loss,
                 data,
                 num_steps=num_steps,
-                batch_size=check_batch_size(size, rows),
+                batch_size=size,
                 optimizer=slow_temperatures(self, lr),
                 scheduler=one_cycle(num_steps),
                 seed=seed,

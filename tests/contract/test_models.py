@@ -1,6 +1,7 @@
 """The contract of every model: each test runs on each case of ``cases/``; a new model inherits all by being there."""
 
 import copy
+import inspect
 import os
 import pickle
 import subprocess
@@ -298,6 +299,8 @@ def _spoiled(case: ModelCase) -> Iterator[tuple[str, dict[str, Any], dict[str, A
             yield f"{name} empty", {**data, name: value[:0]}, {}
             yield f"{name} as text", {**data, name: "abc"}, {}
             yield f"{name} complex", {**data, name: value.to(torch.complex64)}, {}
+    if "batch_size" in inspect.signature(case.build().fit).parameters:  # type: ignore[arg-type]
+        yield "batch_size", data, {"batch_size": 1 + max(len(v) for v in data.values() if isinstance(v, Tensor))}
     yield "seed", data, {"seed": 0.5}
     yield "progress", data, {"progress": 3}
 

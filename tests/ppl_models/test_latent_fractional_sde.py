@@ -85,7 +85,7 @@ def test_files_seeds_and_arviz(tmp_path: Path) -> None:
     runs = []
     for _ in range(2):
         model = LatentFractionalSDE((3,), 2, 2, **SMALL)
-        result = model.fit(TIMES, y, noise_std="learn", num_steps=3, max_step=0.1, progress=False, validation=y)
+        result = model.fit(TIMES, y, noise_std="learn", num_steps=3, max_step=0.1, progress=False, valid=y)
         assert result.history is not None
         runs.append(result.history.losses)
     assert torch.equal(runs[0], runs[1])
