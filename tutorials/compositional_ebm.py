@@ -1,10 +1,14 @@
 # ---
 # jupyter:
 #   jupytext:
-#     formats: py:percent
+#     formats: ipynb,py:percent
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
 # ---
 
 # %% [markdown]
@@ -14,24 +18,42 @@
 # `exp(-energy)` and hard to fit, because the constant that makes it integrate to one is unknown and moves with the
 # parameters. `EnergyModel` fits such models by maximum likelihood without Markov chains, and says what log Z is and how
 # far to trust it. The method is that of Jiang et al., ICML 2023 (arXiv:2306.07485).
+#
+# To run it: `pip install '.[plots,data]'`, then as a notebook (jupytext) or `python tutorials/compositional_ebm.py`. It
+# takes about a minute. `PPL_MODELS_SMOKE=1` shortens it to seconds with results that mean little, and
+# `PPL_MODELS_OUT=out` writes the figures to `out/tutorial/`.
 
 # %%
 import math
 import os
 from pathlib import Path
 
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from inference.runtime.generators import generator
 from ppl_models import EnergyClassifier, EnergyModel
 from ppl_models.compositional_ebm import TruncatedNormal
 
-SMOKE = bool(os.environ.get("PPL_MODELS_SMOKE"))
-OUT = Path(os.environ.get("PPL_MODELS_OUT", "out")) / "tutorial"
-OUT.mkdir(parents=True, exist_ok=True)
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
+SMOKE = os.environ.get("PPL_MODELS_SMOKE", "0") not in ("", "0")
+OUT = os.environ.get("PPL_MODELS_OUT")
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"  # told apart by people with colour-blindness
+
+torch.set_num_threads(1)  # small tensors: a second thread costs more than it brings
+plt.rcParams.update({"axes.spines.right": False, "axes.spines.top": False, "font.size": 9, "legend.frameon": False})
+
+
+def show(name):
+    """Save the current figure if PPL_MODELS_OUT is set, else show it where there is a screen."""
+    if OUT:
+        folder = Path(OUT) / "tutorial"
+        folder.mkdir(parents=True, exist_ok=True)
+        plt.gcf().savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
+    elif mpl.get_backend().lower() != "agg":
+        plt.show()
+    plt.close("all")
+
 
 # %% [markdown]
 # ## A law that was cut
@@ -40,7 +62,7 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
 # describe another law; the likelihood of the cut law, whose constant depends on both parameters, finds the first one.
 
 # %%
-drawn = 0.5 + torch.randn(6000, generator=generator(0, "cut"))
+drawn = 0.5 + torch.randn(6000, generator=torch.Generator().manual_seed(0))
 x = drawn[drawn > 0][:3000]
 law = TruncatedNormal(low=0.0)
 result = law.fit(x, num_steps=500 if SMOKE else 2000, progress=False)
@@ -57,8 +79,8 @@ wide = torch.linspace(-1, 4, 300)
 naive = torch.distributions.Normal(x.mean(), x.std()).log_prob(wide).exp()
 ax.plot(wide.numpy(), naive.numpy(), color=ORANGE, ls="--", label="normal with the naive moments")
 ax.set(xlabel="x", ylabel="density", ylim=(0, 0.85))
-ax.legend(frameon=False)
-figure.savefig(OUT / "ebm_truncated.png", dpi=150)
+ax.legend()
+show("ebm_truncated")
 
 # %% [markdown]
 # ## A density in the plane, and its log Z
@@ -71,7 +93,7 @@ figure.savefig(OUT / "ebm_truncated.png", dpi=150)
 # %%
 def eight_gaussians(n: int, seed: int) -> torch.Tensor:
     """Eight small normals on a circle."""
-    draw = generator(seed, "eight")
+    draw = torch.Generator().manual_seed(seed)
     angle = torch.randint(8, (n,), generator=draw) * math.pi / 4
     centre = 2 * math.sqrt(2) * torch.stack([angle.cos(), angle.sin()], 1)
     return centre + 0.5 / math.sqrt(2) * torch.randn(n, 2, generator=draw)
@@ -97,8 +119,8 @@ axes[1].plot(steps, fitted.history["log_partition_batch"].numpy(), color=GREY, l
 axes[1].plot(steps, fitted.history["log_partition"].numpy(), color=BLUE, label="running estimate")
 axes[1].axhline(exact.value, color=ORANGE, ls="--", label="grid, at the end")
 axes[1].set(xlabel="step", ylabel="log Z")
-axes[1].legend(frameon=False)
-figure.savefig(OUT / "ebm_density.png", dpi=150)
+axes[1].legend()
+show("ebm_density")
 
 # %% [markdown]
 # ## Strange digits
@@ -129,8 +151,8 @@ if raw is not None:
     ax.hist(clf.ood_score(usual).numpy(), bins=bins, color=BLUE, alpha=0.6, label="test digits")
     ax.hist(clf.ood_score(flipped).numpy(), bins=bins, color=ORANGE, alpha=0.6, label="upside down")
     ax.set(xlabel="-log p(x), nats", ylabel="images")
-    ax.legend(frameon=False)
-    figure.savefig(OUT / "ebm_digits.png", dpi=150)
+    ax.legend()
+    show("ebm_digits")
 
 # %% [markdown]
 # ## When not to use it
