@@ -2,11 +2,14 @@
 
 Every public name has its entry, because the pages are made from ``__all__``.  A model's page in ``models/`` is shown
 if the class that its first lines name is public.  A tutorial is shown with what it printed and drew if ``make
-tutorials`` has run it as it stands, and as its text and code otherwise.
+tutorials`` has run it as it stands, and as its text and code otherwise.  Links are written as they hold in the
+repository; here those to tutorials, to the pages at its root and to code lead to pages of the site, and a file of code
+that is linked to has one.
 """
 
 import ast
 import hashlib
+import posixpath
 import re
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,9 @@ LINKS = {  # of pages that stand at the root of the repository
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
+
+
+_LINK = re.compile(r"(?<=\]\()([^)\s#:]+\.(?:py|md))(?=[)#])")
 
 
 def public_names(package: str) -> list[str]:
@@ -107,6 +113,44 @@ def tutorial_page(path: Path) -> str:
     return "\n\n".join([parts[0], note, *parts[1:]])
 
 
+def place(uri: str) -> str:
+    """Where a page of the site stands in the repository."""
+    if uri.startswith("tutorials/"):
+        return uri.removesuffix(".md") + ".py"
+    return next((source for source, page in LINKS.items() if page == uri), f"docs/{uri}")
+
+
+def linked(uri: str, target: str) -> str:
+    """The file of the repository that a link of a page means."""
+    return posixpath.normpath(posixpath.join(posixpath.dirname(place(uri)), target))
+
+
+def page_of(file: str) -> str | None:
+    """The page of the site that a file of the repository has, if any."""
+    if file in LINKS:
+        return LINKS[file]
+    if file.startswith("docs/"):
+        return file.removeprefix("docs/")
+    if file.startswith("tutorials/"):
+        return file.removesuffix(".py") + ".md"
+    return f"source/{file.removesuffix('.py')}.md" if file.endswith(".py") and (ROOT / file).is_file() else None
+
+
+def linked_code() -> list[str]:
+    """The files of code that pages link to."""
+    found = set()
+    for page in (ROOT / "docs").rglob("*.md"):
+        uri = page.relative_to(ROOT / "docs").as_posix()
+        found |= {linked(uri, target) for target in _LINK.findall(page.read_text()) if target.endswith(".py")}
+    return sorted(file for file in found if (page_of(file) or "").startswith("source/"))
+
+
+def source_page(file: str) -> str:
+    """A file of code as a page."""
+    code = (ROOT / file).read_text()
+    return f"---\nsearch:\n  exclude: true\n---\n\n# `{file}`\n\n````python\n{code}````\n"
+
+
 def on_config(config: Any) -> Any:
     """The table of contents."""
     tutorials = [f"tutorials/{p.stem}.md" for p in sorted((ROOT / "tutorials").glob("*.py"))]
@@ -132,6 +176,7 @@ def on_files(files: Files, config: Any) -> Files:
     made = {f"api/{name}.md": api_page(name, title) for name, title in packages().items()}
     made |= {f"tutorials/{p.stem}.md": tutorial_page(p) for p in sorted((ROOT / "tutorials").glob("*.py"))}
     made |= {page: (ROOT / source).read_text() for source, page in LINKS.items()}
+    made |= {str(page_of(file)): source_page(file) for file in linked_code()}
     for uri, text in made.items():
         files.append(File.generated(config, uri, content=text))
     for picture in sorted(RUN.glob("*.png")):
@@ -139,20 +184,26 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-_CODE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.DOTALL | re.MULTILINE)
+_CODE = re.compile(r"(^(`{3,}).*?^\2`*$|`[^`\n]+`)", re.DOTALL | re.MULTILINE)
 _MATHS = re.compile(r"\$\$(.+?)\$\$|(?<![\w$])\$(\S(?:[^$\n]*?\S)?)\$(?![\w$])", re.DOTALL)
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Mathematics to MathML, and links of the repository to pages."""
-    if page.file.src_uri == "models/index.md":
+    uri = page.file.src_uri
+
+    def site_link(match: re.Match[str]) -> str:
+        target = page_of(linked(uri, match[1]))
+        return match[1] if target is None else posixpath.relpath(target, posixpath.dirname(uri) or ".")
+
+    if uri.startswith("source/"):
         return markdown
-    parts = _CODE.split(markdown)
-    for i in range(0, len(parts), 2):
-        parts[i] = _MATHS.sub(_mathml, parts[i])
-        for source, target in LINKS.items():
-            parts[i] = parts[i].replace(f"]({source})", f"]({target})")
-    return "".join(parts)
+    out, end = [], 0
+    for code in _CODE.finditer(markdown):
+        out += [_MATHS.sub(_mathml, markdown[end : code.start()]), code[0]]
+        end = code.end()
+    text = "".join([*out, _MATHS.sub(_mathml, markdown[end:])])
+    return _LINK.sub(site_link, text)
 
 
 def _mathml(match: re.Match[str]) -> str:

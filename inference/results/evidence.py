@@ -59,6 +59,13 @@ class LogPartition(NamedTuple):
         """``pareto_k`` under the name that it has in papers."""
         return self.pareto_k
 
+    def __str__(self) -> str:
+        """One line; the weights are left out."""
+        return (
+            f"log Z = {self.value:.4f} +- {self.standard_error:.4f} by {self.method}, bounds {self.lower:.4f} and "
+            f"{self.upper:.4f}, {self.ess:.0f} effective weights, Pareto k {self.pareto_k:.2f}"
+        )
+
 
 def from_weights(
     log_weights: Tensor, method: str, *, reverse: bool = False, exact: bool = True, groups: Tensor | None = None

@@ -1,4 +1,9 @@
-"""Unnormalised models by compositional maximum likelihood: densities, classifiers, conditional laws, families."""
+"""Unnormalised models by compositional maximum likelihood: densities, classifiers, conditional laws, families.
+
+Jiang, Qin, Wu, Chen, Yang and Zhang, "Learning Unnormalized Statistical Models via Compositional Optimization", ICML
+2023, arXiv 2306.07485.  Start at ``model.py``; ``docs/models/compositional_ebm.md`` says which equation is in which
+file.
+"""
 
 from ppl_models.compositional_ebm.classifier import EnergyClassifier
 from ppl_models.compositional_ebm.conditional import ConditionalEnergyModel

@@ -82,6 +82,8 @@ class _Hybrid(nn.Module):
 class EnergyClassifier(Model):
     """A joint energy of inputs and labels.
 
+    Grathwohl et al., ICLR 2020, arXiv 1912.03263, by the compositional likelihood of Jiang et al., ICML 2023.
+
     The inputs are flattened and reduced to their first principal components, of unit variance, whose joint density
     with the label is what is modelled.  ``classifier(z, y)`` is the Pyro model of components z with the sites ``x`` and
     ``y`` in the plate ``data``.

@@ -86,6 +86,8 @@ class _Guide(PyroModule):
 class ConditionalEnergyModel(Model):
     """An energy of y given x.
 
+    Gustafsson, Danelljan, Bhat and Schön, ECCV 2020, by the compositional likelihood of Jiang et al., ICML 2023.
+
     ``model(y, x)`` is the Pyro model with the site ``y`` in the plate ``data``.
 
     Args:

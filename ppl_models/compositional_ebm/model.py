@@ -38,6 +38,8 @@ _ROWS_AT_ONCE = 16_384
 class EnergyModel(Model):
     """A density with an energy network, or with any energy of yours.
 
+    Jiang, Qin, Wu, Chen, Yang and Zhang, ICML 2023, arXiv 2306.07485.
+
     The object is a Pyro model: ``ebm(x)`` has the site ``x`` in the plate ``data``, observed; its law is the
     ``EnergyDistribution`` that ``distribution()`` returns.
 

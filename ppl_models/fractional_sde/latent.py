@@ -57,6 +57,8 @@ class _Encoded(NamedTuple):
 class LatentFractionalSDE(PathModel):
     """Frames y_i ~ p(y | decoder(w, X(t_i))), w ~ N(0, I) the content, dX = b(t, X) dt + s(t, X) o dB the motion.
 
+    Daems, Opper, Crevecoeur and Birdal, ICLR 2024, arXiv 2310.12975, section 5.
+
     The object is a Pyro model with the sites ``content``, ``start``, ``path`` and ``obs`` in the plate ``series``;
     ``model.guide`` has the first three.
 

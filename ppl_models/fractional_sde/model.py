@@ -54,6 +54,8 @@ _METHODS = ("auto", "exact", "variational", "nuts")
 class FractionalSDE(PathModel):
     """dX = b(t, X) dt + s(t, X) o dB with fractional (or Brownian) B, observed with Gaussian error at some times.
 
+    Daems, Opper, Crevecoeur and Birdal, ICLR 2024, arXiv 2310.12975.
+
     The object is a Pyro model: ``model(times, observations, mask)`` has the sites ``start`` (the standardised start of
     state and noise), ``path`` (its density is relative to the prior's path measure) and ``obs``, in the plate
     ``series``; ``model.guide`` has the first two.  Where drift and diffusion are linear, paths are integrated out

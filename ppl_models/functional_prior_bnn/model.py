@@ -35,6 +35,8 @@ _DRAWS_AT_ONCE = 1 << 25  # hidden values held at once while functions are drawn
 class FunctionalPriorBNN(BayesianNetwork):
     """A Bayesian neural network whose prior can be matched to a process over functions.
 
+    Tran, Rossi, Milios and Filippone, JMLR 23(74), 2022, arXiv 2011.12829.
+
     The object is a Pyro model.  ``bnn(x, y)``, with **standardised** ``x`` ``(N, D)`` and ``y`` (see ``standardise``),
     has the sites ``W{l}``, ``b{l}`` (where non-centred ``eps_W{l}``, ``eps_b{l}`` and deterministic ``W{l}``,
     ``b{l}``), ``var_W{l}``, ``var_b{l}`` with a hierarchical prior, ``noise_variance`` if learned, and ``obs`` inside

@@ -50,6 +50,8 @@ _COUNTS = ("num_clusters", "width", "depth", "num_steps", "batch_size", "num_sam
 class ImageCATE(Model):
     """Treatment effects by image: K image types, their effects, and every image's membership.
 
+    Jerzak, Johansson and Daoud, CLeaR 2023, arXiv 2206.06417.
+
     A gate network gives each image its probabilities of the types, each type has an effect, and a baseline network
     takes up what images say about the outcome itself:
 

@@ -1,4 +1,8 @@
-"""Generative marginalization models (Liu, Ramadge and Adams, ICML 2024)."""
+"""Generative marginalization models: log p of any subset of discrete variables in one network pass.
+
+Liu, Ramadge and Adams, "Generative Marginalization Models", ICML 2024, PMLR 235:31773-31807, arXiv 2310.12920.  Start
+at ``model.py``; ``docs/models/marginalization_model.md`` says which equation is in which file.
+"""
 
 from ppl_models.marginalization_model.distribution import MarginalizationDistribution
 from ppl_models.marginalization_model.lattice import LatticeIsing

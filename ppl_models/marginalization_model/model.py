@@ -42,6 +42,8 @@ _SWEEPS = 8  # of Metropolis blocks, from resampled draws to draws of the target
 class MarginalizationModel(Training):
     """A discrete distribution that answers marginals of any subset in one pass, learned from data or from an energy.
 
+    Liu, Ramadge and Adams, ICML 2024, arXiv 2310.12920.
+
     The object is a Pyro model: ``mam(x)`` observes rows ``x`` (-1 where missing) at the site ``x`` in the plate
     ``rows``.  ``mam.distribution()`` is the law itself, for any other model.
 

@@ -31,6 +31,8 @@ _SMALL = 256  # pixels up to which a dense model is the default
 class ConvMonotoneDBM(BoltzmannModel):
     """A joint model of images and labels with one mean-field answer to any query.
 
+    Feng, Winston and Kolter, TMLR 2023, arXiv 2307.04990, section 4.
+
     ``net.fit(images, labels)``, then ``classify`` and ``complete`` from any observed pixels.  The queries of all
     pairwise models (``marginals``, ``sample``, ``log_partition``, ...) take states of all groups: pixels row by row (in
     each its colours), hidden groups, the label last.

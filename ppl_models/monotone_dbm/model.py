@@ -383,6 +383,8 @@ class BoltzmannModel(PairwiseModel):
 class MonotoneDBM(BoltzmannModel):
     """A pairwise model of categorical variables whose mean field has one fixed point for every query.
 
+    Feng, Winston and Kolter, TMLR 2023, arXiv 2307.04990.
+
     Calling it runs the Pyro model (:meth:`forward`).  Which groups are hidden is a matter of the data: a group that is
     never observed is one.
 

@@ -85,6 +85,7 @@ def test_one_direction_of_a_model():
     start = exact_draws(300)
     high = ais(cases.path("closed-form"), direction="reverse", posterior_samples=start, **options)
     low = ais(cases.regression, cases.X, cases.Y, **options)
+    assert f"log Z = {low.value:.4f}" in str(low) and len(str(low)) < 160  # printed without its 300 weights
     assert high.upper == high.value and high.lower == -math.inf and low.lower == low.value and low.upper == math.inf
     for found in (low, high):
         assert found.ess > 50 and found.standard_error < 0.15
