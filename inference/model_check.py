@@ -6,6 +6,7 @@ prints the sites with their shapes, supports and plates, how a minibatch is scal
 recorded as a graph or why not.
 """
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +36,8 @@ class SiteCheck:
         batch_shape, event_shape: as in torch's distributions; of a site without a law, its shape is ``event_shape``.
         support: where its values lie; of a parameter, its constraint.
         plates: plates that it stands in, outermost first.
-        scale: what its log-density is multiplied by, such as N / B in a minibatch.
+        scale: what its log-density is multiplied by, such as N / B in a minibatch; NaN if its rows are weighted
+            differently.
     """
 
     name: str
@@ -89,8 +91,8 @@ class ModelCheck:
         rows: list[tuple[str, ...]] = [("site", "kind", "law", "batch | event", "support", "plates", "scale")]
         for site in self.sites:
             shape = f"{_shape(site.batch_shape)} | {_shape(site.event_shape)}"
-            plates = ", ".join(site.plates)
-            rows.append((site.name, site.kind, site.distribution, shape, site.support, plates, f"{site.scale:g}"))
+            plates, scale = ", ".join(site.plates), "by row" if math.isnan(site.scale) else f"{site.scale:g}"
+            rows.append((site.name, site.kind, site.distribution, shape, site.support, plates, scale))
         lines = _table(rows)
         if self.plates:
             rows = [("plate", "size", "in one call", "dim", "scale")]
@@ -168,7 +170,7 @@ def _site(name: str, node: Any) -> SiteCheck:
     if node["type"] == "param":
         constraint = _support(node["kwargs"].get("constraint"))
         return SiteCheck(name, "param", "", (), tuple(node["value"].shape), constraint, plates, 1.0)
-    fn, scale = node["fn"], node["scale"]
+    fn, scale = node["fn"], _scale(node["scale"])
     base, deterministic = fn, bool(node["infer"].get("_deterministic"))
     while isinstance(base, torch.distributions.Independent) or type(base).__name__ in ("MaskedDistribution", "Delta"):
         inner = getattr(base, "base_dist", None)
@@ -186,9 +188,15 @@ def _site(name: str, node: Any) -> SiteCheck:
         kind = "discrete latent" if fn.support.is_discrete else "latent"
     if kind in ("deterministic", "factor"):
         shape = tuple(node["value"].shape) if deterministic else tuple(fn.batch_shape)
-        return SiteCheck(name, kind, "", (), shape, "", plates, float(scale))
+        return SiteCheck(name, kind, "", (), shape, "", plates, scale)
     batch, event = tuple(fn.batch_shape), tuple(fn.event_shape)
-    return SiteCheck(name, kind, law, batch, event, _support(fn.support), plates, float(scale))
+    return SiteCheck(name, kind, law, batch, event, _support(fn.support), plates, scale)
+
+
+def _scale(scale: Any) -> float:
+    """The factor; NaN where rows have factors of their own."""
+    values = torch.as_tensor(scale).detach().flatten()
+    return float(values[0]) if len(values) and bool((values == values[0]).all()) else float("nan")
 
 
 def _support(support: Any) -> str:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -89,11 +89,16 @@ class Fitted:
     cross_fitted: tuple[Tensor, Tensor] | None = None
 
     def apply(self, fn: Any) -> None:
-        """Move or convert the networks and what they read."""
+        """Move or convert the networks and what they read; draws and the trial are moved and keep their precision."""
         for module in (self.network, self.baselines, *self.columns):
             module._apply(fn)
         self.feature_scale = fn(self.feature_scale)
-        self.samples = {n: fn(v) for n, v in self.samples.items()}
+        self.samples = {n: fn(v).to(v.dtype) for n, v in self.samples.items()}
+        for holder in (self, self.trial):
+            for field in fields(holder):
+                value = getattr(holder, field.name)
+                if isinstance(value, Tensor) and value is not self.feature_scale:
+                    object.__setattr__(holder, field.name, fn(value).to(value.dtype))
 
     @torch.no_grad()
     def at(self, images: Tensor, modifiers: Tensor, controls: Tensor) -> AtImages:

@@ -317,6 +317,12 @@ class ImageCATE(Model):
         """Run the Pyro model on standardised images ``(B, ...)`` and their units."""
         self._fitted("the Pyro model").network(images, units)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if self._state is not None:
+            self._state.apply(fn)
+        return self
+
     def _fitted(self, query: str) -> Fitted:
         state: Fitted | None = self._state
         if state is None:

@@ -3,14 +3,17 @@
 A model's file in ``cases/`` holds ``CASES``, a list of these; it is found by being there.
 """
 
+import copy
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyro
 import torch
-from torch import Tensor
+from pyro import poutine
+from torch import Tensor, nn
 
 from ppl_models.base import Model
 from tests.contract import cases
@@ -47,15 +50,18 @@ class ModelCase:
         queries: seeded queries of a fitted model that must give the same bits after ``save`` and ``load``.
         rowwise: queries of rows, whose answer to many is the answers to each; the rows are ``rows``.
         rows: float dtype to the rows.
-        loss: a scalar of model and data, differentiable in the parameters, that neither checks nor draws (or draws from
-            a fixed seed): compared between dtypes, with differences, and run on a pretended accelerator.  None if the
-            model has no such form.
-        call: arguments of the Pyro model itself, from a fitted model and its data; None if they cannot be made so.
+        call: arguments of the Pyro model itself, from a fitted model and its data. Its log-joint at latent values drawn
+            from a fixed seed is compared between dtypes, with differences, and run on a pretended accelerator.
+        pyro_model: the module that those are arguments of and that holds the parameters; the model itself.
+        simulated: latent sites whose density does not depend on the parameters because their value does: they are drawn
+            again, from a fixed seed, where the slope is checked.
+        in_law: ends of the names of parameters whose gradient is right in expectation and not path by path (a factor of
+            a covariance is turned freely); they are left out where the slope is checked.
         bad: calls to refuse, besides those that every model gets.
         not_finite: data arguments in which a NaN must be refused.
         tolerance: of ``rowwise`` and between dtypes, relative.
         resumes: whether ``fit`` takes a ``checkpoint``.
-        accelerator: whether ``loss`` runs on fake tensors.
+        accelerator: whether the log-joint runs on fake tensors.
         groups: groups that the ArviZ export must have.
     """
 
@@ -64,10 +70,12 @@ class ModelCase:
     data: Callable[[torch.dtype], Data]
     fit: Mapping[str, Any]
     queries: Mapping[str, Query]
+    call: Callable[[Model, Data], tuple[Any, ...]]
     rowwise: Mapping[str, Callable[[Model, Tensor], Tensor]] = field(default_factory=dict)
     rows: Callable[[torch.dtype], Tensor] | None = None
-    loss: Callable[..., Tensor] | None = None
-    call: Callable[[Model, Data], tuple[Any, ...]] | None = None
+    pyro_model: Callable[[Model], nn.Module] = lambda model: model
+    simulated: Sequence[str] = ()
+    in_law: tuple[str, ...] = ()
     bad: Sequence[Bad] = ()
     not_finite: Sequence[str] = ()
     tolerance: float = 1e-4
@@ -81,6 +89,22 @@ class ModelCase:
         settings: dict[str, Any] = {"seed": 0, "progress": False, **self.fit, **options}
         result = model.fit(**self.data(dtype), **settings)  # type: ignore[operator]
         return model, result
+
+    def latents(self, model: Model) -> dict[str, Tensor]:
+        """Values of the Pyro model's latent sites, in double precision, always the same."""
+        with torch.random.fork_rng(), pyro.get_param_store().scope():
+            torch.manual_seed(7)
+            double = copy.deepcopy(model).double()
+            arguments = self.call(double, self.data(torch.float64))
+            trace = poutine.trace(self.pyro_model(double)).get_trace(*arguments)
+        return {n: trace.nodes[n]["value"].detach() for n in trace.stochastic_nodes}
+
+    def loss(self, model: nn.Module, arguments: tuple[Any, ...], latents: dict[str, Tensor]) -> Tensor:
+        """Minus the log-joint that the Pyro model scores."""
+        with torch.random.fork_rng(), pyro.get_param_store().scope():
+            torch.manual_seed(8)
+            trace = poutine.trace(poutine.condition(model, data=latents)).get_trace(*arguments)
+            return -trace.log_prob_sum()
 
     def answers(self, model: Model) -> dict[str, Tensor]:
         """The answers to all queries."""

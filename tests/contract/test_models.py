@@ -15,6 +15,7 @@ import pyro
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 import ppl_models
 from inference import CheckpointError, ModelCheck
@@ -84,26 +85,26 @@ def test_answers_are_finite_and_of_the_dtype_of_the_data(case: ModelCase) -> Non
                 assert not answer.is_floating_point() or answer.dtype == dtype, f"{name}: {answer.dtype} from {dtype}"
 
 
-def _parameters(model: nn.Module) -> list[nn.Parameter]:
-    parameters = [p for p in model.parameters() if p.is_floating_point()]
+def _parameters(model: nn.Module, without: tuple[str, ...] = ()) -> list[nn.Parameter]:
+    named = model.named_parameters()
+    parameters = [p for n, p in named if p.is_floating_point() and not (without and n.endswith(without))]
     for parameter in parameters:
         parameter.requires_grad_(True)
     return parameters
 
 
-def _prepared(case: ModelCase, dtype: torch.dtype) -> Model:
-    if case.loss is None:
-        pytest.skip("this model has no loss of this form")
-    return copy.deepcopy(fitted(case.name)[0]).to(dtype)
+def _prepared(case: ModelCase, dtype: torch.dtype) -> tuple[nn.Module, tuple[Any, ...], dict[str, Tensor]]:
+    """What ``case.loss`` takes, in that precision; the module is a copy of the fitted one."""
+    model = copy.deepcopy(fitted(case.name)[0]).to(dtype)
+    latents = {n: x.to(dtype) if x.is_floating_point() else x for n, x in case.latents(model).items()}
+    return case.pyro_model(model), case.call(model, case.data(dtype)), latents
 
 
 @every_model
 def test_single_precision_is_double_precision(case: ModelCase) -> None:
     values = []
     for dtype in (torch.float32, torch.float64):
-        model = _prepared(case, dtype)
-        assert case.loss is not None
-        value = case.loss(model, **case.data(dtype))
+        value = case.loss(*_prepared(case, dtype))
         assert value.dtype == dtype
         values.append(value.detach().double())
     torch.testing.assert_close(*values, rtol=case.tolerance, atol=case.tolerance)
@@ -111,12 +112,12 @@ def test_single_precision_is_double_precision(case: ModelCase) -> None:
 
 @every_model
 def test_gradient_is_the_difference(case: ModelCase) -> None:
-    model = _prepared(case, torch.float64)
-    assert case.loss is not None
-    data, parameters = case.data(torch.float64), _parameters(model)
+    model, arguments, latents = _prepared(case, torch.float64)
+    latents = {n: x for n, x in latents.items() if n not in case.simulated}
+    parameters = _parameters(model, case.in_law)
     g = torch.Generator().manual_seed(3)
     directions = [torch.randn(p.shape, generator=g, dtype=p.dtype) for p in parameters]
-    gradients = torch.autograd.grad(case.loss(model, **data), parameters, allow_unused=True)
+    gradients = torch.autograd.grad(case.loss(model, arguments, latents), parameters, allow_unused=True)
     used = [(p, v, s) for p, v, s in zip(parameters, directions, gradients, strict=True) if s is not None]
     slope = sum(float((v * s).sum()) for _, v, s in used)
     assert used and slope != 0.0
@@ -125,7 +126,7 @@ def test_gradient_is_the_difference(case: ModelCase) -> None:
         with torch.no_grad():
             for p, v, _ in used:
                 p += sign * step * v
-        values.append(float(case.loss(model, **data).detach()))
+        values.append(float(case.loss(model, arguments, latents).detach()))
         with torch.no_grad():
             for p, v, _ in used:
                 p -= sign * step * v
@@ -138,8 +139,7 @@ def test_gradient_is_the_difference(case: ModelCase) -> None:
 def test_forward_and_backward_on_a_pretended_accelerator(case: ModelCase) -> None:
     if not case.accelerator:
         pytest.skip("its loss reads values back; see the model's own tests")
-    model, data = _prepared(case, torch.float32), case.data(torch.float32)
-    assert case.loss is not None
+    model, arguments, latents = _prepared(case, torch.float32)
     with fake_accelerator() as device, pyro.validation_enabled(False):
         for module in model.modules():  # `Module.to` cannot swap fake tensors
             for key, value in module._parameters.items():
@@ -149,12 +149,11 @@ def test_forward_and_backward_on_a_pretended_accelerator(case: ModelCase) -> Non
             for key, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
-        moved = {
-            n: torch.empty(v.shape, dtype=v.dtype, device=device) if isinstance(v, Tensor) else v
-            for n, v in data.items()
-        }
+        moved, there = tree_map_only(
+            Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype, device=device), (arguments, latents)
+        )
         parameters = _parameters(model)
-        loss = case.loss(model, **moved)
+        loss = case.loss(model, moved, there)
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         assert loss.device.type == device.type
         assert all(g.device.type == device.type for g in gradients if g is not None)
@@ -278,9 +277,8 @@ def test_results_go_to_arviz(case: ModelCase, tmp_path: Path) -> None:
 def test_it_is_a_pyro_model_and_names_its_papers(case: ModelCase, capsys: pytest.CaptureFixture[str]) -> None:
     model = copy.deepcopy(fitted(case.name)[0])
     data = case.data(torch.float32)
-    if case.call is not None:
-        check = model.check(*case.call(model, data))
-        assert isinstance(check, ModelCheck) and check.sites
+    check = model.check(*case.call(model, data))
+    assert isinstance(check, ModelCheck) and check.sites
     assert len(vars(type(model)).get("papers", ())) or any(vars(b).get("papers") for b in type(model).__mro__)
     assert model.papers[0] in model.cite()
     assert "@" in capsys.readouterr().out

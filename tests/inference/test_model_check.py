@@ -1,9 +1,12 @@
 """The dry run reports what a model is: against models whose sites, plates and scales are known."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from inference import check_model
@@ -32,6 +35,19 @@ def test_sites_plates_and_the_scale_of_a_minibatch(capsys: pytest.CaptureFixture
     assert check.captured and check.dim == 3 and not check.reason
     assert capsys.readouterr().out == f"{check}\n"
     assert len(pyro.get_param_store()) == 0
+
+
+def test_rows_with_weights_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    def model(weights: Tensor) -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(weights)), poutine.scale(scale=weights):
+            pyro.sample("y", dist.Normal(x, 1.0), obs=weights)
+
+    for weights, scale, shown in ((torch.tensor([1.0, 2.0]), math.nan, "by row"), (torch.tensor([2.0, 2.0]), 2.0, "2")):
+        site = {s.name: s for s in check_model(model, weights).sites}["y"]
+        assert site.scale == pytest.approx(scale, nan_ok=True)
+        line = next(x for x in capsys.readouterr().out.splitlines() if x.split()[:1] == ["y"])
+        assert line.rstrip().endswith(shown)
 
 
 def test_a_discrete_site_that_is_summed_out_and_nested_plates() -> None:

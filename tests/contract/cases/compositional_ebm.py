@@ -1,9 +1,6 @@
 """Energy models: densities, classifiers, conditional laws."""
 
-import pyro
 import torch
-from pyro import poutine
-from torch import Tensor
 
 from ppl_models import ConditionalEnergyModel, EnergyClassifier, EnergyModel
 from tests.contract.case import Bad, Data, ModelCase
@@ -25,12 +22,6 @@ def pairs(dtype: torch.dtype) -> Data:
     return {"x": x[:, :1], "y": x[:, 1:]}
 
 
-def unnormalised(model: EnergyModel, x: Tensor) -> Tensor:
-    """Minus the log-density that the Pyro model scores."""
-    with pyro.get_param_store().scope():
-        return -poutine.trace(model).get_trace(x).log_prob_sum()
-
-
 ENERGY = ModelCase(
     name="energy_model",
     build=lambda: EnergyModel(event_shape=(2,), hidden=(16,)),
@@ -42,7 +33,6 @@ ENERGY = ModelCase(
     },
     rowwise={"log_prob": lambda m, x: m.log_prob(x)},  # type: ignore[operator]
     rows=lambda dtype: points(dtype)["x"][:7],
-    loss=unnormalised,
     call=lambda m, data: (data["x"],),
     not_finite=("x",),
     bad=[Bad("columns", lambda m: m.fit(torch.ones(5, 3)), "x")],  # type: ignore[operator]

@@ -30,6 +30,9 @@ SDE = ModelCase(
         "prior": lambda m: m.sample_prior(NEW, 3, seed=2),  # type: ignore[operator]
     },
     call=lambda m, data: (data["times"], data["observations"]),
+    simulated=("path",),
+    in_law=("raw_hurst",),
+    accelerator=False,
     not_finite=("times", "observations"),
     bad=[
         Bad("hurst", lambda m: FractionalSDE(hurst=1.2), "hurst"),
@@ -45,6 +48,9 @@ LATENT = ModelCase(
     fit={"num_steps": 3, "batch_size": 2},
     queries={"reconstruct": lambda m: m.reconstruct(num_samples=2, seed=1).samples},  # type: ignore[operator]
     call=lambda m, data: (data["times"], data["observations"]),
+    simulated=("path",),
+    in_law=("raw_hurst",),
+    accelerator=False,
     not_finite=("times", "observations"),
 )
 

@@ -1,8 +1,6 @@
 """The network with a functional prior."""
 
 import torch
-from pyro import poutine
-from torch import Tensor
 
 from ppl_models import FunctionalPriorBNN
 from tests.contract.case import Bad, Data, ModelCase
@@ -13,14 +11,6 @@ def regression(dtype: torch.dtype) -> Data:
     x = 3 + 2 * torch.randn(60, 3, generator=g, dtype=torch.float64)
     y = 100 + 20 * torch.sin(x[:, 0]) + 5 * torch.randn(60, generator=g, dtype=torch.float64)
     return {"x_train": x.to(dtype), "y_train": y.to(dtype)}
-
-
-def log_joint(bnn: FunctionalPriorBNN, x_train: Tensor, y_train: Tensor) -> Tensor:
-    """Minus the log-joint at weights of one half."""
-    shapes = bnn.network.shapes
-    latent = {f"eps_{n}": x_train.new_full(tuple(s), 0.5) for n, s in shapes.items()}
-    trace = poutine.trace(poutine.condition(bnn, data=latent)).get_trace(x_train, y_train.unsqueeze(-1))
-    return -trace.log_prob_sum()
 
 
 BNN = ModelCase(
@@ -35,7 +25,6 @@ BNN = ModelCase(
     },
     rowwise={"mean": lambda m, x: m.predict(x).mean, "variance": lambda m, x: m.predict(x).variance},  # type: ignore[operator]
     rows=lambda dtype: regression(dtype)["x_train"][:7],
-    loss=log_joint,
     call=lambda m, data: m.standardise(data["x_train"], data["y_train"]),  # type: ignore[operator]
     not_finite=("x_train", "y_train"),
     groups=frozenset({"posterior", "sample_stats", "log_likelihood", "posterior_predictive", "observed_data"}),

@@ -1,8 +1,11 @@
 """Effects by image."""
 
 import torch
+from torch import Tensor
 
 from ppl_models import ImageCATE
+from ppl_models.base import Model
+from ppl_models.image_cate.data import Units
 from tests.contract.case import Bad, Data, ModelCase
 
 
@@ -13,6 +16,16 @@ def trial(dtype: torch.dtype) -> Data:
     treatment = (torch.rand(240, generator=g) < 0.5).long()
     outcome = bright * 2.0 * treatment + torch.randn(240, generator=g, dtype=torch.float64)
     return {"outcome": outcome.to(dtype), "treatment": treatment, "images": images.to(dtype)}
+
+
+def pyro_arguments(model: Model, data: Data) -> tuple[Tensor, Units]:
+    """One unit an image, at even odds of treatment, with no baseline of other folds."""
+    column = data["outcome"].unsqueeze(1)
+    none, zero = column.new_zeros(len(column), 1, 0), torch.zeros_like(column)
+    here, site = torch.ones_like(column, dtype=torch.bool), torch.arange(len(column)).unsqueeze(1)
+    treatment = data["treatment"].unsqueeze(1).to(column)
+    units = Units(treatment, column, zero + 1, here, none, none, site, zero + 0.5, zero.unsqueeze(-1))
+    return data["images"], units
 
 
 CATE = ModelCase(
@@ -27,6 +40,8 @@ CATE = ModelCase(
     },
     rowwise={"effect": lambda m, x: m.effect(x), "types": lambda m, x: m.cluster_probs(x)},  # type: ignore[operator]
     rows=lambda dtype: trial(dtype)["images"][:5],
+    call=pyro_arguments,
+    pyro_model=lambda m: m._state.network,
     not_finite=("outcome", "images"),
     bad=[
         Bad("one arm", lambda m: m.fit(torch.arange(9.0), torch.ones(9), torch.ones(9, 1, 8, 8)), "treatment|arm"),  # type: ignore[operator]

@@ -1,7 +1,6 @@
 """Marginalization models of binary vectors."""
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from ppl_models import MarginalizationModel
@@ -18,11 +17,6 @@ def partly(dtype: torch.dtype = torch.float32) -> Tensor:
     x = bits(dtype)["x"][:8].clone()
     x[:, 1::2] = -1
     return x
-
-
-def likelihood(model: MarginalizationModel, x: Tensor) -> Tensor:
-    """Minus the log-density that the Pyro model scores."""
-    return -poutine.trace(model).get_trace(x).log_prob_sum()
 
 
 MAM = ModelCase(
