@@ -75,6 +75,41 @@ def test_globals_are_not_set_in_the_rooms() -> None:
     assert not (found := matches(setters, *ROOMS)), found
 
 
+def models_of(path: Path) -> set[str]:
+    """Folders of the models that a file imports, from their folder or from the index."""
+    index = ast.parse((ROOT / "ppl_models" / "__init__.py").read_text())
+    folder_of = {
+        alias.name: node.module.split(".")[1]
+        for node in index.body
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ppl_models.")
+        for alias in node.names
+    }
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module == "ppl_models":
+            found |= {folder_of.get(alias.name, "") for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules = [node.module]
+        found |= {m.split(".")[1] for m in modules if m.startswith("ppl_models.")}
+    return found & set(folder_of.values())
+
+
+def test_a_model_can_be_taken_out() -> None:
+    """A model is its folder, its tests, its tutorial, demo, benchmark and page, and a line of the index: nothing else
+    imports it, and no test file belongs to two.
+    """
+    outside = [*python_files("inference", "sde", "tests", "docs"), *(ROOT / "ppl_models").glob("*.py")]
+    own = ("ppl_models", "contract/cases", "reproduce")  # folders of tests that go with their models
+    for path in (p for p in outside if p != ROOT / "ppl_models" / "__init__.py"):
+        used, place = models_of(path), path.parent.relative_to(ROOT).as_posix()
+        goes_with_one = place in [f"tests/{folder}" for folder in own]
+        assert len(used) <= goes_with_one, f"{where(path, 1)} imports {', '.join(sorted(used))}"
+    for path in python_files("ppl_models"):
+        home = path.relative_to(ROOT / "ppl_models").parts[0]
+        assert home == "__init__.py" or models_of(path) <= {home}, f"{where(path, 1)} imports another model"
+
+
 def test_files_stay_short() -> None:
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in python_files(*TREES)}
     long = {path: lines for path, lines in lengths.items() if lines > MAX_LINES}

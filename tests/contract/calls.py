@@ -4,8 +4,7 @@ A call must be cheap: a constructor, or a function whose answer takes millisecon
 models come from their cases.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,29 +13,12 @@ import inference
 import sde
 from inference import kernels
 from inference.kernels import Kernel
-from ppl_models.image_cate.rate import rate
-from tests.contract.case import model_cases
+from tests.contract.case import Call, model_cases
 from tests.contract.test_kernels import KERNELS, NEEDS
 from tests.inference import zoo
 
 F64 = torch.float64
 LOGISTIC, (X, Y) = zoo.CONTINUOUS["logistic"]
-
-
-class Call(NamedTuple):
-    """A call that is good as it stands.
-
-    Attributes:
-        name: what is called.
-        function: its keyword arguments are to be spoiled one at a time.
-        arguments: good ones.
-        free: arguments that may be anything, such as a model whose kind only shows when it runs.
-    """
-
-    name: str
-    function: Callable[..., Any]
-    arguments: dict[str, Any]
-    free: frozenset[str] = frozenset()
 
 
 class _LeastSquares(torch.nn.Module):
@@ -171,10 +153,9 @@ def _engines() -> list[Call]:
 
 
 def _models() -> list[Call]:
-    scores = torch.randn(20, generator=torch.Generator().manual_seed(0), dtype=F64)
-    ranking = {"scores": scores, "priority": -scores, "groups": torch.arange(20) // 2, "weights": torch.ones(20)}
-    found = [Call("rate", rate, {**ranking, "kind": "qini", "num_bootstrap": 4, "seed": 0})]
+    found: list[Call] = []
     for case in model_cases():
+        found += case.calls
         model = case.build()
         found.append(Call(type(model).__name__, type(model), dict(model.config())))
         options = {"seed": 0, **case.fit}

@@ -8,7 +8,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -20,6 +20,22 @@ from tests.contract import cases
 
 Data = dict[str, Any]
 Query = Callable[[Model], Tensor]
+
+
+class Call(NamedTuple):
+    """A call that is good as it stands.
+
+    Attributes:
+        name: what is called.
+        function: its keyword arguments are to be spoiled one at a time.
+        arguments: good ones.
+        free: arguments that may be anything, such as a model whose kind only shows when it runs.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    arguments: dict[str, Any]
+    free: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,7 @@ class ModelCase:
         in_law: ends of the names of parameters whose gradient is right in expectation and not path by path (a factor of
             a covariance is turned freely); they are left out where the slope is checked.
         bad: calls to refuse, besides those that every model gets.
+        calls: good calls of functions beside the model, to be spoiled an argument at a time.
         not_finite: data arguments in which a NaN must be refused.
         tolerance: of ``rowwise`` and between dtypes, relative.
         resumes: whether ``fit`` takes a ``checkpoint``.
@@ -77,6 +94,7 @@ class ModelCase:
     simulated: Sequence[str] = ()
     in_law: tuple[str, ...] = ()
     bad: Sequence[Bad] = ()
+    calls: Sequence[Call] = ()
     not_finite: Sequence[str] = ()
     tolerance: float = 1e-4
     resumes: bool = True

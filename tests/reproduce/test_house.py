@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.calibration import MODELS, coverage
+
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(0)]
 
@@ -99,3 +101,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         peaks.append(float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout))
     print(f"peak memory in MiB: {peaks[0]:.0f} for 1,000 draws, {peaks[1]:.0f} for 10,000")
     assert peaks[1] < peaks[0] + 15  # ten times the draws; kept in memory they would take 20 MB more
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_are_calibrated(name: str) -> None:
+    """500 data sets from the prior, one chain each: ranks are uniform and intervals cover what they say."""
+    found = MODELS[name]()
+    assert found.p_value() > 0.01, found.chi_square()
+    for level in (0.5, 0.8, 0.9):
+        for quantity, share in coverage(found, level).items():
+            error = (level * (1 - level) / 500) ** 0.5  # of one scalar; the mean over several has no more
+            assert abs(share - level) < 4 * error, f"{quantity}: {share:.3f} of {level:.0%} intervals"

@@ -6,7 +6,8 @@ from torch import Tensor
 from ppl_models import ImageCATE
 from ppl_models.base import Model
 from ppl_models.image_cate.data import Units
-from tests.contract.case import Bad, Data, ModelCase
+from ppl_models.image_cate.rate import rate
+from tests.contract.case import Bad, Call, Data, ModelCase
 
 
 def trial(dtype: torch.dtype) -> Data:
@@ -28,6 +29,8 @@ def pyro_arguments(model: Model, data: Data) -> tuple[Tensor, Units]:
     return data["images"], units
 
 
+SCORES = torch.randn(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+RANKING = {"scores": SCORES, "priority": -SCORES, "groups": torch.arange(20) // 2, "weights": torch.ones(20)}
 CATE = ModelCase(
     name="image_cate",
     build=lambda: ImageCATE(num_steps=6, num_folds=2, num_restarts=1, num_samples=20, width=4, depth=1, batch_size=20),
@@ -43,6 +46,7 @@ CATE = ModelCase(
     call=pyro_arguments,
     pyro_model=lambda m: m._state.network,
     not_finite=("outcome", "images"),
+    calls=[Call("rate", rate, {**RANKING, "kind": "qini", "num_bootstrap": 4, "seed": 0})],
     bad=[
         Bad("one arm", lambda m: m.fit(torch.arange(9.0), torch.ones(9), torch.ones(9, 1, 8, 8)), "treatment|arm"),  # type: ignore[operator]
         Bad("not 0/1", lambda m: m.fit(torch.arange(9.0), torch.arange(9), torch.ones(9, 1, 8, 8)), "treatment"),  # type: ignore[operator]

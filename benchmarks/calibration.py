@@ -1,0 +1,86 @@
+"""Simulation-based calibration of the models with a proper prior, each through its default engine, in one batched run.
+
+    python -m benchmarks.calibration [--out out] [--replications 500]
+
+Prints, for each quantity, the p-value of a chi-square test of uniform ranks and the coverage of central intervals, and
+draws the ranks' distribution functions.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.initialization import init_to_sample
+from torch import Tensor
+
+from inference import AdaptiveSGHMC
+from inference.calibration import Calibration, simulation_based_calibration
+from inference.kernels.base import Kernel
+from ppl_models import FunctionalPriorBNN
+
+_LEVELS = (0.5, 0.8, 0.9)
+
+
+def functional_prior_bnn(num_replications: int = 500, seed: int = 0) -> Calibration:
+    """A small network on twelve points, by scale-adapted SGHMC; quantities are its function values, since weights have
+    no order that the data could tell.
+    """
+    bnn = FunctionalPriorBNN(1, hidden=(6,), noise_variance=0.1)
+    bnn.double()
+    x, at = (torch.linspace(-1.5, 1.5, n, dtype=torch.float64).unsqueeze(-1) for n in (12, 4))
+
+    def function(draw: dict[str, Tensor], data: dict[str, Tensor]) -> Tensor:
+        with poutine.block():
+            weights = poutine.condition(bnn.prior, data=draw)()
+        return bnn.network(weights, at)[..., 0]
+
+    kernel: Callable[..., Kernel] = partial(
+        AdaptiveSGHMC, step_size=0.03, friction=0.05, noise_correction=False, init_strategy=init_to_sample
+    )
+    return simulation_based_calibration(
+        bnn, kernel, (x,), observed=["obs"], num_replications=num_replications, num_samples=39, warmup_steps=2000,
+        thin=500, quantities={"f(x)": function}, seed=seed,
+    )  # fmt: skip
+
+
+MODELS: dict[str, Callable[..., Calibration]] = {"functional_prior_bnn": functional_prior_bnn}
+
+
+def coverage(found: Calibration, level: float) -> dict[str, float]:
+    """Share of replications whose truth lies in the central interval of that many draws, the mean over a quantity's
+    scalars.
+    """
+    half = (1 - level) / 2 * (found.num_draws + 1)
+    inside = {name: (r >= half - 0.5) & (r <= found.num_draws - half + 0.5) for name, r in found.ranks.items()}
+    return {name: float(hit.double().mean()) for name, hit in inside.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--replications", type=int, default=500)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    given.out.mkdir(parents=True, exist_ok=True)
+    for name in given.models:
+        begin = time.process_time()
+        found = MODELS[name](given.replications)
+        print(f"{name}: {time.process_time() - begin:.0f} s of processor time, p-value of all {found.p_value():.3f}")
+        values, shares = found.chi_square(), {level: coverage(found, level) for level in _LEVELS}
+        for quantity, p in values.items():
+            lag = float(found.autocorrelation[quantity].max())
+            shown = ", ".join(f"{level:.0%} covers {shares[level][quantity]:.3f}" for level in _LEVELS)
+            print(f"  {quantity:16} smallest p {float(p.min()):.3f}   lag-1 {lag:+.2f}   {shown}")
+        figure = found.plot([n for n in ("f(x)", "log_likelihood") if n in values] or None)
+        figure.savefig(
+            given.out / f"calibration_{name}.png", dpi=130
+        )
+
+
+if __name__ == "__main__":
+    main()
