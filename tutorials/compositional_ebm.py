@@ -147,7 +147,7 @@ if raw is not None:
     accuracy = float((clf.predict(usual) == labels[1300:]).float().mean())
     print(f"accuracy {accuracy:.3f}; upside down, a digit is {gap:.1f} nats less usual")
     figure, ax = plt.subplots(figsize=(5, 3.2), layout="constrained")
-    bins = np.linspace(5, 60, 56)
+    bins = np.linspace(5, 45, 41)
     ax.hist(clf.ood_score(usual).numpy(), bins=bins, color=BLUE, alpha=0.6, label="test digits")
     ax.hist(clf.ood_score(flipped).numpy(), bins=bins, color=ORANGE, alpha=0.6, label="upside down")
     ax.set(xlabel="-log p(x), nats", ylabel="images")

@@ -15,9 +15,8 @@
 # # One Pyro model, many samplers
 #
 # The model below is plain Pyro. We sample it with Pyro's own NUTS and, after changing one import line, with this
-# library's; then we read the diagnostics, choose among the engines, stop a run when it has drawn enough, resume
-# one that
-# was cut off, and run the same script on two processes. The last cell asserts the numbers.
+# library's; then we read the diagnostics, choose among the engines, stop a run when it has drawn enough, resume one
+# that was cut off, and run the same script on two processes. The last cell asserts the numbers.
 #
 # To run it: `pip install '.[plots]'`, then as a notebook (jupytext) or `python tutorials/samplers.py`. It takes about a
 # minute. `PPL_MODELS_SMOKE=1` shortens it; `PPL_MODELS_OUT=out` writes the figures to `out/tutorial/`.
@@ -121,7 +120,7 @@ figure, axes = plt.subplots(1, 2, figsize=(7, 2.6), layout="constrained")
 for chain, color in enumerate((BLUE, ORANGE, GREY, "black")):
     axes[0].hist(ranks[chain].numpy(), bins=10, histtype="step", color=color)
 axes[0].axhline(DRAWS / 10, color=GREY, lw=0.8, ls="--")
-axes[0].set_ylim(0, None)
+axes[0].set(ylim=(0, None), xticks=[0, CHAINS * DRAWS // 2, CHAINS * DRAWS])
 axes[0].set(xlabel="rank of tau among all draws", ylabel="draws", title="four chains: flat is well mixed")
 school = (draws["mu"][..., None] + draws["tau"][..., None] * draws["eta"]).flatten(0, 1)
 low, middle, high = school.quantile(torch.tensor([0.05, 0.5, 0.95]), dim=0)
@@ -182,9 +181,8 @@ print(f"log Z = {evidence.value:.2f} with standard error {evidence.standard_erro
 # %% [markdown]
 # ## Stop when it is enough, keep draws on disk, resume
 #
-# `Stop` ends a run at the first look at which every criterion holds. With `checkpoint=` draws go to disk as they
-# come; a
-# run that was killed, started again by the same line, goes on to the same bits.
+# `Stop` ends a run at the first look at which every criterion holds. With `checkpoint=` draws go to disk as they come;
+# a run that was killed, started again by the same line, goes on to the same bits.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
