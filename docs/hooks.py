@@ -33,9 +33,8 @@ HOWTO = [
     "causal-study",
     "check-and-cite",
 ]
-PACKAGES = {
+PACKAGES = {  # beside the models' own
     "ppl_models": "Models",
-    "ppl_models.functional_prior_bnn": "functional_prior_bnn",
     "inference": "Engines",
     "inference.kernels": "Kernels",
     "inference.potential": "Potentials",
@@ -63,7 +62,8 @@ def public_names(package: str) -> list[str]:
 def packages() -> dict[str, str]:
     """The packages that have an API page: those of the engines, and every model's own."""
     own = {f"ppl_models.{p.parent.name}": p.parent.name for p in sorted((ROOT / "ppl_models").glob("*/__init__.py"))}
-    return {name: title for name, title in {**PACKAGES, **own}.items() if public_names(name)}
+    ordered = {"ppl_models": PACKAGES["ppl_models"], **own, **PACKAGES}
+    return {name: title for name, title in ordered.items() if public_names(name)}
 
 
 def api_page(package: str, title: str) -> str:
@@ -153,7 +153,9 @@ def source_page(file: str) -> str:
 
 def on_config(config: Any) -> Any:
     """The table of contents."""
-    tutorials = [f"tutorials/{p.stem}.md" for p in sorted((ROOT / "tutorials").glob("*.py"))]
+    stems = {p.stem for p in (ROOT / "tutorials").glob("*.py")}  # samplers, one a model, those of several models
+    order = sorted(stems, key=lambda stem: (stem.startswith("cross_"), stem != "samplers", stem))
+    tutorials = [f"tutorials/{stem}.md" for stem in order]
     config.nav = [
         {"Home": "index.md"},
         {"Models": [f"models/{page}" for page in model_pages()]},
