@@ -19,3 +19,5 @@ __all__ = [
     "MarginalizationModel",
     "MonotoneDBM",
 ]
+
+__version__ = "0.1.0"

@@ -129,7 +129,8 @@ def test_citation_file_is_valid() -> None:
     assert all({"type", "title", "authors", "year"} <= reference.keys() for reference in citation["references"])
 
 
-def test_changelog_has_the_version() -> None:
+def test_changelog_and_package_have_the_version() -> None:
+    assert ppl_models.__version__ == PROJECT["version"]
     text = (ROOT / "CHANGELOG.md").read_text()
     assert f"## [{PROJECT['version']}]" in text
 
