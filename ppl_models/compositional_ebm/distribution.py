@@ -1,4 +1,7 @@
-"""A density known up to its constant, as a Pyro distribution: ``p(x) = b(x) exp(-E(x)) / Z``."""
+"""A density known up to its constant, as a Pyro distribution: ``p(x) = b(x) exp(-E(x)) / Z``.
+
+b is the noise that the fit started from (the tilt), another base, or 1 (Jiang et al., ICML 2023, arXiv 2306.07485).
+"""
 
 import math
 from collections.abc import Callable

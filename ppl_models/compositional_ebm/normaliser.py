@@ -1,4 +1,9 @@
-"""log Z of a fitted energy, each way with its error."""
+"""log Z of a fitted energy, each way with its error.
+
+    log Z = log E_q[ b(x) exp(-E(x)) / q(x) ],      q the noise of the fit,
+
+by importance sampling from q, by annealing from q both ways, by a bridge between q and Markov chains, or by quadrature.
+"""
 
 import math
 import warnings

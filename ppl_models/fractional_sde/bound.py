@@ -1,4 +1,11 @@
-"""The evidence bound of observed series: Gaussian likelihood at the observation times, KL of path and start."""
+"""The evidence bound of observed series: Gaussian likelihood at the observation times, KL of path and start.
+
+    log p(y) >= E_q[ sum_i log N(y_i; X(t_i), s^2) - 1/2 int_0^T |u|^2 dt ] - KL(q(X(0), V(0)) || p)
+
+with the control u that turns the prior's paths into the posterior's (Daems, Opper, Crevecoeur and Birdal, ICLR 2024,
+arXiv 2310.12975; the integral is a sum over dimensions), or its importance-weighted form (Burda et al. 2015, arXiv
+1509.00519).
+"""
 
 import math
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,8 @@
-"""Encoders and decoders: of single frames (images or vectors), of the content that a series keeps, of its context."""
+"""Encoders and decoders: of single frames (images or vectors), of the content that a series keeps, of its context.
+
+The split of a video into what stays (content w) and what moves (the path X) is that of Daems, Opper, Crevecoeur and
+Birdal, ICLR 2024, arXiv 2310.12975, section 5; the layers are smaller ones of our own.
+"""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,9 @@
-"""Posterior predictions of a network, in the user's units, with the scores that belong to them."""
+"""Posterior predictions of a network, in the user's units, with the scores that belong to them.
+
+With draws ``f_s`` of the function, ``mean = 1/S sum_s f_s`` and, in regression, ``variance = Var_s(f_s) + noise``.  The
+negative log-likelihood is that of one Gaussian with these moments, as in the figures of Tran et al. (JMLR 23(74),
+2022), not of the mixture over draws.
+"""
 
 import math
 from dataclasses import dataclass

@@ -1,5 +1,8 @@
-"""Which pixels matter: derivatives of a type's log odds, or of the effect, by the pixels; and images that show a
-type."""
+"""Which pixels matter: derivatives by the pixels, and images that show a type.
+
+``d logit pi_k(m) / dm`` of a type's probability (Jerzak, Johansson and Daoud, CLeaR 2023, arXiv 2206.06417), or
+``d tau(m) / dm`` of the effect ``tau(m) = sum_k pi_k(m) mu_k``, which needs no numbering of types.
+"""
 
 import math
 from typing import NamedTuple

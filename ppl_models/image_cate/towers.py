@@ -1,5 +1,8 @@
-"""The networks of the model: a tower for the gate and one for the baseline, and the Pyro model of both and the
-mixture."""
+"""The networks of the model: a tower for the gate and one for the baseline, and the Pyro model of both and the mixture.
+
+The gate gives ``pi(m) = softmax(0, g_2(m), ..., g_K(m))``, the baseline ``f0(m)``; the two share no layer (Jerzak,
+Johansson and Daoud, CLeaR 2023, arXiv 2206.06417).
+"""
 
 from typing import NamedTuple
 

@@ -1,4 +1,7 @@
-"""Effects at places without a trial, from their images alone.
+"""Effects at places without a trial, from their images alone: ``tau(m) = sum_k pi_k(m) mu_k``.
+
+All places share each draw of the ``mu_k``, so that the error of an area's mean does not shrink with its size (Jerzak,
+Johansson and Daoud, CLeaR 2023, arXiv 2206.06417).
 
 This rests on two assumptions that no image can check: that the effect, given the image, does not depend on whether a
 place was in the trial; and that the trial's images cover the new ones.  The second is scored.

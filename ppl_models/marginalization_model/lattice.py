@@ -1,4 +1,9 @@
-"""The Ising model on a periodic lattice, with exact answers by transfer matrix."""
+"""The Ising model on a periodic lattice, with exact answers by transfer matrix.
+
+``log f(s) = coupling * s'As + field * sum(s)``, the energy of Liu, Ramadge and Adams, ICML 2024, arXiv 2310.12920.
+``Z = tr(T^height)`` with T the matrix of a row's weights beside the next row's (Kramers and Wannier, Physical Review
+60, 1941).
+"""
 
 import math
 

@@ -1,4 +1,11 @@
-"""What a marginalization model can be asked: marginals, conditionals, draws, and how far to trust them."""
+"""What a marginalization model can be asked: marginals, conditionals, draws, and how far to trust them.
+
+With f(x_S) for ``log p(x_S)`` and the conditionals' network (Liu, Ramadge and Adams, ICML 2024, arXiv 2310.12920):
+
+    log p(x_U | x_V) = f(x_U, x_V) - f(x_V)                                        two passes
+    log p(x_S) = log 1/R sum_r prod_d p(x_{o_r(d)} | x_{o_r(<d)})                  the chain rule along R orders
+    p(x_j = k | x_S) = exp f(x_S, x_j = k) / sum_l exp f(x_S, x_j = l)             conditionals of f (equation 6)
+"""
 
 import math
 from typing import Any
