@@ -77,9 +77,7 @@ def main() -> None:
             shown = ", ".join(f"{level:.0%} covers {shares[level][quantity]:.3f}" for level in _LEVELS)
             print(f"  {quantity:16} smallest p {float(p.min()):.3f}   lag-1 {lag:+.2f}   {shown}")
         figure = found.plot([n for n in ("f(x)", "log_likelihood") if n in values] or None)
-        figure.savefig(
-            given.out / f"calibration_{name}.png", dpi=130
-        )
+        figure.savefig(given.out / f"calibration_{name}.png", dpi=130)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from inference._checks import count
+from inference.results.brief import brief
 from inference.runtime import distributed
 from inference.runtime.generators import derive_seed
 from inference.runtime.isolation import first_call, isolated, warn_unless_a_mean
@@ -24,6 +25,7 @@ __all__ = ["FitResult", "fit"]
 _DEFAULT_LR = 1e-3
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class FitResult:
     """What a fit did. The parameters themselves are in the objective.

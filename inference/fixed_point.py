@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from inference.kernels.base import count, positive
+from inference.results.brief import brief
 
 __all__ = ["FixedPoint", "attach_gradient", "cheap_to_read", "fixed_point", "implicit_gradient"]
 
@@ -25,6 +26,7 @@ _METHODS = ("picard", "anderson")
 Function = Callable[..., Tensor | tuple[Tensor, Tensor]]
 
 
+@brief
 class FixedPoint(NamedTuple):
     """What a solver found.
 

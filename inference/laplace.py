@@ -26,6 +26,7 @@ from inference.lbfgs import Minimum, minimize
 from inference.potential.curvature import CURVATURES, Curvature
 from inference.potential.log_density import LogDensity, Site
 from inference.potential.potential import Potential
+from inference.results.brief import brief
 from inference.results.export import to_arviz
 from inference.results.pareto import smooth_weights
 from inference.runtime.generators import derive_seed, generator
@@ -219,6 +220,7 @@ class Laplace(Citable):
         return minimize(potential.value_and_grad, start, max_evaluations=self.max_evaluations)
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class LaplaceResult(Citable):
     """A Gaussian in unconstrained space.

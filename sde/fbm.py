@@ -89,7 +89,7 @@ def increment_autocovariance(
 def fractional_gaussian_noise(
     hurst: float | Tensor,
     num_steps: int,
-    num_paths: int,
+    num_paths: int = 1,
     *,
     step: float = 1.0,
     normalisation: str = "unit",

@@ -33,6 +33,7 @@ from inference._errors import CaptureWarning
 from inference.citation import Citable, Paper
 from inference.objectives._particles import OwnParameters, Pair, Particle, localise, modules_of, own_scope
 from inference.potential.graph import CaptureError, trace
+from inference.results.brief import brief
 from inference.results.pareto import smooth_weights
 from inference.runtime.generators import scoped_seed
 from inference.runtime.isolation import make_local
@@ -46,6 +47,7 @@ _CHUNK = 256  # draws at once in ``evaluate``; fixed, as the random stream depen
 _Graph = Callable[..., list[Tensor]]
 
 
+@brief
 @dataclass(frozen=True)
 class BoundEstimate:
     """A bound and its quality, from many draws of the guide.

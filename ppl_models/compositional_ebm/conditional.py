@@ -19,6 +19,7 @@ from inference.citation import Paper
 from inference.objectives.unnormalised import CompositionalLikelihood, ConditionalCompositionalLikelihood
 from inference.objectives.unnormalised.mixture import MixtureNoise
 from inference.objectives.unnormalised.noise import DefensiveMixture, GaussianNoise, Noise, noise_from_config
+from inference.results.brief import brief
 from inference.runtime.generators import derive_seed, generator, scoped_seed
 from ppl_models.base import Model, Standardiser, check_batch_size, check_count, check_counts, to_tensor
 from ppl_models.compositional_ebm.distribution import EnergyDistribution, refuse_output_bias
@@ -34,6 +35,7 @@ _IMPORTANCE = 4096  # shared noise draws for log Z(x) in more than two dimension
 _VALUES_AT_ONCE = 1 << 20
 
 
+@brief
 class ConditionalPrediction(NamedTuple):
     """Attributes:
     mean: ``(N, *event)``.

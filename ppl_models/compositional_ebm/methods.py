@@ -22,6 +22,7 @@ from inference.objectives.unnormalised import (
     SlicedScoreMatching,
 )
 from inference.objectives.unnormalised.objective import UnnormalisedObjective
+from inference.results.brief import brief
 from inference.results.evidence import LogPartition
 from inference.results.export import to_arviz
 
@@ -66,6 +67,7 @@ def build_objective(
     return kind(model, guide, **arguments)
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class EnergyFit:
     """What a fit did.

@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from inference.kernels import SGHMC
 from inference.mcmc import MCMC
+from inference.results.brief import brief
 from inference.results.export import to_arviz
 from inference.runtime.generators import derive_seed, scoped_seed
 from ppl_models.base import check_batch_size, check_count
@@ -27,6 +28,7 @@ from ppl_models.compositional_ebm.model import EnergyModel
 __all__ = ["EnergyPosterior", "sample_posterior"]
 
 
+@brief
 class EnergyPosterior(NamedTuple):
     """Attributes:
     parameters: name -> draws ``(chain, draw, *shape)``.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from inference.fit import FitResult
+from inference.results.brief import brief
 from inference.results.export import to_arviz
 from inference.runtime.generators import generator
 
@@ -19,6 +20,7 @@ __all__ = ["FractionalSDEResult", "LatentResult", "PathPrediction"]
 _LOG_2PI = 1.8378770664093453
 
 
+@brief
 class PathPrediction:
     """Posterior of the state at some times.
 
@@ -51,6 +53,7 @@ class PathPrediction:
         return self.samples + self.noise_std.to(self.samples) * noise
 
 
+@brief
 class FractionalSDEResult:
     """What ``FractionalSDE.fit`` returns.
 
@@ -115,6 +118,7 @@ class FractionalSDEResult:
         )  # fmt: skip
 
 
+@brief
 class LatentResult:
     """What ``LatentFractionalSDE.fit`` returns.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from inference.results.brief import brief
 from inference.runtime.generators import derive_seed, generator
 from ppl_models.base import check_count
 from ppl_models.functional_prior_bnn.predictions import Prediction
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["ActiveLearning", "TemperatureSearch", "active_learning", "auroc", "calibration_error", "search_temperature"]
 
 
+@brief
 @dataclass(frozen=True)
 class TemperatureSearch:
     """Result of ``search_temperature``.
@@ -74,6 +76,7 @@ def search_temperature(
     return TemperatureSearch(torch.tensor(list(temperatures)), nll, float(temperatures[int(nll.argmin())]), best)
 
 
+@brief
 @dataclass(frozen=True)
 class ActiveLearning:
     """Result of ``active_learning``.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from inference.citation import Citable
+from inference.results.brief import brief
 from inference.results.export import to_arviz
 from ppl_models.functional_prior_bnn.networks import evaluate
 from ppl_models.functional_prior_bnn.predictions import Prediction
@@ -25,6 +26,7 @@ _RHAT_POINTS = 512
 _RHAT_DRAWS = 4  # two in each half of a chain
 
 
+@brief
 class Posterior(Citable):
     """What ``FunctionalPriorBNN.fit`` returns: draws, and the model as it was when they were made.
 

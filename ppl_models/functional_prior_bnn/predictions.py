@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inference.results.brief import brief
 from inference.results.diagnostics import rhat
 from inference.runtime.generators import scoped_seed
 from ppl_models.base import Standardiser
@@ -20,6 +21,7 @@ from ppl_models.functional_prior_bnn.likelihoods import Categorical, Likelihood
 __all__ = ["Prediction"]
 
 
+@brief
 @dataclass(frozen=True)
 class Prediction:
     """The posterior predictive law at N inputs.

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inference.results.brief import brief
 from ppl_models.image_cate.checks import as_matrix, as_treatment
 from ppl_models.image_cate.propensity import check_scores
 
 __all__ = ["Balance", "Overlap", "balance", "overlap"]
 
 
+@brief
 @dataclass(frozen=True)
 class Overlap:
     """How the propensity lies in each arm; index 0 is control, 1 treated.
@@ -39,6 +41,7 @@ class Overlap:
     share_outside: float
 
 
+@brief
 @dataclass(frozen=True)
 class Balance:
     """Means of covariates by arm, before and after weighting by the inverse propensity.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inference.results.brief import brief
 from ppl_models.base import check_count
 from ppl_models.image_cate.checks import as_matrix, as_treatment, as_vector, group_sums, index_groups
 from ppl_models.image_cate.least_squares import Estimate, clustered_mean, least_squares
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 
+@brief
 @dataclass(frozen=True)
 class Calibration:
     """Best linear predictor of the effect by the predicted effect.
@@ -52,6 +54,7 @@ class Calibration:
         return 0.5 * math.erfc(self.heterogeneity.ratio / math.sqrt(2))
 
 
+@brief
 @dataclass(frozen=True)
 class GroupEffects:
     """Average effect in each of K types, by doubly robust scores.
@@ -82,6 +85,7 @@ class GroupEffects:
         return Estimate(float(contrast @ self.estimates), math.sqrt(max(variance, 0.0)))
 
 
+@brief
 @dataclass(frozen=True)
 class PolicyValue:
     """What a rule that says whom to treat is worth, per unit of the population.
@@ -97,6 +101,7 @@ class PolicyValue:
     share_treated: float
 
 
+@brief
 @dataclass(frozen=True)
 class Evaluation:
     """All checks of one cross-fitted prediction.

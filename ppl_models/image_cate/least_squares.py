@@ -11,11 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from inference.results.brief import brief
 from ppl_models.image_cate.checks import as_matrix, as_vector, group_sums, index_groups
 
 __all__ = ["Estimate", "Regression", "clustered_mean", "least_squares"]
 
 
+@brief
 @dataclass(frozen=True)
 class Estimate:
     """A number and its standard error, which follows the normal law.

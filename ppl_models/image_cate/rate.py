@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from inference.results.brief import brief
 from inference.runtime.generators import generator
 from ppl_models.base import check_count
 from ppl_models.image_cate.checks import as_vector, group_sums, index_groups
@@ -25,6 +26,7 @@ Kind = Literal["autoc", "qini"]
 _CELLS = 1 << 22  # draws times units held at once
 
 
+@brief
 @dataclass(frozen=True)
 class Rate:
     """A rank-weighted average treatment effect.

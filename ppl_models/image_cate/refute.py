@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from inference.results.brief import brief
 from inference.runtime.generators import derive_seed, generator
 from ppl_models.base import check_count
 from ppl_models.image_cate.checks import as_treatment, as_vector, group_sums, index_groups
@@ -64,6 +65,7 @@ class Fitted(NamedTuple):
 FitPredict = Callable[[Study, int], Fitted]
 
 
+@brief
 @dataclass(frozen=True)
 class Refutation:
     """One attempt, repeated R times.

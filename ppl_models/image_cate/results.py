@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from inference import to_arviz
+from inference.results.brief import brief
 from ppl_models.image_cate.fitted import Fitted
 
 __all__ = ["ClusterEffects", "ImageCATEResult"]
 
 
+@brief
 class ClusterEffects(NamedTuple):
     """Effects by type, ascending; K types.
 
@@ -40,6 +42,7 @@ class ClusterEffects(NamedTuple):
         return pandas.DataFrame({**columns, "lower": ends[:, 0], "upper": ends[:, 1]})
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class ImageCATEResult:
     """What a fit found.

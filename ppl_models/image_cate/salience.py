@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from inference.results.brief import brief
 from ppl_models.image_cate.fitted import Fitted, gate_design
 
 __all__ = ["Exemplars", "exemplars", "salience", "smooth"]
@@ -18,6 +19,7 @@ KINDS = ("effect", "type")
 _SMOOTHING = 0.01  # mixed into probabilities, so that the log odds of a sure gate have a slope
 
 
+@brief
 class Exemplars(NamedTuple):
     """Images that show each type.
 

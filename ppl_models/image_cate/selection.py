@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from inference.results.brief import brief
 from ppl_models.image_cate.estimation import cross_fit_effects
 from ppl_models.image_cate.fitted import Fitted
 from ppl_models.image_cate.model import ImageCATE
@@ -14,6 +15,7 @@ from ppl_models.image_cate.propensity import clustered_mean
 __all__ = ["ClusterChoice", "choose_num_clusters"]
 
 
+@brief
 class ClusterChoice(NamedTuple):
     """How many types the data carry.
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inference.results.brief import brief
 from ppl_models.image_cate.fitted import Fitted
 
 __all__ = ["Transported", "support_scores", "transport"]
@@ -21,6 +22,7 @@ _NEIGHBOURS = 5
 _LEAST_SUPPORT = 0.05
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class Transported:
     """Posterior of effects at N places.

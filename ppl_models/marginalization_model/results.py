@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from inference.fit import FitResult
+from inference.results.brief import brief
 from inference.results.export import to_arviz
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["AutoregressiveLogProb", "ConsistencyReport", "Evaluation", "MarginalEstimate", "MarginalizationResult"]
 
 
+@brief
 class AutoregressiveLogProb(NamedTuple):
     """log p of the observed part by the chain rule, along several random orders.
 
@@ -31,6 +33,7 @@ class AutoregressiveLogProb(NamedTuple):
     spread: Tensor
 
 
+@brief
 class MarginalEstimate(NamedTuple):
     """A one-pass log-marginal with its error bar.
 
@@ -45,6 +48,7 @@ class MarginalEstimate(NamedTuple):
     refined: Tensor
 
 
+@brief
 class ConsistencyReport(NamedTuple):
     """How far f is from consistent at the user's own queries.
 
@@ -67,6 +71,7 @@ class ConsistencyReport(NamedTuple):
         return f"{text}; chain rule less one pass: {self.gap.mean():+.3g} nats on average"
 
 
+@brief
 class Evaluation(NamedTuple):
     """One-pass log-marginals against the chain rule.
 
@@ -104,6 +109,7 @@ class Evaluation(NamedTuple):
         )
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class MarginalizationResult:
     """What ``fit`` and ``fit_energy`` return.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from inference.newton_cg import metric_cg
+from inference.results.brief import brief
 from ppl_models.monotone_dbm.mean_field import MeanFieldProblem
 
 __all__ = ["Correlations", "correct"]
@@ -23,6 +24,7 @@ __all__ = ["Correlations", "correct"]
 _AT_ONCE = 1 << 24  # numbers held at once
 
 
+@brief
 class Correlations(NamedTuple):
     """Corrections of mean field for B queries.
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from inference.citation import Paper
 from inference.fixed_point import FixedPoint, attach_gradient
 from inference.newton_cg import solve_adjoint
+from inference.results.brief import brief
 from ppl_models.base import Model, to_tensor
 from ppl_models.monotone_dbm.groups import Groups
 from ppl_models.monotone_dbm.mean_field import MeanFieldProblem, extreme_eigenvalues, solve
@@ -28,6 +29,7 @@ __all__ = ["MeanField", "PairwiseModel", "Query"]
 _ADJOINT = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
+@brief
 class MeanField(NamedTuple):
     """Mean-field marginals of B queries.
 

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from inference.fit import FitResult
 from inference.fixed_point import cheap_to_read
 from inference.newton_cg import newton_cg
+from inference.results.brief import brief
 from inference.results.export import to_arviz
 from ppl_models.monotone_dbm.operators import ScaledOperator
 from ppl_models.monotone_dbm.pairwise import PairwiseModel, Query
@@ -23,6 +24,7 @@ _LOOSE, _TIGHT = 3e-2, 1e-3  # residual that is asked of the solver at the start
 _STEPS, _INNER = 6, 12  # Newton steps and products in each where the device is not waited for
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class DBMFit:
     """How a fit went.
