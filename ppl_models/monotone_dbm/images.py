@@ -141,6 +141,7 @@ class ConvMonotoneDBM(BoltzmannModel):
         batch_size: int | None = 96,
         lr: float = 0.02,
         label_weight: float = 0.5,
+        labels_shown: float = 0.25,
         focal: float = 0.0,
         balance: float = 0.0,
         annealed: float = 0.0,
@@ -153,12 +154,13 @@ class ConvMonotoneDBM(BoltzmannModel):
 
         Args:
             images: ``(N, C, H, W)`` in [0, 1].
-            labels: ``(N,)``, integers below ``num_classes``; never shown in masked training.
+            labels: ``(N,)``, integers below ``num_classes``.
             observed_fraction: share of the pixels that masked training shows; of a pair, drawn for each image.
             seed: same seed, same machine, same parameters to the bit.
             objective: ``"masked"``, ``"elbo"`` or ``"pcd"`` (see ``MonotoneDBM.fit``).
             num_steps, batch_size, lr, annealed, num_chains, num_sweeps, progress, checkpoint: as there.
             label_weight: share of the label's loss in the whole.
+            labels_shown: share of the images whose label masked training shows, which teaches how the classes look.
             focal: gamma of the focal loss of pixels (published: 2); 0 for the likelihood.
             balance: beta of the class-balanced weights of bins (published: 0.9999); 0 for none.
 
@@ -184,7 +186,7 @@ class ConvMonotoneDBM(BoltzmannModel):
             visible = torch.cat([visible, visible.new_tensor([self.groups.num_groups - 1])])
             unit_of = torch.cat([unit_of, unit_of.max()[None] + 1])
             label = torch.tensor([self.num_pixels])
-            heads = [heads[0]._replace(weight=1 - label_weight), Head(label, label_weight, True)]
+            heads = [heads[0]._replace(weight=1 - label_weight), Head(label, label_weight, labels_shown)]
         elif labels is not None:
             raise ValueError("labels were given and the model has none (num_classes=0)")
         if objective not in ("masked", "elbo", "pcd"):

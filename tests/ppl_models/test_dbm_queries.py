@@ -39,6 +39,10 @@ def test_all_solvers_reach_one_point_of_a_stiff_problem() -> None:
     assert model.spectrum()[0] < -50
     newton = model.marginals(observed, mask, tolerance=1e-8)
     assert newton.converged.all() and newton.residual.max() < 1e-8 and newton.iterations.max() <= 10
+    assert newton.products <= 6  # one a step: the linear systems are solved without products
+    iterative = model.marginals(observed, mask, solver="newton_cg", tolerance=1e-8)
+    assert iterative.converged.all() and iterative.products > 2 * newton.products
+    torch.testing.assert_close(iterative.probabilities, newton.probabilities, rtol=0, atol=1e-8)
     parallel = model.marginals(observed, mask, solver="parallel", max_iterations=200)
     assert not parallel.converged[0] and parallel.residual[0] > 0.1
     for solver in SOLVERS[1:7]:
@@ -53,6 +57,47 @@ def test_all_solvers_reach_one_point_of_a_stiff_problem() -> None:
             assert found.products > newton.products
     added = model.marginals(observed, mask, solver="krahenbuhl", tolerance=1e-7)
     assert not added.converged[0] and added.residual[0] > 1e-3
+
+
+@pytest.mark.parametrize("curvature", [1, 2])
+def test_exact_newton_directions(curvature: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the dense system, with groups of several sizes, held groups, and nearly certain ones."""
+    model = MonotoneDBM([3, 3, 2, 5, 5, 5, 2, 12], rank=5, monotonicity=0.01, curvature=curvature).double()
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        model.operator.weight.mul_(torch.linspace(0.2, 4, 37, dtype=D))  # type: ignore[operator, union-attr]
+        phi = model.operator.prepare()
+    assert phi.low_rank is not None and phi.matrix is not None
+    groups = model.groups
+    q = groups.softmax(torch.randn(6, 37, generator=noise, dtype=D) * torch.tensor([0.1, 1, 3, 10, 30, 1])[:, None])
+    held = torch.zeros(6, 8, dtype=torch.bool)
+    held[5, ::2] = True
+    q = torch.where(groups.spread(held), groups.one_hot(torch.ones(6, 8, dtype=torch.long), D), q)
+    r = torch.randn(6, 37, generator=noise, dtype=D)
+    together = groups.group_of[:, None] == groups.group_of
+    spread = torch.diag_embed(q) - torch.where(together, q[:, :, None] * q[:, None, :], 0.0)
+    expected = torch.linalg.solve(torch.eye(37, dtype=D) - phi.matrix @ spread, r)
+    torch.testing.assert_close(phi.low_rank.direction(q, r), expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(phi.low_rank.apply(r), phi.apply(r), rtol=0, atol=1e-12)
+    monkeypatch.setattr("ppl_models.monotone_dbm.low_rank._AT_ONCE", 500)  # two queries at once
+    torch.testing.assert_close(phi.low_rank.direction(q, r), expected, rtol=0, atol=1e-10)
+
+
+def test_a_large_model_of_low_rank_makes_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, observed, mask = stiff(groups=12)
+
+    def answer() -> tuple[Tensor, Tensor]:
+        model.zero_grad()
+        found = model.marginals(observed, mask, differentiable=True)
+        (found.probabilities[..., 0].sum() + found.free_energy.sum()).backward()
+        return found.probabilities.detach(), model.operator.weight.grad.clone()  # type: ignore[union-attr, operator]
+
+    with_matrix = answer()
+    monkeypatch.setattr("ppl_models.monotone_dbm.operators._DENSE_LIMIT", 10)
+    assert model.operator.prepare().matrix is None
+    for found, expected in zip(answer(), with_matrix, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(model.potentials(), model.operator.to_dense(), rtol=0, atol=1e-12)
 
 
 def test_a_query_does_not_depend_on_its_batch() -> None:
@@ -290,6 +335,7 @@ def test_other_bad_arguments() -> None:
     calls: list[tuple[Any, str]] = [
         (lambda: dbm.marginals(solver="bp"), "solver"),
         (lambda: dbm.marginals(anderson=True), "anderson"),
+        (lambda: MonotoneDBM([3] * 6, rank=18).marginals(solver="newton_direct"), "low rank"),
         (lambda: dbm.marginals(initial=torch.ones(1, 2, 3)), "initial"),
         (lambda: dbm.log_partition(method="bp"), "method"),
         (lambda: dbm.log_partition(base="x"), "base"),
