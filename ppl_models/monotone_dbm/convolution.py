@@ -247,13 +247,22 @@ class ConvOperator(ScaledOperator):
                 full - ((y.shape[d] - 1) * edge.stride - 2 * edge.padding + edge.kernel)
                 for d, full in ((2, layer.height), (3, layer.width))
             ]
-            x = conv_transpose2d(y, weight, stride=edge.stride, padding=edge.padding, output_padding=extra)
+            if edge.stride == 1 and not any(extra) and edge.padding < edge.kernel:
+                turned = weight.flip(2, 3).transpose(0, 1)  # the same, in less than half of the time
+                x = conv2d(y, turned, padding=edge.kernel - 1 - edge.padding)
+            else:
+                x = conv_transpose2d(y, weight, stride=edge.stride, padding=edge.padding, output_padding=extra)
             out[edge.layer] = out[edge.layer] + x if edge.layer in out else x
         return [out[j] for j in range(len(self.layers))]
 
     def _own(self, tile: Tensor, z: Tensor, j: int) -> Tensor:
         """The diagonal blocks times z."""
         layer, period = self.layers[j], self.periods[j]
+        if period == 1 and layer.groups == 1:
+            return (z.permute(0, 2, 3, 1) @ tile[0, 0, 0]).permute(0, 3, 1, 2)
+        if layer.height == layer.width == 1:
+            split = z.reshape(len(z), layer.groups, layer.states).transpose(0, 1)
+            return (split @ tile[0, 0]).transpose(0, 1).reshape(z.shape)
         down, right = layer.height // period, layer.width // period
         split = z.reshape(len(z), layer.groups, layer.states, down, period, right, period)
         made = torch.einsum("abgmn,zgnxayb->zgmxayb", tile, split)

@@ -150,9 +150,7 @@ def solve(
         tolerance = 1e-10 if problem.bias.dtype == torch.float64 else 2e-5
     low_rank = phi.low_rank
     if solver == "newton_direct" and low_rank is None:
-        raise ValueError(
-            "solver='newton_direct' needs a dense model of low rank under the bound"
-        )
+        raise ValueError("solver='newton_direct' needs a dense model of low rank under the bound")
     thin = low_rank is not None and low_rank.thin
     counter = _Counter(low_rank.apply if thin else problem.product)  # type: ignore[union-attr]
     problem = replace(problem, product=counter)
