@@ -93,8 +93,8 @@ class ConvMonotoneDBM(BoltzmannModel):
             hidden = [(4 * 32, 32)]
         elif hidden is None:
             raise ValueError(
-                f"images of {height} x {width} do not fit the default kernels, which are square: pad the images, or give "
-                "hidden and kernels, or a rank"
+                f"images of {height} x {width} do not fit the default kernels, which are square: pad the images, or "
+                "give hidden and kernels, or a rank"
             )
         given = [(channels * num_bins, height, width, channels), *hidden]
         layers = check_layers([*given, (num_classes, 1)] if num_classes else given)
