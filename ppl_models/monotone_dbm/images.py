@@ -16,6 +16,7 @@ from inference.objectives.masked import Head
 from inference.runtime.generators import generator
 from ppl_models.base import check_batch_size, check_count, check_counts, to_tensor
 from ppl_models.monotone_dbm.convolution import ConvOperator, Layer, check_layers, layer_groups
+from ppl_models.monotone_dbm.jitter import jittered
 from ppl_models.monotone_dbm.model import BoltzmannModel
 from ppl_models.monotone_dbm.operators import DenseOperator, check_bound
 from ppl_models.monotone_dbm.pairwise import Query
@@ -144,6 +145,7 @@ class ConvMonotoneDBM(BoltzmannModel):
         labels_shown: float = 0.25,
         focal: float = 0.0,
         balance: float = 0.0,
+        jitter: int = 0,
         annealed: float = 0.0,
         num_chains: int = 96,
         num_sweeps: int = 1,
@@ -163,6 +165,8 @@ class ConvMonotoneDBM(BoltzmannModel):
             labels_shown: share of the images whose label masked training shows, which teaches how the classes look.
             focal: gamma of the focal loss of pixels (published: 2); 0 for the likelihood.
             balance: beta of the class-balanced weights of bins (published: 0.9999); 0 for none.
+            jitter: copies of each image to learn from as well, turned by up to 7 degrees, moved by up to a twentieth of
+                the width and scaled by up to 5%; a third of what is seen in training then are copies.
 
         Raises:
             TypeError, ValueError: images or labels of other shapes or out of range.
@@ -171,6 +175,10 @@ class ConvMonotoneDBM(BoltzmannModel):
         if isinstance(images, Tensor):  # the model goes where its data are, and takes their precision, not below single
             self.to(device=images.device, dtype=torch.promote_types(pixels.dtype, torch.float32))
             pixels = pixels.to(images.device)
+        if check_count("jitter", jitter, 0):
+            numbers = torch.arange(len(pixels), device=pixels.device).repeat(3 * jitter)
+            labels = None if labels is None else self._check_labels(labels, len(pixels))[numbers]
+            pixels = torch.cat([pixels.repeat(2 * jitter, 1, 1, 1), jittered(pixels, jitter, seed)])
         states = self.bin(pixels)
         visible = torch.arange(self.num_pixels, device=states.device)
         unit_of = visible // self.image_shape[0]
