@@ -123,6 +123,7 @@ def newton_cg(
     tolerance: float | None = 1e-8,
     max_iterations: int = 50,
     max_inner: int = 200,
+    direction: Callable[[Tensor, Tensor], Tensor] | None = None,
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> FixedPoint:
     """Solve ``l = A q(l) + b`` for each sample.
@@ -134,6 +135,8 @@ def newton_cg(
             full steps, and the device is never waited for.
         max_iterations: Newton steps at most.
         max_inner: products in each linear solve at most.
+        direction: ``(q, r) -> d`` that solves ``(I - A P) d = r`` itself, where A's structure allows it; conjugate
+            gradients without it.
         callback: called with the number of products so far and the residuals of all samples.
 
     Returns:
@@ -166,15 +169,18 @@ def newton_cg(
                 applied, target, residual = applied[keep], target[keep], residual[keep]
                 problem = problem.rows(keep)
         r = target - logits
-        here = problem
-        solved = metric_cg(
-            here.apply,
-            lambda v, here=here, q=q: here.derivative(q, v),  # type: ignore[misc]
-            r,
-            tolerance=residual.sqrt().clamp(max=_FORCING),
-            max_iterations=max_inner,
-            wait=tolerance is not None,
-        )
+        if direction is not None:
+            solved = MetricSolve(direction(q, r), 0)
+        else:
+            here = problem
+            solved = metric_cg(
+                here.apply,
+                lambda v, here=here, q=q: here.derivative(q, v),  # type: ignore[misc]
+                r,
+                tolerance=residual.sqrt().clamp(max=_FORCING),
+                max_iterations=max_inner,
+                wait=tolerance is not None,
+            )
         products += solved.iterations
         steps[rows] += 1
         if tolerance is None:

@@ -23,14 +23,14 @@ class Head(NamedTuple):
     Attributes:
         variables: their columns ``(n,)``.
         weight: of the head's mean loss.
-        always_hidden: never shown in training.
+        shown: share of the rows in which training shows them, drawn for each variable; as all other variables if None.
         focal: gamma; 0 for the plain loss.
         balance: beta of the class weights; 0 for none.
     """
 
     variables: Tensor
     weight: float = 1.0
-    always_hidden: bool = False
+    shown: float | None = None
     focal: float = 0.0
     balance: float = 0.0
 
@@ -69,6 +69,9 @@ class MaskedConditionals(nn.Module):
         low, high = given if isinstance(given, tuple) else (given, given)
         if not 0 <= low <= high <= 1:
             raise ValueError(f"observed_fraction must lie in [0, 1], a pair in increasing order, got {given!r}")
+        for head in heads:
+            if head.shown is not None and not 0 <= head.shown <= 1:
+                raise ValueError(f"the share of rows that show a head must lie in [0, 1], got {head.shown!r}")
         self.model, self.conditional, self.heads = model, conditional, list(heads)
         self.low, self.high, self.num_steps = float(low), float(high), num_steps
         self.units = int(unit_of.max()) + 1
@@ -85,8 +88,10 @@ class MaskedConditionals(nn.Module):
         rate = self.low + (self.high - self.low) * torch.rand(rows, 1, device=device)
         shown = (torch.rand(rows, self.units, device=device) < rate)[:, self.unit_of]
         for head in self.heads:
-            if head.always_hidden:
-                shown = shown.index_fill(1, head.variables.to(device), False)
+            if head.shown is not None:
+                columns = head.variables.to(device)
+                own = torch.rand(rows, len(columns), device=device) < head.shown
+                shown = shown.index_copy(1, columns, own)
         scored = ~shown
         if present is not None:
             shown, scored = shown & present, scored & present

@@ -16,6 +16,7 @@ from inference.objectives.masked import Head
 from inference.runtime.generators import generator
 from ppl_models.base import check_batch_size, check_count, check_counts, to_tensor
 from ppl_models.monotone_dbm.convolution import ConvOperator, Layer, check_layers, layer_groups
+from ppl_models.monotone_dbm.jitter import jittered
 from ppl_models.monotone_dbm.model import BoltzmannModel
 from ppl_models.monotone_dbm.operators import DenseOperator, check_bound
 from ppl_models.monotone_dbm.pairwise import Query
@@ -38,19 +39,20 @@ class ConvMonotoneDBM(BoltzmannModel):
     each its colours), hidden groups, the label last.
 
     Layers are joined by convolutions.  In images of up to 256 pixels kernels that span the whole image are better and
-    faster: there A is dense by default.
+    faster: there A is dense by default.  In larger square ones pixels meet their neighbours through 3 x 3 kernels, and
+    hidden groups without places through kernels that span the image.
 
     Args:
         image_shape: ``(C, H, W)``.
         num_bins: equal bins of an intensity in [0, 1].
         num_classes: 0 for images without labels.
-        hidden: hidden layers ``(channels, height, width, groups)``; by default ``(16, H/2, W/2, 4)`` and ``(32, H/4,
-            W/4, 8)``, two fifths of the published widths, or 32 groups of 4 states in a dense model.
+        hidden: hidden layers ``(channels, height, width, groups)``, or ``(channels, groups)`` without places; by
+            default 32 groups of 4 states without places.
         kernels: ``kernels[i][j]``, the kernel from layer j (pixels, hidden layers, label) to row i; 0 for none.  By
-            default 3 x 3 from each layer to its own row and those above, and for the label the whole of the last hidden
-            layer.
-        rank: rows of a dense A instead of convolutions; by default 96 in small images if neither ``hidden`` nor
-            ``kernels`` is given.
+            default 3 x 3 from each layer to its own row and those above, and the whole of each layer to rows without
+            places.
+        rank: rows of a dense A instead of convolutions; by default, in small images and if neither ``hidden`` nor
+            ``kernels`` is given, one for each state, with which any Phi under the bound can be had.
         monotonicity, curvature: as in :class:`MonotoneDBM`.
         seed: of the initial potentials.
 
@@ -86,16 +88,15 @@ class ConvMonotoneDBM(BoltzmannModel):
                 raise TypeError(f"{name} must be a list of lists of integers, got {table!r}")
         channels, height, width = shape
         if rank is None and hidden is None and kernels is None and height * width <= _SMALL:
-            rank = 96
-        if hidden is None and rank is not None:
+            hidden = [(4 * 32, 32)]
+            rank = channels * num_bins * height * width + 4 * 32 + num_classes
+        elif hidden is None and (rank is not None or height == width):
             hidden = [(4 * 32, 32)]
         elif hidden is None:
-            if height % 4 or width % 4:
-                raise ValueError(
-                    f"images of {height} x {width} do not fit the default strides: height and width must be multiples "
-                    "of 4; pad them, or give hidden and kernels"
-                )
-            hidden = [(16, height // 2, width // 2, 4), (32, height // 4, width // 4, 8)]
+            raise ValueError(
+                f"images of {height} x {width} do not fit the default kernels, which are square: pad the images, or "
+                "give hidden and kernels, or a rank"
+            )
         given = [(channels * num_bins, height, width, channels), *hidden]
         layers = check_layers([*given, (num_classes, 1)] if num_classes else given)
         random = generator(seed, "potentials")
@@ -105,7 +106,7 @@ class ConvMonotoneDBM(BoltzmannModel):
             check_count("rank", rank)
             super().__init__(DenseOperator(layer_groups(layers), rank, monotonicity, curvature, random))
         else:
-            sizes = _default_kernels(layers, bool(num_classes)) if kernels is None else kernels
+            sizes = _default_kernels(layers) if kernels is None else kernels
             super().__init__(ConvOperator(layers, sizes, None, monotonicity, curvature, seed_generator=random))
         self.image_shape, self.num_bins, self.num_classes = shape, num_bins, num_classes
         self.num_pixels = channels * height * width
@@ -141,8 +142,10 @@ class ConvMonotoneDBM(BoltzmannModel):
         batch_size: int | None = 96,
         lr: float = 0.02,
         label_weight: float = 0.5,
+        labels_shown: float = 0.25,
         focal: float = 0.0,
         balance: float = 0.0,
+        jitter: int = 0,
         annealed: float = 0.0,
         num_chains: int = 96,
         num_sweeps: int = 1,
@@ -153,14 +156,17 @@ class ConvMonotoneDBM(BoltzmannModel):
 
         Args:
             images: ``(N, C, H, W)`` in [0, 1].
-            labels: ``(N,)``, integers below ``num_classes``; never shown in masked training.
+            labels: ``(N,)``, integers below ``num_classes``.
             observed_fraction: share of the pixels that masked training shows; of a pair, drawn for each image.
             seed: same seed, same machine, same parameters to the bit.
             objective: ``"masked"``, ``"elbo"`` or ``"pcd"`` (see ``MonotoneDBM.fit``).
             num_steps, batch_size, lr, annealed, num_chains, num_sweeps, progress, checkpoint: as there.
             label_weight: share of the label's loss in the whole.
+            labels_shown: share of the images whose label masked training shows, which teaches how the classes look.
             focal: gamma of the focal loss of pixels (published: 2); 0 for the likelihood.
             balance: beta of the class-balanced weights of bins (published: 0.9999); 0 for none.
+            jitter: copies of each image to learn from as well, turned by up to 7 degrees, moved by up to a twentieth of
+                the width and scaled by up to 5%; a third of what is seen in training then are copies.
 
         Raises:
             TypeError, ValueError: images or labels of other shapes or out of range.
@@ -169,6 +175,10 @@ class ConvMonotoneDBM(BoltzmannModel):
         if isinstance(images, Tensor):  # the model goes where its data are, and takes their precision, not below single
             self.to(device=images.device, dtype=torch.promote_types(pixels.dtype, torch.float32))
             pixels = pixels.to(images.device)
+        if check_count("jitter", jitter, 0):
+            numbers = torch.arange(len(pixels), device=pixels.device).repeat(3 * jitter)
+            labels = None if labels is None else self._check_labels(labels, len(pixels))[numbers]
+            pixels = torch.cat([pixels.repeat(2 * jitter, 1, 1, 1), jittered(pixels, jitter, seed)])
         states = self.bin(pixels)
         visible = torch.arange(self.num_pixels, device=states.device)
         unit_of = visible // self.image_shape[0]
@@ -184,7 +194,7 @@ class ConvMonotoneDBM(BoltzmannModel):
             visible = torch.cat([visible, visible.new_tensor([self.groups.num_groups - 1])])
             unit_of = torch.cat([unit_of, unit_of.max()[None] + 1])
             label = torch.tensor([self.num_pixels])
-            heads = [heads[0]._replace(weight=1 - label_weight), Head(label, label_weight, True)]
+            heads = [heads[0]._replace(weight=1 - label_weight), Head(label, label_weight, labels_shown)]
         elif labels is not None:
             raise ValueError("labels were given and the model has none (num_classes=0)")
         if objective not in ("masked", "elbo", "pcd"):
@@ -331,7 +341,7 @@ class ConvMonotoneDBM(BoltzmannModel):
             bias = self.bias[: self.num_pixels * self.num_bins]
             if not bool((bias == 0).all()):
                 return
-            counts = torch.nn.functional.one_hot(states, self.num_bins).sum(0).to(bias.dtype)
+            counts = torch.stack([(states == k).sum(0) for k in range(self.num_bins)], 1).to(bias.dtype)
             frequency = (counts + 1) / (counts + 1).sum(1, keepdim=True)
             factor = self.log_temperature[: self.num_pixels].exp()
             bias.copy_(((frequency.log() - frequency.log().mean(1, keepdim=True)) / factor[:, None]).flatten())
@@ -347,11 +357,11 @@ class ConvMonotoneDBM(BoltzmannModel):
         self.levels = torch.where(counts > 0, means, even).to(self.levels)
 
 
-def _default_kernels(layers: Sequence[Layer], labelled: bool) -> list[list[int]]:
-    count = len(layers) - labelled
-    rows = [[3 if j <= i else 0 for j in range(count)] + [0] * labelled for i in range(count)]
-    if labelled:
-        rows.append([0] * (count - 1) + [layers[count - 1].height, 1])
+def _default_kernels(layers: Sequence[Layer]) -> list[list[int]]:
+    rows = []
+    for i, layer in enumerate(layers):
+        placed = not layer.height == layer.width == 1
+        rows.append([3 if placed else below.height for below in layers[: i + 1]] + [0] * (len(layers) - i - 1))
     return rows
 
 

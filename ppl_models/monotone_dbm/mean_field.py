@@ -3,7 +3,9 @@
 All solvers stop on the same residual, the largest ``|softmax(Phi q + b) - q|`` over the groups that are not observed,
 count their products with Phi, and say of each query whether it converged:
 
-* ``newton``: Newton-CG on the logits, with mirror descent for what it leaves over. The default.
+* ``newton``: Newton on the logits, with mirror descent for what it leaves over. The default. Its linear systems are
+  solved exactly where Phi is diagonal blocks minus a low rank (``newton_direct``, see ``low_rank``: a product and a
+  system of the rank's size a step), else by conjugate gradients (``newton_cg``).
 * ``coordinate``: one group (or graph colour) after another; the free energy always falls.
 * ``parallel``: all at once, undamped; cycles once the smallest eigenvalue of Phi is well below -1.
 * ``damped``: ``q <- (1 - a) q + a softmax(.)``.
@@ -45,8 +47,11 @@ SOLVERS = (
     "forward_backward",
     "peaceman_rachford",
     "krahenbuhl",
+    "newton_cg",
+    "newton_direct",
 )
-_MOST = {"newton": 50, "coordinate": 2000}
+_NEWTON = ("newton", "newton_cg", "newton_direct")
+_MOST = {**dict.fromkeys(_NEWTON, 50), "coordinate": 2000}
 _LANCZOS = 60
 
 
@@ -139,18 +144,28 @@ def solve(
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
-    if anderson and solver in ("newton", "coordinate"):
+    if anderson and solver in (*_NEWTON, "coordinate"):
         raise ValueError(f"anderson=True accelerates updates of all groups at once; solver={solver!r} is none")
     if tolerance is None:
         tolerance = 1e-10 if problem.bias.dtype == torch.float64 else 2e-5
-    counter = _Counter(problem.product)
+    low_rank = phi.low_rank
+    if solver == "newton_direct" and low_rank is None:
+        raise ValueError("solver='newton_direct' needs a dense model of low rank under the bound")
+    thin = low_rank is not None and low_rank.thin
+    counter = _Counter(low_rank.apply if thin else problem.product)  # type: ignore[union-attr]
     problem = replace(problem, product=counter)
     limit = max_iterations if max_iterations is not None else _MOST.get(solver, 2000)
     tiny = torch.finfo(problem.bias.dtype).tiny
-    logits = problem.first_logits() if initial is None else initial.clamp_min(tiny).log()
-    if solver == "newton":
+    direct = None if low_rank is None or solver not in ("newton", "newton_direct") else low_rank.direction
+    if initial is not None:
+        logits = initial.clamp_min(tiny).log()
+    elif direct is not None:  # whose first step is worth more than a product with uniform probabilities
+        logits = problem.bias.expand_as(problem.clamped).clone()
+    else:
+        logits = problem.first_logits()
+    if solver in _NEWTON:
         options: dict[str, Any] = {"tolerance": tolerance, "max_iterations": limit, "callback": callback}
-        found = newton_cg(problem, logits, **options)
+        found = newton_cg(problem, logits, direction=direct, **options)
         # On rows that Newton leaves over, for rounding or a limit, descend with guaranteed steps.
         if max_iterations is None and not bool(found.converged.all()):
             found = _finish(problem, phi, found, tolerance)

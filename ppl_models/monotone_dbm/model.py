@@ -177,6 +177,7 @@ class BoltzmannModel(PairwiseModel):
         observed_fraction: float | tuple[float, float] = 0.4,
         labels: Sequence[int] = (),
         label_weight: float = 0.5,
+        labels_shown: float = 0.0,
         num_steps: int = 1000,
         batch_size: int | None = 96,
         lr: float = 0.02,
@@ -196,8 +197,9 @@ class BoltzmannModel(PairwiseModel):
                 ``"elbo"`` is the clamped minus the free free energy; ``"pcd"`` maximum likelihood with persistent Gibbs
                 chains; ``"pseudo_likelihood"`` needs every group observed.
             observed_fraction: share that is shown to ``"masked"``; of a pair, drawn for each row between the two.
-            labels: groups that ``"masked"`` never shows and scores on their own, with ``label_weight``.
+            labels: groups that ``"masked"`` scores on their own, with ``label_weight``.
             label_weight: share of their loss in the whole.
+            labels_shown: share of the rows in which ``"masked"`` shows them, so that the others learn from them.
             batch_size: rows in a step; None for all. The default is all rows where there are fewer.
             num_steps, lr: of Adam with one cycle of rates; temperatures learn at a quarter of ``lr``.
             annealed: share of the fit over which the bound on Phi is widened from half to the whole of it.
@@ -222,7 +224,7 @@ class BoltzmannModel(PairwiseModel):
             if objective != "masked":
                 raise ValueError(f"objective={objective!r} needs the same groups in every row; 'masked' does not")
             data = (query.states[:, visible], query.mask[:, visible])
-        scored = self._heads(visible, labels, label_weight)
+        scored = self._heads(visible, labels, label_weight, labels_shown)
         loss = self._objective(
             objective,
             visible,
@@ -238,7 +240,7 @@ class BoltzmannModel(PairwiseModel):
         return self._run_fit(loss, objective, data, num_steps, batch_size, lr, seed, progress, checkpoint)
 
     @staticmethod
-    def _heads(visible: Tensor, labels: Sequence[int], weight: float) -> list[Head]:
+    def _heads(visible: Tensor, labels: Sequence[int], weight: float, shown: float) -> list[Head]:
         if not 0 <= weight <= 1:
             raise ValueError(f"label_weight must lie in [0, 1], got {weight!r}")
         columns = {g: i for i, g in enumerate(visible.tolist())}
@@ -248,7 +250,7 @@ class BoltzmannModel(PairwiseModel):
         apart = [columns[g] for g in labels]
         rest = [i for i in columns.values() if i not in set(apart)]
         heads = [Head(torch.tensor(rest), 1 - weight if apart else 1.0)] if rest else []
-        return heads + ([Head(torch.tensor(apart), weight if rest else 1.0, True)] if apart else [])
+        return heads + ([Head(torch.tensor(apart), weight if rest else 1.0, shown)] if apart else [])
 
     def _objective(
         self,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_models.monotone_dbm.groups import Groups
+from ppl_models.monotone_dbm.low_rank import LowRank
 
 __all__ = [
     "DenseOperator",
@@ -30,6 +31,7 @@ __all__ = [
     "factor_of",
 ]
 
+START_NOISE = 0.3  # length of the random part of a column of A, beside the identity
 _DENSE_LIMIT = 2000  # entries N up to which Phi is made a matrix: one product is then far cheaper than convolutions
 
 
@@ -39,21 +41,23 @@ class PairwiseMap(NamedTuple):
     Attributes:
         apply: ``(B, N) -> (B, N)``, differentiable in the parameters.
         matrix: Phi ``(N, N)``, or None where it would be too large.
+        low_rank: Phi as diagonal blocks minus a low rank, without its graph, where that makes Newton steps cheap.
     """
 
     apply: Callable[[Tensor], Tensor]
     matrix: Tensor | None
+    low_rank: LowRank | None = None
 
     def detach(self) -> "PairwiseMap":
         """The same numbers without their graph."""
         if self.matrix is None:
-            return PairwiseMap(_without_grad(self.apply), None)
-        return of_matrix(self.matrix.detach())
+            return PairwiseMap(_without_grad(self.apply), None, self.low_rank)
+        return of_matrix(self.matrix.detach(), self.low_rank)
 
 
-def of_matrix(phi: Tensor) -> PairwiseMap:
+def of_matrix(phi: Tensor, low_rank: LowRank | None = None) -> PairwiseMap:
     """Products with a symmetric matrix."""
-    return PairwiseMap(lambda x: x @ phi, phi)
+    return PairwiseMap(lambda x: x @ phi, phi, low_rank)
 
 
 def _without_grad(apply: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -142,7 +146,9 @@ class DenseOperator(ScaledOperator):
         rank: rows of A.
         monotonicity: m in (0, curvature); None leaves Phi unconstrained.
         curvature: 1 for the published bound, 2 for the relaxed one.
-        seed_generator: of A's initial normals, whose columns have length one on average.
+        seed_generator: of A's initial normals.  Their columns have length one on average; with a full rank they are
+            small and beside a multiple of the identity, at which ``Phi = 0`` and which leaves Phi free to move in all
+            directions.
     """
 
     outside: Tensor
@@ -157,6 +163,8 @@ class DenseOperator(ScaledOperator):
     ) -> None:
         super().__init__(groups, monotonicity, curvature)
         normal = torch.randn(rank, groups.num_states, generator=seed_generator) / math.sqrt(rank)
+        if rank >= groups.num_states:
+            normal = START_NOISE * normal + identity_scale(self.bound) * torch.eye(rank, groups.num_states)
         self.weight = nn.Parameter(normal)
 
     def scaled_weight(self) -> Tensor:
@@ -174,7 +182,10 @@ class DenseOperator(ScaledOperator):
     def prepare(self) -> PairwiseMap:
         """See the base class."""
         a = self.scaled_weight()
-        return of_matrix(hollow(-(a.T @ a), self.groups))
+        low_rank = LowRank(self.groups, a) if self.monotone and LowRank.cheap(self.groups, len(a)) else None
+        if low_rank is not None and self.groups.num_states > _DENSE_LIMIT:
+            return PairwiseMap(LowRank(self.groups, a, graph=True).apply, None, low_rank)
+        return of_matrix(hollow(-(a.T @ a), self.groups), low_rank)
 
 
 class FreeOperator(PairwiseOperator):
@@ -209,6 +220,11 @@ class FreeOperator(PairwiseOperator):
         """See the base class."""
         half = torch.where(self.connected, self.weight, 0.0)
         return of_matrix(half + half.T)
+
+
+def identity_scale(bound: float) -> float:
+    """Multiple of the identity at which a factor A starts: where the bound begins to scale it."""
+    return math.sqrt(bound) if math.isfinite(bound) else 1.0
 
 
 def hollow(matrix: Tensor, groups: Groups) -> Tensor:

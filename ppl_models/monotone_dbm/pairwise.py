@@ -277,7 +277,11 @@ class PairwiseModel(Model):
         options: dict[str, Any] = {"max_iterations": max_iterations, "wait": wait}
         options["tolerance"] = _ADJOINT.get(q.dtype, 1e-4) if tolerance is None else tolerance
 
+        low_rank = phi.low_rank
+
         def adjoint(g: Tensor) -> Tensor:
+            if low_rank is not None:  # (I - P Phi)^-1 g = g + P (I - Phi P)^-1 Phi g
+                return g + problem.derivative(q, low_rank.direction(q, product(g)))
             return solve_adjoint(product, lambda v: problem.derivative(q, v), g, **options)
 
         return attach_gradient(explicit, adjoint)

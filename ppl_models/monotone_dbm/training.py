@@ -20,7 +20,8 @@ from ppl_models.monotone_dbm.pairwise import PairwiseModel, Query
 
 __all__ = ["DBMFit", "conditional_of", "slow_temperatures", "to_query"]
 
-_LOOSE, _TIGHT = 3e-2, 1e-3  # residual that is asked of the solver at the start of a fit, and at its end
+_LOOSE, _TIGHT = 3e-2, 3e-3  # residual that is asked of the solver at the start of a fit, and at its end
+_ADJOINT = 1e-2  # relative residual of the gradient's linear system; the minibatch's noise is far above it
 _STEPS, _INNER = 6, 12  # Newton steps and products in each where the device is not waited for
 
 
@@ -69,10 +70,11 @@ def mean_field_logits(model: PairwiseModel, query: Query, progress: Tensor) -> T
     tolerance = _LOOSE * (_TIGHT / _LOOSE) ** float(progress) if waits else None
     steps, inner = (20, 200) if waits else (_STEPS, _INNER)
     with torch.no_grad():
-        start = problem.first_logits()
-        found = newton_cg(problem, start, tolerance=tolerance, max_iterations=steps, max_inner=inner)
-    close = _TIGHT if tolerance is None else 0.1 * tolerance
-    return model.attach(phi, problem, found, tolerance=close, wait=waits, max_iterations=2 * inner)
+        direction = None if phi.low_rank is None else phi.low_rank.direction
+        start = problem.first_logits() if direction is None else problem.bias.expand_as(problem.clamped).clone()
+        options: dict[str, Any] = {"max_iterations": steps, "max_inner": inner, "direction": direction}
+        found = newton_cg(problem, start, tolerance=tolerance, **options)
+    return model.attach(phi, problem, found, tolerance=_ADJOINT, wait=waits, max_iterations=2 * inner)
 
 
 def conditional_of(

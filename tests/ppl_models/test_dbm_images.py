@@ -30,16 +30,24 @@ def half_shown(number: int, size: int = 8, share: float = 0.4, seed: int = 0) ->
 def test_digits_from_first_to_last(tmp_path: Path) -> None:
     """A short fit: better than independent pixels (MSE 0.093) and far better than chance, and the same from a file."""
     images, labels = digits()
-    net = ConvMonotoneDBM((1, 8, 8), num_bins=4, num_classes=10, hidden=[(64, 16)], rank=48, curvature=2)
+    net = ConvMonotoneDBM((1, 8, 8), num_bins=4, num_classes=10, curvature=2)
     result = net.fit(
-        images[:1437], labels[:1437], observed_fraction=0.4, seed=0, num_steps=130, lr=0.04, progress=False
+        images[:1437],
+        labels[:1437],
+        observed_fraction=0.4,
+        seed=0,
+        num_steps=90,
+        batch_size=64,
+        lr=0.04,
+        progress=False,
     )
-    assert result.losses[-10:].mean() < 0.4 * result.losses[:5].mean()
+    # A fit starts at independent pixels of the right frequencies, and labels without knowledge: about 1.6.
+    assert 1.4 < result.losses[0] < 1.8 and result.losses[-10:].mean() < 0.55 * result.losses[0]
     assert "loss" in result.to_arviz()["sample_stats"]
     test, truth, mask = images[1437:], labels[1437:], half_shown(360)
     probabilities = net.classify(test, mask)
     assert probabilities.shape == (360, 10)
-    assert (probabilities.argmax(1) == truth).float().mean() > 0.45
+    assert (probabilities.argmax(1) == truth).float().mean() > 0.55
     assert expected_calibration_error(probabilities, truth) < 0.2
     completed = net.complete(test, mask)
     hidden = ~mask[:, None]
@@ -47,6 +55,15 @@ def test_digits_from_first_to_last(tmp_path: Path) -> None:
     assert (completed - test)[hidden].square().mean() < 0.08
     knowing = net.complete(test, mask, labels=truth)
     assert (knowing - test)[hidden].square().mean() < (completed - test)[hidden].square().mean()
+    # Given the class alone, the picture drawn is nearest to that class's mean image.
+    drawn = net.complete(test[:10], torch.zeros(8, 8, dtype=torch.bool), labels=torch.arange(10))
+    means = torch.stack([images[:1437][labels[:1437] == c].mean(0) for c in range(10)])
+    assert (torch.cdist(drawn.flatten(1), means.flatten(1)).argmin(1) == torch.arange(10)).sum() >= 9
+    # Given the upper half as well, the classes still differ in the lower one.
+    upper = torch.zeros(8, 8, dtype=torch.bool)
+    upper[:4] = True
+    lower = net.complete(test[:1].expand(10, -1, -1, -1), upper, labels=torch.arange(10))[:, 0, 4:]
+    assert torch.pdist(lower.flatten(1)).mean() > 0.5
     net.save(tmp_path / "net")
     again = ConvMonotoneDBM.load(tmp_path / "net")
     assert torch.equal(again.classify(test[:20], mask[:20]), net.classify(test[:20], mask[:20]))
@@ -104,7 +121,7 @@ def test_nothing_observed_and_every_pixel_observed() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (((1, 30, 30),), "multiples of 4"),
+        (((1, 30, 26),), "square"),
         (((28, 28),), "image_shape"),
         (((1, 8, 8), 1), "num_bins"),
         (((1, 8, 8), 4, 1), "num_classes"),

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from inference import CheckpointError
+from inference.objectives.masked import Head, MaskedConditionals
+from inference.runtime.generators import scoped_seed
 from ppl_models import ConvMonotoneDBM, MonotoneDBM
 from ppl_models.monotone_dbm import DeepBoltzmannMachine
 from ppl_models.monotone_dbm.mean_field import SOLVERS
@@ -39,6 +41,10 @@ def test_all_solvers_reach_one_point_of_a_stiff_problem() -> None:
     assert model.spectrum()[0] < -50
     newton = model.marginals(observed, mask, tolerance=1e-8)
     assert newton.converged.all() and newton.residual.max() < 1e-8 and newton.iterations.max() <= 10
+    assert newton.products <= 6  # one a step: the linear systems are solved without products
+    iterative = model.marginals(observed, mask, solver="newton_cg", tolerance=1e-8)
+    assert iterative.converged.all() and iterative.products > 2 * newton.products
+    torch.testing.assert_close(iterative.probabilities, newton.probabilities, rtol=0, atol=1e-8)
     parallel = model.marginals(observed, mask, solver="parallel", max_iterations=200)
     assert not parallel.converged[0] and parallel.residual[0] > 0.1
     for solver in SOLVERS[1:7]:
@@ -53,6 +59,47 @@ def test_all_solvers_reach_one_point_of_a_stiff_problem() -> None:
             assert found.products > newton.products
     added = model.marginals(observed, mask, solver="krahenbuhl", tolerance=1e-7)
     assert not added.converged[0] and added.residual[0] > 1e-3
+
+
+@pytest.mark.parametrize("curvature", [1, 2])
+def test_exact_newton_directions(curvature: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the dense system, with groups of several sizes, held groups, and nearly certain ones."""
+    model = MonotoneDBM([3, 3, 2, 5, 5, 5, 2, 12], rank=5, monotonicity=0.01, curvature=curvature).double()
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        model.operator.weight.mul_(torch.linspace(0.2, 4, 37, dtype=D))  # type: ignore[operator, union-attr]
+        phi = model.operator.prepare()
+    assert phi.low_rank is not None and phi.matrix is not None
+    groups = model.groups
+    q = groups.softmax(torch.randn(6, 37, generator=noise, dtype=D) * torch.tensor([0.1, 1, 3, 10, 30, 1])[:, None])
+    held = torch.zeros(6, 8, dtype=torch.bool)
+    held[5, ::2] = True
+    q = torch.where(groups.spread(held), groups.one_hot(torch.ones(6, 8, dtype=torch.long), D), q)
+    r = torch.randn(6, 37, generator=noise, dtype=D)
+    together = groups.group_of[:, None] == groups.group_of
+    spread = torch.diag_embed(q) - torch.where(together, q[:, :, None] * q[:, None, :], 0.0)
+    expected = torch.linalg.solve(torch.eye(37, dtype=D) - phi.matrix @ spread, r)
+    torch.testing.assert_close(phi.low_rank.direction(q, r), expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(phi.low_rank.apply(r), phi.apply(r), rtol=0, atol=1e-12)
+    monkeypatch.setattr("ppl_models.monotone_dbm.low_rank._AT_ONCE", 500)  # two queries at once
+    torch.testing.assert_close(phi.low_rank.direction(q, r), expected, rtol=0, atol=1e-10)
+
+
+def test_a_large_model_of_low_rank_makes_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, observed, mask = stiff(groups=12)
+
+    def answer() -> tuple[Tensor, Tensor]:
+        model.zero_grad()
+        found = model.marginals(observed, mask, differentiable=True)
+        (found.probabilities[..., 0].sum() + found.free_energy.sum()).backward()
+        return found.probabilities.detach(), model.operator.weight.grad.clone()  # type: ignore[union-attr, operator]
+
+    with_matrix = answer()
+    monkeypatch.setattr("ppl_models.monotone_dbm.operators._DENSE_LIMIT", 10)
+    assert model.operator.prepare().matrix is None
+    for found, expected in zip(answer(), with_matrix, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(model.potentials(), model.operator.to_dense(), rtol=0, atol=1e-12)
 
 
 def test_a_query_does_not_depend_on_its_batch() -> None:
@@ -91,7 +138,7 @@ def test_gibbs_marginals() -> None:
 @pytest.mark.parametrize("base", ["uniform", "mean_field"])
 def test_log_partition_by_annealing(base: str) -> None:
     dbm = example()
-    for seed in range(5):
+    for seed in range(5 if base == "uniform" else 2):
         found = dbm.log_partition(method="ais", base=base, seed=seed, num_temperatures=60)
         assert abs(found.value - 7.952206132) < min(0.04, 4 * found.standard_error)
         assert found.lower == found.value and found.ess > 400
@@ -146,6 +193,26 @@ def test_objectives_learn_a_chain(objective: str) -> None:
     assert objective in result.summary()
     predicted = model.predictive([[0] * 5, [1] * 5], [[True] * 4 + [False]] * 2)[:, 4, 0]
     assert predicted[0] > 0.62 and predicted[1] < 0.38
+
+
+def test_labels_are_shown_to_their_share_of_the_rows() -> None:
+    """And scored in the others alone."""
+    seen = []
+
+    def conditional(states: Tensor, shown: Tensor, progress: Tensor) -> Tensor:
+        seen.append(shown)
+        wrong = torch.zeros(len(states), 3, 2).scatter(2, (1 - states)[..., None], 50.0)  # sure of the other state
+        return torch.where(shown[..., None], wrong, torch.zeros_like(wrong))
+
+    heads = [Head(torch.tensor([0, 1])), Head(torch.tensor([2]), 1.0, 0.25)]
+    loss = MaskedConditionals(torch.nn.Module(), conditional, heads, torch.arange(3), (0.4, 0.8), 10)
+    with scoped_seed(0):
+        value = loss(torch.zeros(4000, 3, dtype=torch.long))
+    shares = seen[0].float().mean(0)
+    assert (shares - torch.tensor([0.6, 0.6, 0.25])).abs().max() < 0.03
+    assert value.item() == pytest.approx(2 * math.log(2), abs=1e-6)
+    with pytest.raises(ValueError, match="share of rows"):
+        MaskedConditionals(torch.nn.Module(), conditional, [Head(torch.tensor([2]), 1.0, 1.5)], torch.arange(3), 0.5, 1)
 
 
 def test_hidden_groups_missing_values_and_a_restricted_machine() -> None:
@@ -290,6 +357,7 @@ def test_other_bad_arguments() -> None:
     calls: list[tuple[Any, str]] = [
         (lambda: dbm.marginals(solver="bp"), "solver"),
         (lambda: dbm.marginals(anderson=True), "anderson"),
+        (lambda: MonotoneDBM([3] * 6, rank=18).marginals(solver="newton_direct"), "low rank"),
         (lambda: dbm.marginals(initial=torch.ones(1, 2, 3)), "initial"),
         (lambda: dbm.log_partition(method="bp"), "method"),
         (lambda: dbm.log_partition(base="x"), "base"),
