@@ -122,7 +122,7 @@ def check_batch_size(batch_size: object, num_rows: int, default: int | None = No
 
 
 def _checked(fit: Callable[..., Any]) -> Callable[..., Any]:
-    """``fit`` that refuses a seed or a progress of the wrong kind before anything else."""
+    """``fit`` that refuses a seed or a progress of the wrong kind before anything else, and keeps what it returns."""
     signature = inspect.signature(fit)
 
     @functools.wraps(fit)
@@ -132,7 +132,10 @@ def _checked(fit: Callable[..., Any]) -> Callable[..., Any]:
         progress = given.get("progress", False)
         if not isinstance(progress, bool) and not callable(progress):
             raise TypeError(f"progress must be True, False or a function of one dictionary, got {progress!r}")
-        return fit(*args, **kwargs)
+        found = fit(*args, **kwargs)
+        if not isinstance(getattr(type(args[0]), "result", None), property):
+            args[0].result = found
+        return found
 
     return checked
 
@@ -194,12 +197,14 @@ class Model(Citable, PyroModule):
     """
 
     kind: ClassVar[str]
+    result: Any = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Every model refuses a bad seed or progress at the door, whatever it does next."""
+        """Every model refuses a bad seed or progress at the door, whatever it does next, and keeps its last result."""
         super().__init_subclass__(**kwargs)
-        if "fit" in vars(cls):
-            cls.fit = _checked(vars(cls)["fit"])  # type: ignore[attr-defined]
+        for name in ("fit", "fit_energy"):
+            if name in vars(cls):
+                setattr(cls, name, _checked(vars(cls)[name]))
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, as plain data."""
@@ -212,7 +217,10 @@ class Model(Citable, PyroModule):
         return check_model(self, *args, **kwargs)
 
     def _used(self) -> tuple[object, ...]:
-        result = getattr(self, "result", None)
+        try:
+            result = self.result
+        except RuntimeError:  # a model that has not been fitted may say so
+            result = None
         return (result,) if isinstance(result, Citable) else ()
 
     def _extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -98,6 +98,10 @@ class EnergyClassifier(Model):
         noise: the law that the density tilts.
         log_z: log Z; None before a fit.
         result: what the last fit returned; None before.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit.
+        RuntimeError: a query of a classifier that has not been fitted.
     """
 
     papers: ClassVar[tuple[Paper, ...]] = (

@@ -90,7 +90,8 @@ class ConditionalEnergyModel(Model):
 
     Gustafsson, Danelljan, Bhat and Schön, ECCV 2020, by the compositional likelihood of Jiang et al., ICML 2023.
 
-    ``model(y, x)`` is the Pyro model with the site ``y`` in the plate ``data``.
+    ``model(y, x)`` is the Pyro model with the site ``y`` in the plate ``data``.  It and ``log_prob(y, x)`` read as
+    p(y | x), y first; ``fit``, ``sample`` and ``predict`` take x first.
 
     Args:
         energy: a module ``(x (B, Dx), y (B, Dy)) -> (B,)`` without an output bias; None: a perceptron on standardised
@@ -106,6 +107,10 @@ class ConditionalEnergyModel(Model):
     Attributes:
         noise: the noise over y.
         result: what the last fit returned; None before.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit.
+        RuntimeError: a query of a model that has not been fitted.
     """
 
     papers: ClassVar[tuple[Paper, ...]] = CompositionalLikelihood.papers

@@ -280,7 +280,8 @@ def test_it_is_a_pyro_model_and_names_its_papers(case: ModelCase, capsys: pytest
     check = model.check(*case.call(model, data))
     assert isinstance(check, ModelCheck) and check.sites
     assert len(vars(type(model)).get("papers", ())) or any(vars(b).get("papers") for b in type(model).__mro__)
-    assert model.papers[0] in model.cite()
+    assert model.papers[0] in model.cite() and model.papers[0] in case.build().cite()
+    assert isinstance(model.result, type(fitted(case.name)[1]))  # what the last fit returned stays at hand
     assert "@" in capsys.readouterr().out
 
 
