@@ -153,8 +153,8 @@ for place, (name, (value, error)) in enumerate(estimates.items()):
     ax.errorbar([value], [place], xerr=[[1.96 * error]] * 2, fmt="o", color=ORANGE if place == 0 else BLUE, capsize=3)
     print(f"{name:30} {value:.3f} +- {error:.3f}")
 ax.axvline(truth, color=GREY, lw=1)
-ax.set(yticks=range(len(estimates)), yticklabels=list(estimates), xlabel="average effect, 95% interval; line: truth")
-ax.invert_yaxis()
+ax.set(yticks=range(len(estimates)), yticklabels=list(estimates), ylim=(len(estimates) - 0.5, -0.5))
+ax.set_xlabel("average effect, 95% interval; line: truth")
 show("cross_trial")
 
 # %% [markdown]
