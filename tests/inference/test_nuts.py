@@ -12,7 +12,7 @@ from torch import Tensor
 
 from inference import HMC, MCMC, NUTS
 from inference.kernels.nuts import Tree
-from inference.potential import Potential, PotentialFunction, Program
+from inference.potential import Potential, PotentialFunction, Program, graph
 from inference.results.diagnostics import ess_bulk, rhat
 from inference.runtime.streams import Streams
 
@@ -326,6 +326,55 @@ def test_resume_is_exact(tmp_path: Any) -> None:
         cut.run()
     resumed = MCMC(NUTS(gaussian), 160, 80, checkpoint=tmp_path, **options).run()
     assert torch.equal(resumed.get_samples()["x"], whole)
+
+
+def _break_even(monkeypatch: Any, calls: int) -> None:
+    """Let compilation cost what so many calls of an uncompiled step do."""
+    monkeypatch.setattr(graph, "_pays", lambda _, called: called > calls)
+
+
+@pytest.mark.parametrize("calls", [250, 450])
+def test_long_trees_compile_the_step_within_the_run(calls: int, monkeypatch: Any, tmp_path: Any) -> None:
+    """Trees of 31 leaves, where 8 were expected: the switch is made in the warm-up, or after it.  Bits depend on the
+    number of leapfrog steps alone: neither on what the process has compiled before nor on where a run was resumed.
+    """
+    _break_even(monkeypatch, calls)
+    kernel = NUTS(gaussian, step_size=0.05, adapt_step_size=False, adapt_mass_matrix=False, max_tree_depth=5)
+    options: dict[str, Any] = {"num_chains": 4, "seed": 5}
+    binds: list[bool] = []
+    bind = Program.bind
+
+    def watched(program: Program, *args: Any, **kwargs: Any) -> Any:
+        step = bind(program, *args, **kwargs)
+        binds.append(program.compiled)
+        return step
+
+    monkeypatch.setattr(Program, "bind", watched)
+    whole = MCMC(kernel, 10, 10, progress=False, **options).run()
+    # A block is bound when it begins, and once more where the step outgrows it.
+    assert binds == ([False, True, True] if calls == 250 else [False, False, True])
+    again = MCMC(kernel, 10, 10, progress=False, **options).run()
+    assert torch.equal(again.get_samples()["x"], whole.get_samples()["x"])
+
+    def interrupt(fields: dict[str, Any]) -> None:
+        if fields["step"] == 10:
+            raise KeyboardInterrupt
+
+    options |= {"checkpoint": tmp_path, "checkpoint_every": 0.0}
+    with pytest.warns(UserWarning, match="interrupted"):
+        MCMC(kernel, 10, 10, progress=interrupt, **options).run()
+    resumed = MCMC(kernel, 10, 10, progress=False, **options).run()
+    assert torch.equal(resumed.get_samples()["x"], whole.get_samples()["x"])
+
+
+def test_short_trees_and_forbidden_compilation_stay_uncompiled(monkeypatch: Any) -> None:
+    _break_even(monkeypatch, 250)
+    options: dict[str, Any] = {"adapt_step_size": False, "adapt_mass_matrix": False}
+    short = MCMC(NUTS(gaussian, max_tree_depth=3, **options), 20, 0, num_chains=4, progress=False).run()
+    deep = NUTS(gaussian, step_size=0.05, max_tree_depth=5, **options)
+    forbidden = MCMC(deep, 20, 0, num_chains=4, progress=False, compile=False).run()
+    assert int(forbidden.sample_stats["num_steps"].sum(1).min()) > 250
+    assert not short.compiled and not forbidden.compiled
 
 
 # ---------------------------------------------------------------------- Pyro's arguments

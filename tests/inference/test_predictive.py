@@ -355,11 +355,73 @@ def test_data_win_over_samples_of_the_same_name_and_loo_accepts_the_result() -> 
         assert az.loo(data).elpd_loo < 0
 
 
+def test_log_likelihood_sums_discrete_sites_out_row_by_row() -> None:
+    """As the mixture that is written as one distribution, in one pass; drawn states are used where there are some."""
+    samples, y = _prior("enumerable", 40), torch.randn(30, generator=torch.Generator().manual_seed(12))
+    torch.testing.assert_close(
+        log_likelihood(enumerable, samples, y, chunk_size=7)["y"], log_likelihood(mixture, samples, y)["y"]
+    )
+    states = {"z": torch.zeros(40, 30, dtype=torch.long)}
+    given = log_likelihood(enumerable, samples | states, y)["y"]
+    torch.testing.assert_close(given, dist.Normal(samples["m"][:, :1], 1.0).log_prob(y))
+
+
+def test_a_data_point_is_what_shares_a_summed_out_site() -> None:
+    """Three measurements a row with one state; a continuous site of the row that tells of the state; a plain site."""
+    y = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(13), dtype=torch.float64)
+    loc = torch.tensor([-1.0, 2.0], dtype=torch.float64)
+    weight = torch.tensor([0.3, 0.7], dtype=torch.float64)
+
+    def model() -> None:
+        scale = pyro.sample("scale", dist.LogNormal(torch.zeros((), dtype=torch.float64), 1.0))
+        with pyro.plate("rows", 5, subsample_size=2, dim=-1) as index:
+            k = pyro.sample("k", dist.Categorical(weight))
+            pyro.sample("plain", dist.Normal(scale, 1.0), obs=y[1, 0, index])
+            with pyro.plate("times", 3, dim=-2):
+                pyro.sample("y", dist.Normal(loc[k], scale), obs=y[0][:, index])
+
+    scale = torch.tensor([0.5, 1.3], dtype=torch.float64)
+    found = log_likelihood(model, {"scale": scale})
+    normal = dist.Normal(loc[:, None, None], scale[:, None, None, None]).log_prob(y[0])  # draw, state, time, row
+    torch.testing.assert_close(found["y"], (normal.sum(2) + weight.log()[:, None]).logsumexp(1))
+    torch.testing.assert_close(found["plain"], dist.Normal(scale[:, None], 1.0).log_prob(y[1, 0]))
+
+    def told() -> None:  # p(y | x) and not p(y): x says which state it is
+        k = pyro.sample("k", dist.Categorical(weight))
+        x = pyro.sample("x", dist.Normal(loc[k], 1.0))
+        pyro.sample("y", dist.Normal(loc[k] + x, 1.0), obs=y[0, 0, 0])
+
+    x = torch.tensor([0.4, 3.0], dtype=torch.float64)
+    state = (dist.Normal(loc, 1.0).log_prob(x[:, None]) + weight.log()).log_softmax(-1)
+    expected = (state + dist.Normal(loc + x[:, None], 1.0).log_prob(y[0, 0, 0])).logsumexp(-1)
+    torch.testing.assert_close(log_likelihood(told, {"x": x})["y"], expected)
+
+
+def test_rows_that_share_a_summed_out_site_have_no_likelihoods_of_their_own() -> None:
+    def shared() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        k = pyro.sample("k", dist.Bernoulli(0.5))
+        with pyro.plate("n", 4):
+            pyro.sample("y", dist.Normal(a * k, 1.0), obs=torch.zeros(4))
+
+    def chain() -> None:
+        a, k = pyro.sample("a", dist.Normal(0.0, 1.0)), torch.tensor(0.0)
+        for t in pyro.markov(range(2)):
+            k = pyro.sample(f"k{t}", dist.Bernoulli(0.2 + 0.6 * k))
+            pyro.sample(f"y{t}", dist.Normal(a * k, 1.0), obs=torch.tensor(0.0))
+
+    for model, words in ((shared, "all rows of 'y'"), (chain, r"observed sites \['y0', 'y1'\]")):
+        with pytest.raises(ValueError, match=f"{words} share the discrete sites.*log_likelihood=False"):
+            log_likelihood(model, {"a": torch.zeros(3)})
+
+
 def test_log_likelihood_says_what_is_missing() -> None:
-    samples = _prior("enumerable", 5)
-    with pytest.raises(ValueError, match=r"\['z'\] are neither observed nor in posterior_samples.*MixtureSameFamily"):
-        log_likelihood(enumerable, samples, torch.zeros(30))
-    with pytest.raises(ValueError, match=r"\['y'\].*pass the data"):
+    counted = {"p": torch.ones(2), "y": torch.zeros(2)}
+    with pytest.raises(
+        ValueError, match=r"\['n'\] are neither observed nor in posterior_samples, and cannot be summed"
+    ):
+        log_likelihood(lambda: pyro.sample("y", dist.Normal(pyro.sample("n", dist.Poisson(1.0)), 1.0)), counted)
+    with pytest.raises(ValueError, match="no observed site: pass the data"):
         log_likelihood(logistic, _prior("logistic", 5))
     with pytest.raises(ValueError, match="no observed site"):
         log_likelihood(lambda: pyro.sample("a", dist.Normal(0.0, 1.0)), {"a": torch.zeros(3)})
@@ -429,6 +491,39 @@ def test_seeds() -> None:
         assert torch.equal(Predictive(logistic, samples, seed=None)()["y"], first) and not torch.equal(first, other)
 
 
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_draws_do_not_depend_on_chunks(name: str) -> None:
+    """One pass, passes of 7 that cut groups of draws anywhere, and one draw a pass: the same random numbers, so that
+    discrete sites are equal and continuous ones to rounding.
+    """
+    whole, parts, single = (
+        Predictive(MODELS[name], num_samples=20, return_sites=None, chunk_size=size)() for size in (None, 7, 1)
+    )
+    for site, value in whole.items():
+        torch.testing.assert_close(parts[site], value, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(single[site], value, rtol=1e-4, atol=1e-4)
+        assert site == "y" or not value.numel() or len(value.unique(dim=0)) > 1  # and draws differ
+
+
+def test_families_drawn_by_their_own_samplers_do_not_depend_on_chunks() -> None:
+    def model() -> None:
+        a = pyro.sample("gamma", dist.Gamma(torch.tensor(0.7), 1.0))
+        b = pyro.sample("beta", dist.Beta(a + 0.1, torch.ones(2)).to_event(1))
+        pyro.sample("student", dist.StudentT(3.0, b.sum()))
+        pyro.sample("poisson", dist.Poisson(5 * a))
+        pyro.sample("overdispersed", dist.GammaPoisson(a + 0.1, 1.0))
+        pyro.sample("simplex", dist.Dirichlet(torch.full((4,), 0.5)))
+        pyro.sample("hot", dist.OneHotCategorical(torch.tensor([0.2, 0.3, 0.5])))
+        pyro.sample("sparse", dist.ZeroInflatedPoisson(rate=3 * a, gate=torch.tensor(0.3)))
+        pyro.sample("flat", dist.Uniform(-a, a))
+
+    whole = Predictive(model, num_samples=40)()
+    for size in (1, 9):
+        for site, value in Predictive(model, num_samples=40, chunk_size=size)().items():
+            torch.testing.assert_close(value, whole[site])
+    assert all(len(value.unique(dim=0)) > 2 for value in whole.values())
+
+
 def test_state_is_as_found_after_an_error_and_with_any_flags() -> None:
     def model() -> None:
         pyro.param("made_here", torch.tensor(1.0))
@@ -494,11 +589,11 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
-def test_peak_memory_is_the_result_and_one_chunk() -> None:
+def test_peak_memory_is_under_twice_the_result() -> None:
+    """40 MB of result, measured 58 to 66; in chunks of 32 MiB 77 to 92, in one chunk 120, with Pyro's traces 255."""
     run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
-    # 107 MB; measured 77 to 92 MB, with all draws in one chunk 120 MB, and Pyro, which keeps the traces, 255 MB
-    peak, result, chunk = int(run.stdout), 500 * 20000 * 4, 32 * 2**20
-    assert peak < result + 2 * chunk, f"{peak / 2**20:.0f} MiB"
+    peak, result = int(run.stdout), 500 * 20000 * 4
+    assert peak < 2 * result, f"{peak / 2**20:.0f} MiB"
 
 
 def test_fake_cuda_tensors_meet_no_tensor_of_another_device() -> None:
