@@ -49,7 +49,11 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
                 if not mine:
                     continue
                 chains = [row["chains"] for row in mine]
-                line = {"color": colour, "ls": "-" if sampler.startswith("inference") else "--", "label": sampler}
+                line: dict[str, Any] = {
+                    "color": colour,
+                    "ls": "-" if sampler.startswith("inference") else "--",
+                    "label": sampler,
+                }
                 line |= {"marker": "o", "ms": 3, "lw": 1.2}
                 cost = [median(row["seconds"]) / row["chains"] for row in mine]
                 axes[0, column].plot(chains, cost, **line)

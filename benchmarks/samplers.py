@@ -48,7 +48,7 @@ def inference_sampler(name: str, thin: int = 1) -> Runner:
 
         def run(seed: int) -> Draws:
             kernel = getattr(inference, name)(text)
-            options = {"num_chains": chains, "seed": seed, "thin": thin, "progress": False}
+            options: dict[str, Any] = {"num_chains": chains, "seed": seed, "thin": thin, "progress": False}
             mcmc = inference.MCMC(kernel, draws, thin * warmup, **options)
             mcmc.run(*arguments)
             return {n: v.numpy() for n, v in mcmc.get_samples(group_by_chain=True).items()}

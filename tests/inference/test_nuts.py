@@ -253,7 +253,7 @@ def test_acceptance_comes_near_its_target() -> None:
 
 # ---------------------------------------------------------------------- chains and programs
 def _fixed() -> NUTS:
-    return NUTS(gaussian, step_size=0.05, adapt_step_size=False, adapt_mass_matrix=False)
+    return NUTS(gaussian, step_size=0.05, adapt_step_size=False, adapt_mass_matrix=False, max_tree_depth=5)
 
 
 def test_a_chain_is_the_same_alone_and_among_others() -> None:
@@ -309,22 +309,22 @@ def test_gradients_are_counted() -> None:
 # ---------------------------------------------------------------------- resume, seeds, devices
 def test_resume_is_exact(tmp_path: Any) -> None:
     options: dict[str, Any] = {"num_chains": 4, "progress": False, "seed": 5}
-    whole = MCMC(NUTS(gaussian), 160, 80, **options).run().get_samples()["x"]
+    whole = MCMC(NUTS(gaussian), 40, 40, **options).run().get_samples()["x"]
 
     stopped = 0
 
     def interrupt(fields: dict[str, Any]) -> None:
         nonlocal stopped
         stopped += 1
-        if fields["step"] >= 128:
+        if fields["step"] >= 40:
             raise KeyboardInterrupt
 
     cut = MCMC(
-        NUTS(gaussian), 160, 80, num_chains=4, seed=5, checkpoint=tmp_path, checkpoint_every=0.0, progress=interrupt
+        NUTS(gaussian), 40, 40, num_chains=4, seed=5, checkpoint=tmp_path, checkpoint_every=0.0, progress=interrupt
     )
     with pytest.warns(UserWarning, match="interrupted"):
         cut.run()
-    resumed = MCMC(NUTS(gaussian), 160, 80, checkpoint=tmp_path, **options).run()
+    resumed = MCMC(NUTS(gaussian), 40, 40, checkpoint=tmp_path, **options).run()
     assert torch.equal(resumed.get_samples()["x"], whole)
 
 
@@ -339,7 +339,7 @@ def test_long_trees_compile_the_step_within_the_run(calls: int, monkeypatch: Any
     number of leapfrog steps alone: neither on what the process has compiled before nor on where a run was resumed.
     """
     _break_even(monkeypatch, calls)
-    kernel = NUTS(gaussian, step_size=0.05, adapt_step_size=False, adapt_mass_matrix=False, max_tree_depth=5)
+    kernel = _fixed()
     options: dict[str, Any] = {"num_chains": 4, "seed": 5}
     binds: list[bool] = []
     bind = Program.bind
@@ -369,10 +369,9 @@ def test_long_trees_compile_the_step_within_the_run(calls: int, monkeypatch: Any
 
 def test_short_trees_and_forbidden_compilation_stay_uncompiled(monkeypatch: Any) -> None:
     _break_even(monkeypatch, 250)
-    options: dict[str, Any] = {"adapt_step_size": False, "adapt_mass_matrix": False}
-    short = MCMC(NUTS(gaussian, max_tree_depth=3, **options), 20, 0, num_chains=4, progress=False).run()
-    deep = NUTS(gaussian, step_size=0.05, max_tree_depth=5, **options)
-    forbidden = MCMC(deep, 20, 0, num_chains=4, progress=False, compile=False).run()
+    options: dict[str, Any] = {"step_size": 0.05, "adapt_step_size": False, "adapt_mass_matrix": False}
+    short = MCMC(NUTS(gaussian, max_tree_depth=2, **options), 20, 0, num_chains=4, progress=False).run()
+    forbidden = MCMC(_fixed(), 20, 0, num_chains=4, progress=False, compile=False).run()
     assert int(forbidden.sample_stats["num_steps"].sum(1).min()) > 250
     assert not short.compiled and not forbidden.compiled
 
