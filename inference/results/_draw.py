@@ -71,17 +71,20 @@ class RowNoise:
         a part of is drawn whole.
         """
         self._calls += 1
+        generator = self._generator(like.device)
+        if generator is None:
+            return _Numbers(kind)(like)
         result = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-        size = max(1, min(_GROUP, _GROUP_NUMBERS // max(1, like[0].numel())))
+        size = max(1, min(_GROUP, _GROUP_NUMBERS // max(1, like.shape[1:].numel())))
         start, stop = self.first, self.first + len(like)
         for group in range(start // size, (stop - 1) // size + 1):
             low, high = max(start, group * size), min(stop, (group + 1) * size)
-            part = result[low - start : high - start]
+            part = result.narrow(0, low - start, high - low)
             whole = part if high - low == size else result.new_empty((size, *result.shape[1:]))
-            generator = self._seeded(group, like.device)
+            generator.manual_seed(derive_seed(self.seed, self._calls, group))
             whole.normal_(generator=generator) if kind == "normal" else whole.uniform_(generator=generator)
             if whole is not part:
-                part.copy_(whole[low - group * size : high - group * size])
+                part.copy_(whole.narrow(0, low - group * size, high - low))
         return result
 
     def each(self, sampler: Callable[..., Tensor], parameters: list[Tensor], dim: int) -> Tensor:
@@ -93,16 +96,13 @@ class RowNoise:
             found.append(sampler(*values))
         return torch.stack(found, dim)
 
-    def _seeded(self, group: int, device: torch.device) -> torch.Generator | None:
+    def _generator(self, device: torch.device) -> torch.Generator | None:
         if device not in self._generators:
             try:
                 self._generators[device] = torch.Generator(device)
             except RuntimeError:  # a fake tensor names a device that is not there
                 self._generators[device] = None
-        generator = self._generators[device]
-        if generator is not None:
-            generator.manual_seed(derive_seed(self.seed, self._calls, group))
-        return generator
+        return self._generators[device]
 
 
 _GROUP, _GROUP_NUMBERS = 256, 1 << 13
