@@ -168,7 +168,7 @@ def test_draws_within_a_trajectory_have_their_weights() -> None:
 # Four chains of one model in most tests: their compiled step is made once.
 @pytest.mark.parametrize(("full_mass", "num_chains"), [(False, 4), (True, 4), (True, 1)])
 def test_moments_of_a_gaussian(full_mass: bool, num_chains: int) -> None:
-    mcmc = MCMC(NUTS(gaussian, full_mass=full_mass), 1200 // num_chains, 200, num_chains=num_chains, progress=False)
+    mcmc = MCMC(NUTS(gaussian, full_mass=full_mass), 1000 // num_chains, 200, num_chains=num_chains, progress=False)
     mcmc.run()
     draws = mcmc.get_samples(group_by_chain=True)["x"]
     for i in range(3):
@@ -221,7 +221,7 @@ def test_block_mass_is_dense_within_its_groups_alone() -> None:
         pyro.sample("c", dist.Normal(z[1], 0.1))
 
     kernel = NUTS(model, full_mass=[("a", "b")])
-    mcmc = MCMC(kernel, 1, 100, num_chains=4, progress=False)
+    mcmc = MCMC(kernel, 1, 50, num_chains=4, progress=False)
     states: list[Any] = []
     original = kernel.end_window
     kernel.end_window = lambda *a: states.append(original(*a)) or states[-1]  # type: ignore[method-assign]
@@ -246,7 +246,7 @@ def test_the_mass_matrix_is_the_posterior_covariance() -> None:
 
 
 def test_acceptance_comes_near_its_target() -> None:
-    mcmc = MCMC(NUTS(gaussian, target_accept_prob=0.9), 200, 300, num_chains=4, progress=False)
+    mcmc = MCMC(NUTS(gaussian, target_accept_prob=0.9), 150, 250, num_chains=4, progress=False)
     mcmc.run()
     assert 0.85 < float(mcmc.sample_stats["acceptance_rate"].mean()) < 0.97
 
@@ -309,22 +309,22 @@ def test_gradients_are_counted() -> None:
 # ---------------------------------------------------------------------- resume, seeds, devices
 def test_resume_is_exact(tmp_path: Any) -> None:
     options: dict[str, Any] = {"num_chains": 4, "progress": False, "seed": 5}
-    whole = MCMC(NUTS(gaussian), 40, 40, **options).run().get_samples()["x"]
+    whole = MCMC(NUTS(gaussian), 25, 25, **options).run().get_samples()["x"]
 
     stopped = 0
 
     def interrupt(fields: dict[str, Any]) -> None:
         nonlocal stopped
         stopped += 1
-        if fields["step"] >= 40:
+        if fields["step"] >= 25:
             raise KeyboardInterrupt
 
     cut = MCMC(
-        NUTS(gaussian), 40, 40, num_chains=4, seed=5, checkpoint=tmp_path, checkpoint_every=0.0, progress=interrupt
+        NUTS(gaussian), 25, 25, num_chains=4, seed=5, checkpoint=tmp_path, checkpoint_every=0.0, progress=interrupt
     )
     with pytest.warns(UserWarning, match="interrupted"):
         cut.run()
-    resumed = MCMC(NUTS(gaussian), 40, 40, checkpoint=tmp_path, **options).run()
+    resumed = MCMC(NUTS(gaussian), 25, 25, checkpoint=tmp_path, **options).run()
     assert torch.equal(resumed.get_samples()["x"], whole)
 
 
