@@ -216,6 +216,24 @@ def test_minibatch_indices_shared_or_per_chain():
         potential(z)
 
 
+def test_chains_that_would_leave_the_cache_go_in_passes(monkeypatch):
+    """Room for 40 chains: 100 go in passes of 40, and 300 in four."""
+    model, args = zoo.CONTINUOUS["logistic"]
+    potential = Potential(LogDensity(model, args))
+    z = positions(potential, 100)
+    whole = potential.value_and_grad(z)
+    sizes = []
+    evaluate = potential._evaluate
+    monkeypatch.setattr(potential, "_evaluate", lambda z, *rest: sizes.append(len(z)) or evaluate(z, *rest))
+    potential(z)
+    assert sizes == [100]
+    monkeypatch.setattr("inference.potential.potential._CACHE_BYTES", 40 * potential._widest)
+    for a, b in zip(whole, potential.value_and_grad(z), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    potential(positions(potential, 300))
+    assert sizes == [100, 40, 40, 20, 75, 75, 75, 75] and potential._widest >= 400
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 5, 100])
 def test_chunks_change_nothing(chunk):
     model, args = zoo.CONTINUOUS["logistic"]
