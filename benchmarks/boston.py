@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, float]]
             scores.setdefault(method, []).append(result)
         for method, baseline in BASELINES.items():
             start = time.perf_counter()
-            mean, sd = baseline(data)
+            mean, sd = baseline(data, options.quick)
             seconds = {"seconds": time.perf_counter() - start}
             moments.setdefault(method, []).append((mean, sd, data.y_test))
             scores.setdefault(method, []).append(gaussian_scores(mean, sd, data.y_test) | seconds)

@@ -40,13 +40,14 @@ def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
     return "\n".join([head, "|" + "|".join("-" * (width + 2) for width in widths) + "|", *body])
 
 
-def save(path: Path, rows: Sequence[Mapping[str, Any]], packages: Sequence[str]) -> None:
+def save(path: Path, rows: Sequence[Mapping[str, Any]], packages: Sequence[str], *, quiet: bool = False) -> None:
     """Write ``rows`` as JSON with the date, the commit, the machine and the versions that they were measured with."""
     path.parent.mkdir(parents=True, exist_ok=True)
     context: dict[str, Any] = {"date": datetime.now(UTC).date().isoformat(), "commit": _commit(), "machine": _machine()}
     context["versions"] = {name: _version(name) for name in packages}
     path.write_text(json.dumps({**context, "rows": list(rows)}, indent=1) + "\n")
-    print(f"{context['date']}, commit {context['commit']}, {context['machine']}\nwritten to {path}")
+    if not quiet:
+        print(f"{context['date']}, commit {context['commit']}, {context['machine']}\nwritten to {path}")
 
 
 def _version(package: str) -> str | None:

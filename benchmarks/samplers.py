@@ -4,9 +4,14 @@
     python -m benchmarks.samplers --models "eight schools" --chains 1 64 --samplers "inference NUTS" "numpyro NUTS"
 
 Every sampler has the same warm-up and the same draws a chain, and its effective draws are counted by the same function:
-the smallest bulk ESS over all scalars of the posterior.  For the network, whose weights have symmetric modes, they are
-counted on the function's values at the 100 inputs.  "Warm" is a second run in the same process, with another seed;
-"cold" is the first, compilation included.
+the smallest bulk ESS over all scalars of the posterior.  Samplers that take one gradient a step (MEADS, MCLMC) take ten
+steps where the others take one, in the warm-up and between draws.  For the network, whose weights have symmetric modes,
+effective draws are counted on the function's values at the 100 inputs.  "Warm" is a later run in the same process, with
+another seed; "cold" is the first, compilation included and its caches on disk empty; imports are in neither.  Seconds
+are processor time, which other work on the machine moves less than the clock; the file keeps both.
+
+Rows are added to those of the file that is there; ``samplers.png`` beside it shows what a chain and what an effective
+draw cost against the number of chains.
 """
 
 import argparse
@@ -15,6 +20,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -24,14 +30,16 @@ from typing import Any
 import numpy as np
 
 from benchmarks import record
+from benchmarks.sampler_figure import draw
 from benchmarks.sampler_models import MODELS, for_numpyro, for_pyro
 
 Draws = dict[str, np.ndarray]  # site -> (chain, draw, ...)
 Runner = Callable[[str, int, int, int], Callable[[int], Draws]]
+STEPS = 10  # a draw, of samplers that take one gradient a step
 
 
-def inference_sampler(name: str, options: dict[str, Any]) -> Runner:
-    """A kernel of this library."""
+def inference_sampler(name: str, thin: int = 1) -> Runner:
+    """A kernel of this library with its defaults."""
 
     def prepare(model: str, chains: int, warmup: int, draws: int) -> Callable[[int], Draws]:
         import inference
@@ -39,8 +47,9 @@ def inference_sampler(name: str, options: dict[str, Any]) -> Runner:
         text, arguments = for_pyro(model)
 
         def run(seed: int) -> Draws:
-            kernel = getattr(inference, name)(text, **options)
-            mcmc = inference.MCMC(kernel, draws, warmup, num_chains=chains, seed=seed, progress=False)
+            kernel = getattr(inference, name)(text)
+            options: dict[str, Any] = {"num_chains": chains, "seed": seed, "thin": thin, "progress": False}
+            mcmc = inference.MCMC(kernel, draws, thin * warmup, **options)
             mcmc.run(*arguments)
             return {n: v.numpy() for n, v in mcmc.get_samples(group_by_chain=True).items()}
 
@@ -145,7 +154,41 @@ def blackjax_sampler(algorithm: str) -> Runner:
             found = jax.lax.scan(advance, state, jax.random.split(second, draws))[1]
             return jax.tree.map(lambda v: v.swapaxes(0, 1), found)
 
-        program = jax.jit({"NUTS": nuts, "ChEES": chees}[algorithm])
+        def thinned(advance: Any, state: Any, key: Any) -> Any:
+            """Every ``STEPS``-th position of one chain's or of all chains' steps."""
+
+            def many(s: Any, k: Any) -> Any:
+                new = jax.lax.scan(advance, s, jax.random.split(k, STEPS))[0]
+                return new, new.position
+
+            return jax.lax.scan(many, state, jax.random.split(key, draws))[1]
+
+        def meads(key: Any, start: Any) -> Any:
+            first, second = jax.random.split(key)
+            adapt = blackjax.meads_adaptation(log_density, chains)
+            (state, parameters), _ = adapt.run(first, start, STEPS * warmup)
+            step = jax.vmap(blackjax.ghmc(log_density, **parameters).step)
+            found = thinned(lambda s, k: (step(jax.random.split(k, chains), s)[0], None), state, second)
+            return jax.tree.map(lambda v: v.swapaxes(0, 1), found)
+
+        def mclmc(key: Any, start: Any) -> Any:
+            kernel = blackjax.mclmc.build_kernel()
+
+            def chain(key: Any, z: Any) -> Any:
+                first, second, third = jax.random.split(key, 3)
+                state = blackjax.mclmc.init(z, log_density, first)
+                # Its warm-up is three parts of a tenth of ``num_steps`` each.
+                count = STEPS * warmup * 10 // 3
+                options = {"num_steps": count, "state": state, "rng_key": second, "logdensity_fn": log_density}
+                state, found, _ = blackjax.mclmc_find_L_and_step_size(kernel, **options)
+                fixed = {"L": found.L, "step_size": found.step_size, "inverse_mass_matrix": found.inverse_mass_matrix}
+                step = blackjax.mclmc(log_density, **fixed).step
+                return thinned(lambda s, k: (step(k, s)[0], None), state, third)
+
+            return jax.vmap(chain)(jax.random.split(key, chains), start)
+
+        algorithms = {"NUTS": nuts, "ChEES": chees, "MEADS": meads, "MCLMC": mclmc}
+        program = jax.jit(algorithms[algorithm])
         constrain = jax.jit(jax.vmap(jax.vmap(back)))
 
         def run(seed: int) -> Draws:
@@ -201,21 +244,26 @@ def nutpie_nuts(model: str, chains: int, warmup: int, draws: int) -> Callable[[i
 
 
 SAMPLERS: dict[str, Runner] = {
-    "inference NUTS": inference_sampler("NUTS", {}),
-    "inference HMC": inference_sampler("HMC", {}),
-    "inference ChEES": inference_sampler("ChEES", {}),
-    "inference MEADS": inference_sampler("MEADS", {}),
-    "inference MCLMC": inference_sampler("MCLMC", {}),
+    "inference NUTS": inference_sampler("NUTS"),
+    "inference HMC": inference_sampler("HMC"),
+    "inference ChEES": inference_sampler("ChEES"),
+    "inference MEADS": inference_sampler("MEADS", STEPS),
+    "inference MCLMC": inference_sampler("MCLMC", STEPS),
     "Pyro NUTS": pyro_nuts(False),
     "Pyro NUTS, jit": pyro_nuts(True),
     "numpyro NUTS, sequential": numpyro_nuts("sequential"),
     "numpyro NUTS, vectorised": numpyro_nuts("vectorized"),
     "blackjax NUTS": blackjax_sampler("NUTS"),
     "blackjax ChEES": blackjax_sampler("ChEES"),
+    "blackjax MEADS": blackjax_sampler("MEADS"),
+    "blackjax MCLMC": blackjax_sampler("MCLMC"),
     "nutpie NUTS": nutpie_nuts,
 }
-_MANY = {"inference ChEES", "inference MEADS", "blackjax ChEES", "inference HMC", "inference MCLMC"}  # for 64 chains up
-_ONE_BY_ONE = {"Pyro NUTS", "Pyro NUTS, jit", "numpyro NUTS, sequential", "nutpie NUTS"}  # for 4 chains at most
+_MANY = {f"{of} {by}" for of in ("inference", "blackjax") for by in ("ChEES", "MEADS", "MCLMC")} | {"inference HMC"}
+_ONE_BY_ONE = {"numpyro NUTS, sequential", "nutpie NUTS"}  # for 4 chains at most
+_ALONE = {"Pyro NUTS", "Pyro NUTS, jit"}  # whose chains run one after another in any number: the rate of one
+PACKAGES = ("torch", "pyro-ppl", "jax", "numpyro", "blackjax", "nutpie")
+_ENOUGH = 20.0  # seconds of warm runs after which a row is not repeated
 
 
 def least_ess(model: str, draws: Draws) -> float:
@@ -236,18 +284,22 @@ def measure(sampler: str, model: str, chains: int, warmup: int, draws: int, repe
     """One row, in this process."""
     record.one_core()
     warnings.simplefilter("ignore")
-    start = time.perf_counter()
     run = SAMPLERS[sampler](model, chains, warmup, draws)
-    found = run(0)
-    cold = time.perf_counter() - start
-    row: dict[str, Any] = {"sampler": sampler, "model": model, "chains": chains, "cold": least_ess(model, found) / cold}
-    rates, seconds = [], []
-    for seed in range(1, repeats + 1):
-        start = time.perf_counter()
+
+    def timed(seed: int) -> tuple[float, float, float]:
+        clock, processor = time.perf_counter(), time.process_time()
         found = run(seed)
-        seconds.append(time.perf_counter() - start)
-        rates.append(least_ess(model, found) / seconds[-1])
-    return {**row, "warm": rates, "seconds": seconds, "cold seconds": cold, "draws": draws, "warmup": warmup}
+        processor, clock = time.process_time() - processor, time.perf_counter() - clock
+        return least_ess(model, found), processor, clock
+
+    ess, processor, clock = timed(0)
+    row: dict[str, Any] = {"sampler": sampler, "model": model, "chains": chains, "draws": draws, "warmup": warmup}
+    row |= {"cold": ess / processor, "cold seconds": processor, "cold clock": clock}
+    warm: list[tuple[float, float, float]] = []
+    while len(warm) < repeats and (not warm or sum(w[1] for w in warm) < _ENOUGH):
+        warm.append(timed(len(warm) + 1))
+    names = ("ess", "seconds", "clock")
+    return {**row, "warm": [e / p for e, p, _ in warm], **dict(zip(names, zip(*warm, strict=True), strict=True))}
 
 
 def main() -> None:
@@ -269,29 +321,35 @@ def main() -> None:
             row = measure(sampler, model, int(chains), options.warmup, options.draws, options.repeats)
         print(json.dumps(row))
         return
-    rows = []
+    file = options.out / "samplers.json"
+    old = json.loads(file.read_text())["rows"] if file.exists() else []
+    rows = {(row["sampler"], row["model"], row["chains"]): row for row in old}
     for model in options.models:
         for chains in options.chains:
             for sampler in options.samplers:
-                if (sampler in _MANY and chains < 64) or (sampler in _ONE_BY_ONE and chains > 4):
+                most = 1 if sampler in _ALONE else 4 if sampler in _ONE_BY_ONE else chains
+                if chains > most or (sampler in _MANY and chains < 64):
                     continue
                 row = _in_a_process(sampler, model, chains, options)
-                rows.append(row)
+                rows[sampler, model, chains] = row
                 shown = record.spread(row["warm"]) if "warm" in row else row["failed"]
                 print(f"{model:18} {chains:5} {sampler:26} warm {shown:26} cold {row.get('cold', 0):9.3g}", flush=True)
-    packages = ("torch", "pyro-ppl", "jax", "numpyro", "blackjax", "nutpie")
-    record.save(options.out / "samplers.json", rows, packages)
+                record.save(file, list(rows.values()), PACKAGES, quiet=True)
+    record.save(file, list(rows.values()), PACKAGES)
+    draw(options.out / "samplers.png", list(rows.values()))
 
 
 def _in_a_process(sampler: str, model: str, chains: int, options: argparse.Namespace) -> dict[str, Any]:
     counts = ["--warmup", str(options.warmup), "--draws", str(options.draws), "--repeats", str(options.repeats)]
     command = [sys.executable, "-m", "benchmarks.samplers", *counts, "--row", sampler, model, str(chains)]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"}
     failed = {"sampler": sampler, "model": model, "chains": chains}
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=options.limit, env=environment, check=False
-        )
+        with tempfile.TemporaryDirectory() as caches:
+            flags = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"}
+            environment = {**os.environ, **flags, "TORCHINDUCTOR_CACHE_DIR": caches}
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=options.limit, env=environment, check=False
+            )
     except subprocess.TimeoutExpired:
         return {**failed, "failed": f"more than {options.limit:.0f} s"}
     if done.returncode:

@@ -68,8 +68,9 @@ class MCMC(Citable):
             data, ``run`` goes on from there, to the bit.
         checkpoint_every: seconds between checkpoints.
         progress: ``True`` for a bar, ``False`` for none, or a function that receives a dict a block.
-        compile: ``"auto"`` compiles the step for long runs, ``True`` always, ``False`` never.
-        chunk_size: most chains whose gradients are evaluated at once.
+        compile: ``"auto"`` compiles the step for long runs (NUTS also within one, once its trees have made it long; the
+            count of leapfrog steps decides, not a clock), ``True`` always, ``False`` never.
+        chunk_size: most chains whose gradients are evaluated at once; by default what suits a core's cache.
         capture: ``False`` runs the Pyro model itself at every step, one chain at a time.
         stop: a ``Stop`` that ends the run before ``num_samples`` draws; looked at where blocks of steps end.
         in_dims: gives each chain its own data.  As in ``torch.func.vmap``: one entry per positional argument of

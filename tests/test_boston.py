@@ -19,7 +19,7 @@ def test_boston_writes_table_figures_and_arviz_file(tmp_path: Path, capsys: pyte
 
     assert len(scores) == 5
     assert all(math.isfinite(value) for results in scores.values() for result in results for value in result.values())
-    # The baselines run in full: an exact process beats a linear model on these data by far.
+    # Even from one start an exact process beats a linear model on these data by far.
     assert scores["exact GP, ML-II (gpytorch)"][0]["RMSE"] < 2.5 < scores["Bayesian ridge (scikit-learn)"][0]["RMSE"]
     assert {"prior_functions.png", "calibration.png", "ranks.png"} <= {path.name for path in tmp_path.iterdir()}
     assert "| method" in capsys.readouterr().out

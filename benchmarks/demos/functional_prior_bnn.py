@@ -24,7 +24,7 @@ def run(out: Path, quick: bool) -> list[Row]:
     bnn.fit(data.x_train, data.y_train, num_chains=4, progress=not quick, **size)
     prediction = bnn.predict(data.x_test)
     scores = gaussian_scores(prediction.mean[:, 0], prediction.variance[:, 0].sqrt(), data.y_test)
-    beside = {name: gaussian_scores(*BASELINES[name](data), data.y_test) for name in _SHOWN}
+    beside = {name: gaussian_scores(*BASELINES[name](data, False), data.y_test) for name in _SHOWN}
     figures.prior_functions(out / "prior_functions.png", bnn, target, data)
     what = f"{data.name}, {len(data.x_train)} rows, split 2"
     return [

@@ -31,6 +31,7 @@ __all__ = ["NUTS", "NUTSState"]
 
 _ROWS = 128  # transitions in a block at most
 _NUMBERS = 1 << 18  # a block's momenta of one chain at most, which bounds memory where the dimension is large
+_TREE = 8  # leapfrog steps of a transition, before any has been seen
 _TICKS = 64  # whose uniforms are drawn at once
 _RECORD = ("potential_energy", "energy", "acceptance_rate", "diverging", "tree_depth", "num_steps", "step_size")
 
@@ -43,6 +44,7 @@ class NUTSState(NamedTuple):
     average: dual averaging of each chain's step size.
     moments: moments of the current window.
     mass_factor: L, ``(dim,)`` or ``(dim, dim)``; the inverse mass is L L'.
+    ticks: program steps that the run has taken, 0-dim; they decide when the program is compiled.
     """
 
     position: Tensor
@@ -51,6 +53,7 @@ class NUTSState(NamedTuple):
     average: DualAverage
     moments: Moments
     mass_factor: Tensor
+    ticks: Tensor
 
 
 class End(NamedTuple):
@@ -213,7 +216,7 @@ class NUTS(Hamiltonian):
 
     def start(self, *parts: Any) -> NUTSState:
         """A ``NUTSState``."""
-        return NUTSState(*parts)
+        return NUTSState._make((*parts, torch.zeros((), dtype=torch.int64, device=parts[0].device)))
 
     def step(self, state: NUTSState, inputs: StepInputs, potential: Potential) -> tuple[NUTSState, Info]:
         """Trees of different sizes have no common step; ``runner`` runs whole blocks of transitions."""
@@ -223,7 +226,7 @@ class NUTS(Hamiltonian):
         self, potential: Potential, lift: Lift, streams: Streams
     ) -> Callable[[NUTSState, int, int, int], Iterator[Transition]]:
         """Blocks of transitions, each advanced tick by tick until all chains have completed it."""
-        tick = lift(functools.partial(self._tick, potential), 32)
+        tick = lift(functools.partial(self._tick, potential), _TREE)
 
         def run(state: NUTSState, start: int, stop: int, warmup_steps: int) -> Iterator[Transition]:
             rows = _rows(potential.dim)
@@ -231,8 +234,10 @@ class NUTS(Hamiltonian):
                 last = min(stop, first + rows)
                 collect = self.controls(first, last, warmup_steps)["collect"]
                 adapting = first < warmup_steps and self.adapt_step_size
-                average, positions, ends, records = self._block(tick, state, first, last - first, adapting, streams)
-                state = NUTSState(*ends, average, state.moments, state.mass_factor)
+                average, positions, ends, records, ticks = self._block(
+                    tick, state, first, last - first, adapting, streams
+                )
+                state = NUTSState(*ends, average, state.moments, state.mass_factor, ticks)
                 if collect[0]:
                     state = state._replace(moments=state.moments.update(positions.flatten(0, 1)))
                 columns = dict(zip(_RECORD, records.unbind(-1), strict=True))
@@ -245,12 +250,12 @@ class NUTS(Hamiltonian):
     # ------------------------------------------------------------------ a block
     def _block(
         self, tick: Program, state: NUTSState, first: int, length: int, adapting: bool, streams: Streams
-    ) -> tuple[DualAverage, Tensor, tuple[Tensor, Tensor, Tensor], Tensor]:
+    ) -> tuple[DualAverage, Tensor, tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
         """Run ``length`` transitions of each chain.
 
         Returns:
             The step sizes' averages; positions ``(length, chain, dim)``; position, U and gradient at the end; records
-            ``(length, chain, len(_RECORD))``.
+            ``(length, chain, len(_RECORD))``; the run's ticks.
         """
         position = state.position
         momenta = position.new_zeros((_rows(position.shape[1]), *position.shape))
@@ -260,9 +265,13 @@ class NUTS(Hamiltonian):
         tree = self._first_tree(state, momenta[0], uniforms[0, :, 2], adapting)
         done = torch.full((), length, device=position.device)
         warm = torch.full((), float(adapting), dtype=position.dtype, device=position.device)
-        step = tick.bind(tree, uniforms, momenta, state.mass_factor, done, warm)
+        bind = functools.partial(tick.bind, tree, uniforms, momenta, state.mass_factor, done, warm)
+        ticks = int(state.ticks)
+        step = bind(called=ticks)
         remaining, used = length, 1
         while remaining:
+            if tick.outgrown(ticks):
+                step = bind(called=ticks)
             # Each transition takes one tick at least.
             for _ in range(max(4, remaining)):
                 if used == _TICKS:
@@ -271,11 +280,12 @@ class NUTS(Hamiltonian):
                     used = 0
                 step()
                 used += 1
+            ticks += max(4, remaining)
             remaining = length - int(tree.drawn.min())
         dim = position.shape[1]
         positions, records = tree.kept[:length, :, :dim], tree.kept[:length, :, dim:]
         ends = (tree.chosen.z, tree.chosen.energy, tree.chosen.gradient)
-        return tree.average, positions, ends, records
+        return tree.average, positions, ends, records, torch.full_like(state.ticks, ticks)
 
     def _first_tree(self, state: NUTSState, p: Tensor, uniform: Tensor, adapting: bool) -> Tree:
         z, gradient, energy = state.position, state.gradient, state.potential

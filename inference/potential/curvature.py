@@ -108,7 +108,7 @@ def _squared_jacobian_product(potential: Potential, kind: str, example: Tensor) 
     density = potential.density
     if not isinstance(density, LogDensity) or not density.observed:
         raise ValueError(f"curvature={kind!r} needs a model with observed sites: give curvature='hessian'")
-    if density._evaluator is not None:
+    if density._enumerated:
         raise ValueError(
             f"curvature={kind!r} needs a likelihood of its own for each data point, and sites are summed out of this "
             "one: give curvature='hessian'"

@@ -205,8 +205,8 @@ class Program:
 
     Args:
         function: pure; tensors in, tensors out, in any nesting of tuples, named tuples, lists and dicts.
-        calls: how often the run will call it; with ``compile="auto"`` it is compiled where that saves more than it
-            costs.
+        calls: how often the run is likely to call it; with ``compile="auto"`` it is compiled where that saves more
+            than it costs.
         compile: ``True``, ``False`` or ``"auto"``.
         record: ``False`` runs the function itself, for one that cannot be recorded.
 
@@ -223,6 +223,7 @@ class Program:
         self.compiled = False
         self._recorded: dict[Any, tuple[Callable[..., Any], Any]] = {}
         self._last: tuple[Any, Callable[..., Any], Any] | None = None
+        self._bound: Callable[..., Any] | None = None
 
     @property
     def recordings(self) -> int:
@@ -245,12 +246,13 @@ class Program:
         with torch.no_grad():
             return _unflatten(structure, iter(run(*flat)))
 
-    def bind(self, state: Any, *args: Any) -> Callable[[], None]:
+    def bind(self, state: Any, *args: Any, called: int = 0) -> Callable[[], None]:
         """The program as a step in place, for small steps that run very often: each call replaces what the tensors of
         ``state`` hold by what the function makes of them.
 
         ``function(state, *args)`` must return a tree of the shapes and dtypes of ``state``, whose tensors must be its
-        own; nothing is allocated or unpacked in a call.
+        own; nothing is allocated or unpacked in a call.  ``called`` is how often the run has called it so far, where
+        that says more than ``calls``: see ``outgrown``.
 
         Raises:
             ValueError: a tensor is not contiguous.
@@ -266,7 +268,11 @@ class Program:
         key = (updated, *(x.shape for x in flat))
         if key not in self._recorded:
             self._recorded[key] = self._record(flat, (state, *args), updated)
-        run = self._recorded[key][0]
+        self._bound, structure = self._recorded[key]
+        if self.outgrown(called) and isinstance(self._bound, fx.GraphModule):
+            self._bound = self._compiled(self._bound, [x.clone() for x in flat])
+            self._recorded[key] = self._bound, structure
+        run = self._bound
         if isinstance(run, _Compiled):
             step = replay(run.code, flat[:updated], [*flat[updated:], *run.constants])
             if step is not None:
@@ -277,6 +283,15 @@ class Program:
                 run(*flat)
 
         return call
+
+    def outgrown(self, called: int) -> bool:
+        """Whether the bound step runs uncompiled under ``compile="auto"`` and has been called so often that its
+        compilation would have cost less; ``bind`` then compiles it.
+
+        Who compiles at that point, and not before, pays at most twice what a prophet would, however long the run.  The
+        number of calls decides and no clock, so that the same run does the same.
+        """
+        return self.compile == "auto" and isinstance(self._bound, fx.GraphModule) and _pays(self._bound, called)
 
     def _record(self, flat: list[Tensor], args: tuple[Any, ...], updated: int = 0) -> tuple[Callable[..., Any], Any]:
         structure: list[Any] = []
@@ -294,9 +309,7 @@ class Program:
             graph = trace(flat_function, *flat)
             if updated:
                 _write_back(graph)
-            nodes = sum(n.op == "call_function" for n in graph.graph.nodes)
-            worth = self.calls * nodes * _SECONDS_PER_NODE > _COMPILE_SECONDS + nodes * _COMPILE_SECONDS_PER_NODE
-            if self.compile is True or (self.compile == "auto" and worth):
+            if self.compile is True or (self.compile == "auto" and _pays(graph, self.calls)):
                 return self._compiled(graph, flat), structure[0]
         if updated:
             graph.recompile()
@@ -327,6 +340,12 @@ class Program:
                 stacklevel=3,
             )
             return lambda *inputs: graph(*inputs, *constants)
+
+
+def _pays(graph: fx.GraphModule, calls: int) -> bool:
+    """Whether so many calls of the graph cost more than its compilation."""
+    nodes = sum(n.op == "call_function" for n in graph.graph.nodes)
+    return calls * nodes * _SECONDS_PER_NODE > _COMPILE_SECONDS + nodes * _COMPILE_SECONDS_PER_NODE
 
 
 def _overwrite(tensors: list[Tensor], tree: Any) -> None:

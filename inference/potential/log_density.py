@@ -22,16 +22,14 @@ from pyro import poutine
 from pyro.distributions import ImproperUniform, MaskedDistribution
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.distributions.util import scale_and_mask
-from pyro.infer import config_enumerate
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_uniform
-from pyro.infer.mcmc.util import TraceEinsumEvaluator
-from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to, identity_transform
 
 from inference.potential.chain_arguments import ChainArguments, InDims
+from inference.potential.enumeration import enumerated_trace, log_joint, plate_nesting, refuse_split_sums
 from inference.runtime.generators import generator, scoped_seed
 
 __all__ = ["LogDensity", "MinibatchPlate", "Site", "scoped_model"]
@@ -113,6 +111,7 @@ class _Unconstrained(Messenger):
                 self.log_det = self.log_det + transform.log_abs_det_jacobian(z, x).sum()
             msg["value"] = x
             msg["is_observed"] = True
+            msg["infer"] = {**msg["infer"], "_given": True}
 
 
 class LogDensity:
@@ -136,8 +135,8 @@ class LogDensity:
         data: the arguments that differ between chains, each ``(chain, ...)``; empty if all chains share everything.
 
     Raises:
-        ValueError: no continuous latent site; a discrete latent site that cannot be enumerated; a latent site inside
-            a subsampled plate.
+        ValueError: no continuous latent site; a discrete latent site that cannot be enumerated; a continuous one
+            inside a subsampled plate, or a discrete one of which the plate holds a part of what depends on it.
     """
 
     def __init__(
@@ -204,15 +203,19 @@ class LogDensity:
             raise ValueError(
                 "the model has no continuous latent site to sample; every site is observed, discrete or deterministic"
             )
-        self._refuse_wrong_minibatches(trace, enumerated)
+        self._refuse_wrong_minibatches(trace)
         first = trace.nodes[next(iter(self.sites))]["value"]
         self.device = first.device
         self.dtype = torch.float32
         for site in self.sites.values():
             self.dtype = torch.promote_types(self.dtype, site.dtype)
         self._enumerated = bool(enumerated)
-        self._max_plate_nesting = self._plate_nesting(trace) if max_plate_nesting is None else max_plate_nesting
-        self._evaluator = self._build_evaluator() if enumerated else None
+        self._max_plate_nesting = plate_nesting(trace) if max_plate_nesting is None else max_plate_nesting
+        if enumerated and self.plates:
+            z = torch.zeros(self.dim, dtype=self.dtype, device=self.device)
+            with scoped_model(validate=False):
+                messenger = _Unconstrained(self.unflatten(z), self.minibatch(), self.transforms)
+                refuse_split_sums(self._enumerated_trace(messenger, self.args, self.kwargs))
 
     def __call__(self, z: Tensor, batch: Mapping[str, Tensor] | None = None) -> Tensor:
         """log p(z) of one chain, a scalar; ``z`` is ``(dim,)``, ``batch`` gives each minibatch plate its
@@ -252,7 +255,7 @@ class LogDensity:
         prior = torch.as_tensor(log_det, dtype=self.dtype, device=self.device)
         for name in self.sites:
             prior = prior + self._plain_prior(name, nodes[name]).sum()
-        if self._evaluator is not None:
+        if self._enumerated:
             return prior, log_prob + log_det - prior
         rest = prior.new_zeros(())
         for name, node in nodes.items():
@@ -341,19 +344,19 @@ class LogDensity:
         messenger = _Unconstrained(values, batch or {}, self.transforms)
         args, kwargs = (self.args, self.kwargs) if row is None else self._arguments.filled(row)
         with scoped_model(validate=False):
-            if self._evaluator is None:
+            if not self._enumerated:
                 with poutine.trace() as recorder, messenger:
                     self.model(*args, **kwargs)
                 trace = recorder.trace
                 log_prob = _log_prob_sum(trace)
             else:
                 trace = self._enumerated_trace(messenger, args, kwargs)
-                log_prob = self._evaluator.log_prob(trace)
+                log_prob = log_joint(trace)
         return dict(trace.nodes), log_prob, messenger.log_det
 
     def _plain_prior(self, name: str, node: Any) -> Tensor:
         log_prob: Tensor = node["fn"].log_prob(node["value"])
-        if self._evaluator is not None and log_prob.dim() > self._max_plate_nesting:
+        if self._enumerated and log_prob.dim() > self._max_plate_nesting:
             extra = log_prob.shape[: log_prob.dim() - self._max_plate_nesting]
             if extra.numel() > 1:
                 raise ValueError(
@@ -396,8 +399,8 @@ class LogDensity:
         transform = self.transforms[name] if name in self.transforms else biject_to(fn.support).inv
         return transform(value)
 
-    def _refuse_wrong_minibatches(self, trace: Any, enumerated: list[str]) -> None:
-        for name in (*self.sites, *enumerated):
+    def _refuse_wrong_minibatches(self, trace: Any) -> None:
+        for name in self.sites:
             inside = [f.name for f in trace.nodes[name]["cond_indep_stack"] if f.name in self.plates]
             if inside:
                 raise ValueError(
@@ -406,24 +409,8 @@ class LogDensity:
                     "Use the full plate, or marginalise the site in the likelihood"
                 )
 
-    @staticmethod
-    def _plate_nesting(trace: Any) -> int:
-        sites = [n for n in trace.nodes.values() if n["type"] == "sample"]
-        return max((-f.dim for s in sites for f in s["cond_indep_stack"] if f.vectorized), default=0)
-
     def _enumerated_trace(self, messenger: _Unconstrained, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        enum = EnumMessenger(first_available_dim=-1 - self._max_plate_nesting)
-        model = config_enumerate(self.model, default="parallel")
-        with poutine.trace(graph_type="flat") as recorder, enum, messenger:
-            model(*args, **kwargs)
-        return recorder.trace
-
-    def _build_evaluator(self) -> TraceEinsumEvaluator:
-        z = torch.zeros(self.dim, dtype=self.dtype, device=self.device)
-        with scoped_model(validate=False):
-            messenger = _Unconstrained(self.unflatten(z), self.minibatch(), self.transforms)
-            trace = self._enumerated_trace(messenger, self.args, self.kwargs)
-            return TraceEinsumEvaluator(trace, has_enumerable_sites=True, max_plate_nesting=self._max_plate_nesting)
+        return enumerated_trace(self.model, args, kwargs, self._max_plate_nesting, messenger)
 
 
 def _log_prob_sum(trace: Any) -> Tensor:

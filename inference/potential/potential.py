@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, fx
 from torch.distributions import Transform
 from torch.func import vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from inference._errors import CaptureWarning
 from inference.potential.graph import CaptureError, trace
@@ -24,6 +26,12 @@ from inference.runtime.generators import derive_seed, scoped_seed
 __all__ = ["Density", "Potential", "PotentialFunction"]
 
 Batch = Mapping[str, Tensor]
+
+# Of the largest intermediate tensor of the chains that are evaluated at once.  1,024 chains of a logistic regression
+# on 1,000 rows took 13.6 us a chain uncompiled, and 9.5 in passes of 256; compiled there was no difference.  A pass is
+# a copy of the density in the graph, so there are few.
+_CACHE_BYTES = 1 << 20
+_MOST_PASSES = 4
 
 
 class Density(Protocol):
@@ -96,12 +104,28 @@ class PotentialFunction(LogDensity):
         raise ValueError("a kernel with potential_fn needs initial_params in MCMC(...)")
 
 
+class _Widest(TorchDispatchMode):
+    """The size of the largest tensor that an operator makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            made = [v for v in tree_leaves(out) if isinstance(v, Tensor)]
+            self.bytes = max([self.bytes, *(v.numel() * v.element_size() for v in made)])
+        return out
+
+
 class Potential:
     """U(z) and its gradient for chains ``(chain, dim)``.
 
     Args:
         density: a ``LogDensity`` (a Pyro model) or ``PotentialFunction``.
-        chunk_size: most chains evaluated at once; bounds memory, changes nothing else.
+        chunk_size: most chains evaluated at once; bounds memory, changes nothing else. By default, on a CPU, as many
+            as keep the largest intermediate tensor in a core's cache, in four passes at most; else all.
         capture: ``False`` runs the model itself, one chain at a time (for debugging and for tests).
 
     Attributes:
@@ -121,6 +145,7 @@ class Potential:
         self.sites, self.plates, self.data = density.sites, density.plates, density.data
         self._plate_names = list(density.plates)
         self.captured = False
+        self._widest = 0  # bytes of one chain's largest intermediate tensor, once captured
         self._dry_batch = density.minibatch()
         self._names: list[str] = []
         self._graph: fx.GraphModule | None = None
@@ -149,14 +174,21 @@ class Potential:
                 f"{len(self.data[0])} chains have their own data, and positions of {len(z)} were given: "
                 "there must be one row a chain, in their order"
             )
-        parts = []
-        for start in range(0, len(z), self.chunk_size or len(z)):
-            stop = start + (self.chunk_size or len(z))
+        parts, size = [], self._pass_size(len(z))
+        for start in range(0, len(z), size):
+            stop = start + size
             rows = [i if i.dim() == 1 else i[start:stop] for i in indices]
             parts.append(self._evaluate(z[start:stop], rows, [d[start:stop] for d in self.data]))
         if len(parts) == 1:
             return parts[0]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    def _pass_size(self, chains: int) -> int:
+        if self.chunk_size is not None:
+            return self.chunk_size
+        if self.device.type != "cpu" or not self._widest:
+            return max(1, chains)
+        return max(1, _CACHE_BYTES // self._widest, -(-chains // _MOST_PASSES))
 
     def constrain(self, z: Tensor, *, deterministic: bool = False) -> dict[str, Tensor]:
         """Values of the latent sites in constrained space, ``(n, *shape)`` for ``z`` of shape ``(n, dim)``; with
@@ -233,7 +265,8 @@ class Potential:
             batch = self.density.minibatch(attempt)
             indices = [batch[n] for n in self._plate_names]
             try:
-                expected = self._one(z, *indices, *row)
+                with _Widest() as widest:
+                    expected = self._one(z, *indices, *row)
             except (ValueError, RuntimeError):
                 if attempt == 19:
                     raise
@@ -260,7 +293,7 @@ class Potential:
                 stacklevel=5,
             )
             return
-        self.captured = True
+        self.captured, self._widest = True, widest.bytes
 
     def _trial(self, attempt: int) -> Tensor:
         noise = torch.Generator().manual_seed(derive_seed(attempt, "trial"))

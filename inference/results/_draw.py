@@ -8,6 +8,10 @@ until all are accepted, and ``vmap`` refuses them, or runs them one by one with 
   the whole batch and gives them to the family's own sampler, so that the draws are torch's or Pyro's, only more of
   them at a time.
 
+The numbers of a posterior draw depend on the seed, on which draw it is and on which random call of the model asks, and
+not on the draws beside it: ``RowNoise`` gives the normal and uniform numbers of fixed groups of draws, and runs a
+family's own sampler draw by draw.  So results do not depend on how draws are put into chunks.
+
 Wrappers (``Independent``, ``ExpandedDistribution``, ``MaskedDistribution``, ``TransformedDistribution``, mixtures,
 compounds) recurse into what they wrap.  A distribution without a rule draws by its own ``sample``; where ``vmap``
 refuses that, the error names the site.
@@ -25,7 +29,9 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-__all__ = ["VmapSafeDraws", "draw"]
+from inference.runtime.generators import derive_seed, reseed
+
+__all__ = ["RowNoise", "VmapSafeDraws", "draw"]
 
 _D = TypeVar("_D")
 _Shape = tuple[int, ...]
@@ -45,18 +51,89 @@ def draw(distribution: td.Distribution, sample_shape: _Shape = ()) -> Tensor:
     return plain(torch.Size(sample_shape))
 
 
-class VmapSafeDraws(Messenger):
-    """The outermost handler of a model under ``vmap``: it draws whatever no inner handler has set a value for."""
+class RowNoise:
+    """Random numbers of some rows of a batch, each row's its own.
 
-    def __init__(self) -> None:
+    Args:
+        seed: of all rows.
+        first: number of the first row.
+    """
+
+    def __init__(self, seed: int, first: int) -> None:
+        self.seed, self.first = seed, first
+        self._calls = 0
+        self._generators: dict[torch.device, torch.Generator | None] = {}
+
+    def numbers(self, kind: str, like: Tensor) -> Tensor:
+        """Standard normal or uniform numbers like ``like`` ``(row, ...)``.
+
+        They are drawn for groups of rows whose size depends on the size of a row alone, and a group that the rows hold
+        a part of is drawn whole.
+        """
+        self._calls += 1
+        generator = self._generator(like.device)
+        if generator is None:
+            return _Numbers(kind)(like)
+        result = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        size = max(1, min(_GROUP, _GROUP_NUMBERS // max(1, like.shape[1:].numel())))
+        start, stop = self.first, self.first + len(like)
+        for group in range(start // size, (stop - 1) // size + 1):
+            low, high = max(start, group * size), min(stop, (group + 1) * size)
+            part = result.narrow(0, low - start, high - low)
+            whole = part if high - low == size else result.new_empty((size, *result.shape[1:]))
+            generator.manual_seed(derive_seed(self.seed, self._calls, group))
+            whole.normal_(generator=generator) if kind == "normal" else whole.uniform_(generator=generator)
+            if whole is not part:
+                part.copy_(whole.narrow(0, low - group * size, high - low))
+        return result
+
+    def each(self, sampler: Callable[..., Tensor], parameters: list[Tensor], dim: int) -> Tensor:
+        """``sampler`` on every row of the parameters, stacked along ``dim``; it draws from the global generators."""
+        self._calls += 1
+        found = []
+        for row, values in enumerate(zip(*parameters, strict=True)):
+            reseed(derive_seed(self.seed, self._calls, self.first + row), values[0].device.type)
+            found.append(sampler(*values))
+        return torch.stack(found, dim)
+
+    def _generator(self, device: torch.device) -> torch.Generator | None:
+        if device not in self._generators:
+            try:
+                self._generators[device] = torch.Generator(device)
+            except RuntimeError:  # a fake tensor names a device that is not there
+                self._generators[device] = None
+        return self._generators[device]
+
+
+_GROUP, _GROUP_NUMBERS = 256, 1 << 13
+_rows: list[RowNoise] = []  # of the handlers at work
+
+
+class VmapSafeDraws(Messenger):
+    """The outermost handler of a model under ``vmap``: it draws whatever no inner handler has set a value for.
+
+    Args:
+        rows: random numbers of the rows that ``vmap`` runs over; torch's own, of the whole batch, if not given.
+    """
+
+    def __init__(self, rows: RowNoise | None = None) -> None:
         super().__init__()
         self._drawn: list[Any] = []
+        self._noise = rows
+
+    def __enter__(self) -> "VmapSafeDraws":
+        if self._noise is not None:
+            _rows.append(self._noise)
+        super().__enter__()
+        return self
 
     def __exit__(self, *args: Any) -> None:
         # Not before: a density of the draw may need what a transform keeps of it.
         for fn in self._drawn:
             _forget_draws(fn)
         self._drawn.clear()
+        if self._noise is not None:
+            _rows.remove(self._noise)
         super().__exit__(*args)
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -91,7 +168,7 @@ def _rule(*kinds: type) -> Callable[[Callable[[_D, _Shape], Tensor]], Callable[[
 def _subsample(fn: Any) -> Tensor:
     if fn.subsample_size is None or fn.subsample_size >= fn.size:
         return torch.arange(fn.size, device=fn.device)
-    return torch.rand(fn.size, dtype=torch.float64, device=fn.device).argsort().narrow(0, 0, fn.subsample_size)
+    return _random("uniform", (fn.size,), torch.float64, fn.device).argsort().narrow(0, 0, fn.subsample_size)
 
 
 # ---------------------------------------------------------------- drawn outside of vmap by the family's own sampler
@@ -125,7 +202,30 @@ class _Outside(torch.autograd.Function):
             value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
             for value, dim in zip(parameters, in_dims[3:], strict=True)
         ]
+        if _rows and not torch._C._functorch.is_batchedtensor(marker):
+            if isinstance(sampler, _Numbers):
+                return _rows[-1].numbers(sampler.kind, batched[0]), 0
+            return _rows[-1].each(sampler, batched, out_dim), out_dim
         return _Outside.call(marker, sampler, out_dim, *batched), out_dim
+
+
+class _Numbers:
+    """A sampler of standard normal or uniform numbers like its argument."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __call__(self, like: Tensor) -> Tensor:
+        make = torch.randn if self.kind == "normal" else torch.rand
+        return make(like.shape, dtype=like.dtype, device=like.device)
+
+
+def _random(kind: str, shape: _Shape, dtype: torch.dtype, device: torch.device | None) -> Tensor:
+    """Standard normal or uniform numbers, for each row its own."""
+    if not _rows:
+        return (torch.randn if kind == "normal" else torch.rand)(shape, dtype=dtype, device=device)
+    marker = torch.rand((), device=device)
+    return _Outside.call(marker, _Numbers(kind), 0, torch.empty((), dtype=dtype, device=device).expand(shape))
 
 
 def _outside(family: Callable[..., td.Distribution], parameters: tuple[Tensor, ...], shape: _Shape) -> Tensor:
@@ -160,6 +260,7 @@ for _family, *_names in (
     (td.Geometric, "probs"),
     (td.Laplace, "loc", "scale"),
     (td.NegativeBinomial, "total_count", "probs"),
+    (td.Poisson, "rate"),
     (td.StudentT, "df", "loc", "scale"),
     (td.VonMises, "loc", "concentration"),
     (dist.AsymmetricLaplace, "loc", "scale", "asymmetry"),
@@ -190,15 +291,36 @@ def _draw_multivariate_student(d: Any, shape: _Shape) -> Tensor:
 def _draw_bernoulli(d: td.Bernoulli, shape: _Shape) -> Tensor:
     full = _extended(d, shape)
     if d.probs.device.type != "cpu":
-        return torch.bernoulli(d.probs.expand(full))
+        return (_random("uniform", full, d.probs.dtype, d.probs.device) < d.probs) + 0 * d.probs
     # On a CPU a comparison takes two thirds of the time of torch.bernoulli. Doubles as there, for small
     # probabilities; NaN stays NaN.
-    return (torch.rand(full, dtype=torch.float64, device=d.probs.device) < d.probs) + 0 * d.probs
+    return (_random("uniform", full, torch.float64, d.probs.device) < d.probs) + 0 * d.probs
+
+
+@_rule(td.Uniform)
+def _draw_uniform(d: td.Uniform, shape: _Shape) -> Tensor:
+    return d.low + (d.high - d.low) * _random("uniform", _extended(d, shape), d.low.dtype, d.low.device)
+
+
+@_rule(td.Categorical)
+def _draw_categorical(d: td.Categorical, shape: _Shape) -> Tensor:
+    """By inversion, in doubles; never a category of probability zero."""
+    cumulative = d.probs.double().cumsum(-1)
+    uniform = _random("uniform", _extended(d, shape), torch.float64, d.probs.device)[..., None]
+    index = (uniform * cumulative[..., -1:] >= cumulative).sum(-1)
+    last = torch.where(d.probs > 0, torch.arange(d.probs.shape[-1], device=d.probs.device), 0).amax(-1)
+    return torch.minimum(index, last)
+
+
+@_rule(td.OneHotCategorical)
+def _draw_one_hot(d: td.OneHotCategorical, shape: _Shape) -> Tensor:
+    index = _draw_categorical(d._categorical, shape)
+    return (index[..., None] == torch.arange(d.probs.shape[-1], device=d.probs.device)).to(d.probs.dtype)
 
 
 # ---------------------------------------------------------------- the normal family
 def _normal(shape: _Shape, like: Tensor) -> Tensor:
-    return torch.randn(shape, dtype=like.dtype, device=like.device)
+    return _random("normal", shape, like.dtype, like.device)
 
 
 def _extended(d: Any, shape: _Shape) -> _Shape:
@@ -284,7 +406,7 @@ def _draw_masked_mixture(d: Any, shape: _Shape) -> Tensor:
 # ---------------------------------------------------------------- compounds
 @_rule(dist.GammaPoisson)
 def _draw_gamma_poisson(d: Any, shape: _Shape) -> Tensor:
-    return torch.poisson(draw(d._gamma, shape))
+    return draw(td.Poisson(draw(d._gamma, shape), validate_args=False))
 
 
 @_rule(dist.BetaBinomial)
@@ -300,5 +422,5 @@ def _draw_dirichlet_multinomial(d: Any, shape: _Shape) -> Tensor:
 
 @_rule(dist.ZeroInflatedDistribution)
 def _draw_zero_inflated(d: Any, shape: _Shape) -> Tensor:
-    zero = torch.bernoulli(d.gate.expand(_extended(d, shape))).bool()
+    zero = _random("uniform", _extended(d, shape), torch.float64, d.gate.device) < d.gate
     return torch.where(zero, 0, draw(d.base_dist.expand(d.batch_shape), shape))

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from inference._errors import CaptureWarning
-from inference.results._draw import VmapSafeDraws
-from inference.runtime.generators import scoped_seed
+from inference.results._draw import RowNoise, VmapSafeDraws
+from inference.runtime.generators import derive_seed, reseed, scoped_seed
 
 __all__ = ["CountBytes", "Draws", "noting", "over_draws", "scope"]
 
@@ -28,10 +28,10 @@ Draws = dict[str, Tensor]
 
 # Bytes that one chunk may write (every operator's output counted, so what is alive at once is less).  On a CPU no
 # single tensor then reaches the 32 MiB above which glibc maps fresh pages for every allocation, which doubled the
-# time of a small network.  Constants and not what happens to be free, because the chunk size shapes the random
-# stream: the same call must give the same bits beside another process.
+# time of a small network.
 _CHUNK_BYTES = {"cpu": 32 * 2**20}
 _CHUNK_BYTES_ACCELERATOR = 2**30
+_LEAST_CHUNK_BYTES = 4 * 2**20  # less would not show beside the interpreter itself
 
 
 def over_draws(
@@ -41,6 +41,8 @@ def over_draws(
     chunk_size: int | None,
     counted: "CountBytes",
     *,
+    seed: int = 0,
+    kept: int | None = None,
     stacklevel: int,
 ) -> Draws:
     """``one`` over all draws, vectorised in chunks, or draw by draw where ``vmap`` cannot.
@@ -51,21 +53,26 @@ def over_draws(
         num: number of draws.
         chunk_size: draws a vectorised pass; ``None``: by the bytes that one draw wrote.
         counted: what the eager run of one draw wrote.
+        seed: of what ``one`` draws; the numbers of a draw depend on the seed and its place, whatever the chunks.
+        kept: bytes of one draw's result, where memory is to stay under twice that of all results.
         stacklevel: of the user's call, for the warning.
     """
     if chunk_size is None:
         budget = _CHUNK_BYTES.get(counted.device, _CHUNK_BYTES_ACCELERATOR)
+        if kept is not None:
+            budget = min(budget, max(_LEAST_CHUNK_BYTES, num * kept // 3))
         chunk_size = max(1, budget // max(counted.bytes, 1))
 
     def vectorised(lo: int, hi: int) -> Draws:
         # vmap needs a batched input even where there are no samples (prior predictive)
         part = {name: value.narrow(0, lo, hi - lo) for name, value in samples.items()}
-        with VmapSafeDraws(), pyro.settings.context(**_NO_VALIDATION):
+        with VmapSafeDraws(RowNoise(seed, lo)), pyro.settings.context(**_NO_VALIDATION):
             return torch.func.vmap(lambda draws, _: one(draws), randomness="different")(
                 part, torch.empty(hi - lo, device="cpu")
             )
 
     def single(lo: int, hi: int) -> Draws:
+        reseed(derive_seed(seed, "draw", lo), counted.device)
         with noting(f"in the run of the model on draw {lo}"):
             return {
                 name: value.unsqueeze(0)
@@ -135,14 +142,13 @@ class CountBytes(TorchDispatchMode):
 
 # ---------------------------------------------------------------- scope
 @contextmanager
-def scope(seed: int | None, full_plates: bool, inputs: Any, modules: Iterable[Any]) -> Iterator[None]:
+def scope(seed: int, full_plates: bool, inputs: Any, modules: Iterable[Any]) -> Iterator[None]:
     """No gradients; random state, Pyro's parameter store and its plates are as found when the block ends."""
     store = pyro.get_param_store()
     known = set(store.keys())
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        if seed is not None:
-            stack.enter_context(scoped_seed(seed, _accelerator(inputs, modules)))
+        stack.enter_context(scoped_seed(seed, _accelerator(inputs, modules)))
         if full_plates:
             stack.enter_context(mock.patch.object(SubsampleMessenger, "_subsample", staticmethod(_full_plate)))
         try:

@@ -20,6 +20,8 @@ from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
+from inference.potential.enumeration import plate_nesting
+from inference.results._marginal import MarginalLikelihood
 from inference.results._over_draws import CountBytes, Draws, noting, over_draws, scope
 
 __all__ = ["Predictive", "log_likelihood"]
@@ -52,10 +54,11 @@ class Predictive(torch.nn.Module):
             ``posterior_samples``, with a guide all sites of the model. ``None``: all sites.
         parallel: kept from Pyro's signature, without effect: draws are always vectorised.
         chunk_size: draws a vectorised pass. ``None``: as many as write 32 MiB (1 GiB on an accelerator), measured on
-            the first draw.
-        seed: the seed of all draws; the global random state is left as it was. The same seed gives the same bits on
-            one machine for the same ``chunk_size``; another ``chunk_size`` gives other draws of the same law.
-            ``None``: draw from the global random state, as Pyro does.
+            the first draw, or a third of the result, so that the peak of memory stays under twice the result.
+        seed: the seed of all draws; the global random state is left as it was. The same seed gives the same draws
+            on one machine whatever the ``chunk_size`` (random numbers that the model draws past its ``sample``
+            statements, and distributions without a rule of ours, excepted). ``None``: a seed from the global random
+            state.
         batch_ndims: number of leading dimensions of ``posterior_samples`` that count draws, 1 or 2; results have the
             same.
         full_plates: visit every element of subsampling plates. ``False``: a fresh random subsample for each draw, as
@@ -131,7 +134,8 @@ class Predictive(torch.nn.Module):
                     data = {name: site["value"] for name, site in nodes.items() if site["type"] == "sample"}
                 return poutine.trace(poutine.condition(self.model, data)).get_trace(*args, **kwargs)
 
-        with scope(self.seed, self.full_plates, (samples, args, kwargs), (self.model, self.guide)):
+        seed = int(torch.randint(2**62, (), device="cpu")) if self.seed is None else self.seed
+        with scope(seed, self.full_plates, (samples, args, kwargs), (self.model, self.guide)):
             first = {name: value.select(0, 0) for name, value in samples.items()}
             with (
                 noting("in the run of the model on the first draw"),
@@ -145,8 +149,10 @@ class Predictive(torch.nn.Module):
                 nodes = run(draws).nodes
                 return {name: _site_value(nodes, name) for name in padding}
 
+            kept = _bytes([_site_value(trace.nodes, name) for name in padding])
             del trace
-            found = over_draws(one, samples, self.num_samples, self.chunk_size, counted, stacklevel=5)
+            size = self.chunk_size
+            found = over_draws(one, samples, self.num_samples, size, counted, seed=seed, kept=kept, stacklevel=5)
         return {
             name: value.reshape(*self._leading, *(1,) * padding[name], *value.shape[1:])
             for name, value in found.items()
@@ -202,6 +208,10 @@ def log_likelihood(
     occur, and neither does a ``poutine.scale``. ``pyro.deterministic`` and ``pyro.factor`` sites are not data and are
     left out.
 
+    Discrete latent sites of which there are no draws are summed out: :math:`p(y_i \\mid \\theta_s) = \\sum_k
+    p(k \\mid \\theta_s) p(y_i \\mid k, \\theta_s)`.  A data point is then all that shares a discrete variable: the
+    measurements of one row, in a plate of their own within the variable's plate, have one likelihood together.
+
     Args:
         model: a callable with Pyro primitives.
         posterior_samples: site -> ``(draw, ...)``, or ``(chain, draw, ...)`` with ``batch_ndims=2``, for all latent
@@ -214,8 +224,9 @@ def log_likelihood(
         Observed site -> ``(draw, *batch_shape)`` or ``(chain, draw, *batch_shape)``.
 
     Raises:
-        ValueError: a latent site has no samples (a discrete one that an engine summed out included), nothing is
-            observed, or the samples are bad as in :class:`Predictive`.
+        ValueError: a continuous latent site has no samples, or a discrete one that cannot be enumerated; several
+            observed sites, or all rows of one, share a discrete variable that is summed out, so that they are not
+            independent given the rest; nothing is observed, or the samples are bad as in :class:`Predictive`.
     """
     _check_count("chunk_size", chunk_size)
     leading = _leading_shape(posterior_samples, batch_ndims)
@@ -233,25 +244,29 @@ def log_likelihood(
             CountBytes() as counted,
             noting("in the run of the model on the first draw, on all elements of its plates"),
         ):
-            trace = run({name: value.select(0, 0) for name, value in samples.items()})
-            if missing:
+            first = {name: value.select(0, 0) for name, value in samples.items()}
+            trace = run(first)
+            unknown = sorted({name for name in missing if not _enumerable(trace.nodes[name])})
+            if unknown:
                 raise ValueError(
-                    f"the sites {sorted(set(missing))} are neither observed nor in posterior_samples: pass the data "
-                    "and draws of every latent site (a discrete site that was summed out has none: write its sum into "
-                    "the model, as MixtureSameFamily does)"
+                    f"the sites {unknown} are neither observed nor in posterior_samples, and cannot be summed out: "
+                    "pass the data and draws of every latent site"
                 )
             observed = [name for name, site in trace.nodes.items() if _is_data(site)]
-            for name in observed:
-                _site_log_prob(trace.nodes[name])
+            kept = _bytes([_site_log_prob(trace.nodes[name]) for name in observed])
         if not observed:
             raise ValueError("the model has no observed site: pass the data that it was fitted to")
 
-        def one(draws: Draws) -> Draws:
+        def plain(draws: Draws) -> Draws:
             nodes = run(draws).nodes
             return {name: _site_log_prob(nodes[name]) for name in observed}
 
+        one: Callable[[Draws], Draws] = plain
+        if missing:
+            nesting = plate_nesting(trace)
+            one = MarginalLikelihood(model, args, kwargs, nesting, observed, _site_log_prob, first)
         del trace
-        found = over_draws(one, samples, leading.numel(), chunk_size, counted, stacklevel=3)
+        found = over_draws(one, samples, leading.numel(), chunk_size, counted, kept=kept, stacklevel=3)
     return {name: value.reshape(*leading, *value.shape[1:]) for name, value in found.items()}
 
 
@@ -326,6 +341,14 @@ def _is_data(site: Any) -> bool:
         and not site["infer"].get("_deterministic")
         and not isinstance(site["fn"], dist.Unit)
     )
+
+
+def _bytes(values: Collection[Tensor]) -> int:
+    return sum(value.numel() * value.element_size() for value in values)
+
+
+def _enumerable(site: Any) -> bool:
+    return site["fn"].support.is_discrete and site["fn"].has_enumerate_support
 
 
 def _site_value(nodes: Mapping[str, Any], name: str) -> Tensor:

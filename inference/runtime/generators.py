@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["ChainGenerators", "derive_seed", "generator", "scoped_seed"]
+__all__ = ["ChainGenerators", "derive_seed", "generator", "reseed", "scoped_seed"]
 
 
 def derive_seed(seed: int, *stream: int | str) -> int:
@@ -45,6 +45,14 @@ def scoped_seed(seed: int, device: torch.device | str | None = None) -> Iterator
         if devices:
             getattr(torch, kind.type).manual_seed(derive_seed(seed, "global"))
         yield
+
+
+def reseed(seed: int, device_type: str = "cpu") -> None:
+    """Seed the global generators of the CPU and of one kind of accelerator, inside of a ``scoped_seed``."""
+    torch.random.default_generator.manual_seed(seed)
+    backend = None if device_type == "cpu" else getattr(torch, device_type, None)
+    if backend is not None and hasattr(backend, "manual_seed") and backend.is_available():
+        backend.manual_seed(seed)
 
 
 class ChainGenerators:

@@ -1,10 +1,6 @@
 """The driver: Pyro's interface, seeds, resume to the bit, faults, calibration."""
 
-import os
-import signal
-import subprocess
-import sys
-import textwrap
+import multiprocessing
 import time
 
 import arviz
@@ -172,25 +168,23 @@ def test_minibatches_are_shared_or_not(minibatch):
 
 
 # ---------------------------------------------------------------------- faults
-SCRIPT = textwrap.dedent(
-    """
-    import sys, time, torch
-    from inference import HMC, MCMC, AdaptiveSGHMC
-    from tests.inference import zoo
-    from tests.inference.test_mcmc import minibatch_model
-    kind, folder, pause = sys.argv[1], sys.argv[2], float(sys.argv[3])
+def _resumable(kind, folder, reports):
+    """What a process runs; it tells ``reports`` each step, if there is one, and waits for leave to go on."""
+    torch.set_num_threads(1)
     if kind == "hmc":
         kernel, args = HMC(zoo.eight_schools, num_steps=4), zoo.CONTINUOUS["eight_schools"][1]
     else:
         kernel, args = AdaptiveSGHMC(minibatch_model), (zoo.X, zoo.Y)
-    def report(event):
-        print(event["step"], flush=True)
-        time.sleep(pause)
-    mcmc = MCMC(kernel, 400, 200, num_chains=3, thin=2, checkpoint=folder, checkpoint_every=0.0, progress=report)
-    mcmc.run(*args)
-    torch.save({**mcmc.get_samples(group_by_chain=True), **mcmc.sample_stats}, folder + "/result.pt")
-    """
-)
+
+    def progress(event):
+        if reports is not None:
+            reports.send(event["step"])
+            reports.recv()
+
+    # Three blocks of 128 steps after the warm-up's windows.
+    options = {"num_chains": 3, "thin": 2, "checkpoint": folder, "checkpoint_every": 0.0, "progress": progress}
+    mcmc = MCMC(kernel, 150, 100, **options).run(*args)
+    torch.save({**mcmc.get_samples(group_by_chain=True), **mcmc.sample_stats}, folder / "result.pt")
 
 
 @pytest.mark.parametrize("kind", ["hmc", "sghmc"])
@@ -198,24 +192,34 @@ def test_killed_and_resumed_equals_uninterrupted(kind, tmp_path):
     """SIGKILL in the warm-up and again among the draws; the third process finishes with the bits of an undisturbed
     run.
     """
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, kind]
-    subprocess.run(
-        [*command, str(tmp_path / "whole"), "0"], env=environment, check=True, stdout=subprocess.DEVNULL, timeout=300
-    )
-    cut = str(tmp_path / "cut")
-    for threshold in (130, 500):
-        process = subprocess.Popen([*command, cut, "0.1"], env=environment, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        for line in process.stdout:
-            if int(line) >= threshold:
-                time.sleep(0.02)
-                os.kill(process.pid, signal.SIGKILL)
-                break
-        process.stdout.close()
-        assert process.wait() == -signal.SIGKILL
-    subprocess.run([*command, cut, "0"], env=environment, check=True, stdout=subprocess.DEVNULL, timeout=300)
-    whole, resumed = torch.load(tmp_path / "whole" / "result.pt"), torch.load(tmp_path / "cut" / "result.pt")
+    context = multiprocessing.get_context("forkserver")  # which imports once for all
+    context.set_forkserver_preload(["tests.inference.test_mcmc"])
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+
+    def finish(folder):
+        process = context.Process(target=_resumable, args=(kind, folder, None))
+        process.start()
+        process.join(300)
+        assert process.exitcode == 0
+
+    finish(whole)
+    last = 0
+    for threshold in (50, 250):
+        here, there = context.Pipe()
+        process = context.Process(target=_resumable, args=(kind, cut, there))
+        process.start()
+        there.close()
+        while (step := here.recv()) < threshold:
+            assert step >= last  # it goes on, and does not start afresh
+            here.send(True)
+        here.send(True)  # it may be in its next block, or writing, when it dies
+        time.sleep(0.02)
+        process.kill()
+        process.join()
+        last = step
+    assert step < 400
+    finish(cut)
+    whole, resumed = torch.load(whole / "result.pt"), torch.load(cut / "result.pt")
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from inference import HMC, MCMC, NUTS
 from inference.kernels.nuts import Tree
-from inference.potential import Potential, PotentialFunction, Program
+from inference.potential import Potential, PotentialFunction, Program, graph
 from inference.results.diagnostics import ess_bulk, rhat
 from inference.runtime.streams import Streams
 
@@ -168,7 +168,7 @@ def test_draws_within_a_trajectory_have_their_weights() -> None:
 # Four chains of one model in most tests: their compiled step is made once.
 @pytest.mark.parametrize(("full_mass", "num_chains"), [(False, 4), (True, 4), (True, 1)])
 def test_moments_of_a_gaussian(full_mass: bool, num_chains: int) -> None:
-    mcmc = MCMC(NUTS(gaussian, full_mass=full_mass), 1200 // num_chains, 200, num_chains=num_chains, progress=False)
+    mcmc = MCMC(NUTS(gaussian, full_mass=full_mass), 1000 // num_chains, 200, num_chains=num_chains, progress=False)
     mcmc.run()
     draws = mcmc.get_samples(group_by_chain=True)["x"]
     for i in range(3):
@@ -221,7 +221,7 @@ def test_block_mass_is_dense_within_its_groups_alone() -> None:
         pyro.sample("c", dist.Normal(z[1], 0.1))
 
     kernel = NUTS(model, full_mass=[("a", "b")])
-    mcmc = MCMC(kernel, 1, 100, num_chains=4, progress=False)
+    mcmc = MCMC(kernel, 1, 50, num_chains=4, progress=False)
     states: list[Any] = []
     original = kernel.end_window
     kernel.end_window = lambda *a: states.append(original(*a)) or states[-1]  # type: ignore[method-assign]
@@ -246,14 +246,14 @@ def test_the_mass_matrix_is_the_posterior_covariance() -> None:
 
 
 def test_acceptance_comes_near_its_target() -> None:
-    mcmc = MCMC(NUTS(gaussian, target_accept_prob=0.9), 200, 300, num_chains=4, progress=False)
+    mcmc = MCMC(NUTS(gaussian, target_accept_prob=0.9), 150, 250, num_chains=4, progress=False)
     mcmc.run()
     assert 0.85 < float(mcmc.sample_stats["acceptance_rate"].mean()) < 0.97
 
 
 # ---------------------------------------------------------------------- chains and programs
 def _fixed() -> NUTS:
-    return NUTS(gaussian, step_size=0.05, adapt_step_size=False, adapt_mass_matrix=False)
+    return NUTS(gaussian, step_size=0.05, adapt_step_size=False, adapt_mass_matrix=False, max_tree_depth=5)
 
 
 def test_a_chain_is_the_same_alone_and_among_others() -> None:
@@ -309,23 +309,71 @@ def test_gradients_are_counted() -> None:
 # ---------------------------------------------------------------------- resume, seeds, devices
 def test_resume_is_exact(tmp_path: Any) -> None:
     options: dict[str, Any] = {"num_chains": 4, "progress": False, "seed": 5}
-    whole = MCMC(NUTS(gaussian), 160, 80, **options).run().get_samples()["x"]
+    whole = MCMC(NUTS(gaussian), 25, 25, **options).run().get_samples()["x"]
 
     stopped = 0
 
     def interrupt(fields: dict[str, Any]) -> None:
         nonlocal stopped
         stopped += 1
-        if fields["step"] >= 128:
+        if fields["step"] >= 25:
             raise KeyboardInterrupt
 
     cut = MCMC(
-        NUTS(gaussian), 160, 80, num_chains=4, seed=5, checkpoint=tmp_path, checkpoint_every=0.0, progress=interrupt
+        NUTS(gaussian), 25, 25, num_chains=4, seed=5, checkpoint=tmp_path, checkpoint_every=0.0, progress=interrupt
     )
     with pytest.warns(UserWarning, match="interrupted"):
         cut.run()
-    resumed = MCMC(NUTS(gaussian), 160, 80, checkpoint=tmp_path, **options).run()
+    resumed = MCMC(NUTS(gaussian), 25, 25, checkpoint=tmp_path, **options).run()
     assert torch.equal(resumed.get_samples()["x"], whole)
+
+
+def _break_even(monkeypatch: Any, calls: int) -> None:
+    """Let compilation cost what so many calls of an uncompiled step do."""
+    monkeypatch.setattr(graph, "_pays", lambda _, called: called > calls)
+
+
+@pytest.mark.parametrize("calls", [250, 450])
+def test_long_trees_compile_the_step_within_the_run(calls: int, monkeypatch: Any, tmp_path: Any) -> None:
+    """Trees of 31 leaves, where 8 were expected: the switch is made in the warm-up, or after it.  Bits depend on the
+    number of leapfrog steps alone: neither on what the process has compiled before nor on where a run was resumed.
+    """
+    _break_even(monkeypatch, calls)
+    kernel = _fixed()
+    options: dict[str, Any] = {"num_chains": 4, "seed": 5}
+    binds: list[bool] = []
+    bind = Program.bind
+
+    def watched(program: Program, *args: Any, **kwargs: Any) -> Any:
+        step = bind(program, *args, **kwargs)
+        binds.append(program.compiled)
+        return step
+
+    monkeypatch.setattr(Program, "bind", watched)
+    whole = MCMC(kernel, 10, 10, progress=False, **options).run()
+    # A block is bound when it begins, and once more where the step outgrows it.
+    assert binds == ([False, True, True] if calls == 250 else [False, False, True])
+    again = MCMC(kernel, 10, 10, progress=False, **options).run()
+    assert torch.equal(again.get_samples()["x"], whole.get_samples()["x"])
+
+    def interrupt(fields: dict[str, Any]) -> None:
+        if fields["step"] == 10:
+            raise KeyboardInterrupt
+
+    options |= {"checkpoint": tmp_path, "checkpoint_every": 0.0}
+    with pytest.warns(UserWarning, match="interrupted"):
+        MCMC(kernel, 10, 10, progress=interrupt, **options).run()
+    resumed = MCMC(kernel, 10, 10, progress=False, **options).run()
+    assert torch.equal(resumed.get_samples()["x"], whole.get_samples()["x"])
+
+
+def test_short_trees_and_forbidden_compilation_stay_uncompiled(monkeypatch: Any) -> None:
+    _break_even(monkeypatch, 250)
+    options: dict[str, Any] = {"step_size": 0.05, "adapt_step_size": False, "adapt_mass_matrix": False}
+    short = MCMC(NUTS(gaussian, max_tree_depth=2, **options), 20, 0, num_chains=4, progress=False).run()
+    forbidden = MCMC(_fixed(), 20, 0, num_chains=4, progress=False, compile=False).run()
+    assert int(forbidden.sample_stats["num_steps"].sum(1).min()) > 250
+    assert not short.compiled and not forbidden.compiled
 
 
 # ---------------------------------------------------------------------- Pyro's arguments

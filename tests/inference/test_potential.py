@@ -1,5 +1,7 @@
 """The potential against Pyro's own, closed forms, and itself run another way."""
 
+import functools
+import itertools
 import math
 
 import pyro
@@ -141,6 +143,66 @@ def test_minibatch_potential_is_unbiased_and_scaled():
     assert error < 3 * values.std() / math.sqrt(2000)
 
 
+def discrete_rows(y, batch_size, nested=False):
+    """A mixture whose rows have a state each; nested: with three measurements a row, in a plate of their own."""
+    loc = pyro.sample("loc", dist.Normal(y.new_zeros(2), 2.0).to_event(1))
+    with pyro.plate("n", len(y), subsample_size=batch_size, dim=-1) as index:
+        k = pyro.sample("k", dist.Categorical(y.new_tensor([0.3, 0.7])))
+        if not nested:
+            pyro.sample("y", dist.Normal(loc[k], 1.0), obs=y[index])
+        else:
+            with pyro.plate("m", 3, dim=-2):
+                pyro.sample("y", dist.Normal(loc[k], 1.0), obs=y[index].expand(3, -1))
+
+
+def discrete_chains(y, batch_size):
+    """Sequences of three hidden states, of which a minibatch holds some."""
+    loc = pyro.sample("loc", dist.Normal(y.new_zeros(2), 2.0).to_event(1))
+    move = y.new_tensor([[0.9, 0.1], [0.3, 0.7]])
+    with pyro.plate("n", len(y), subsample_size=batch_size) as index:
+        k = torch.zeros((), dtype=torch.long)
+        for t in pyro.markov(range(3)):
+            k = pyro.sample(f"k{t}", dist.Categorical(move[k]))
+            pyro.sample(f"y{t}", dist.Normal(loc[k], 1.0), obs=y[index] + t)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [discrete_rows, functools.partial(discrete_rows, nested=True), discrete_chains],
+    ids=["rows", "nested", "chains"],
+)
+def test_discrete_sites_in_a_minibatch_are_summed_out_row_by_row(model):
+    """The mean over all ten pairs of five rows is the full density: N / B outside of each row's sum, not within it."""
+    y = torch.tensor([0.3, -1.2, 2.5, 0.7, 1.9], dtype=zoo.F64)
+    mini, full = Potential(LogDensity(model, (y, 2))), Potential(LogDensity(model, (y, None)))
+    assert mini.captured and mini.plates["n"] == ("n", 5, 2)
+    z = positions(full, 1)
+    pairs = torch.tensor(list(itertools.combinations(range(5), 2)))
+    value, gradient = mini.value_and_grad(z.expand(10, -1), {"n": pairs})
+    expected, slope = full.value_and_grad(z)
+    torch.testing.assert_close(value.mean(), expected[0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(gradient.mean(0), slope[0], rtol=1e-10, atol=1e-10)
+
+
+def test_a_discrete_site_of_which_a_minibatch_holds_a_part_is_refused():
+    def shared(y):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        k = pyro.sample("k", dist.Bernoulli(0.3))
+        with pyro.plate("n", len(y), subsample_size=2) as index:
+            pyro.sample("y", dist.Normal(loc * k, 1.0), obs=y[index])
+
+    def shared_by_a_group(y):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("groups", 4, dim=-2):
+            k = pyro.sample("k", dist.Bernoulli(0.3))
+            with pyro.plate("n", len(y), subsample_size=2, dim=-1) as index:
+                pyro.sample("y", dist.Normal(loc * k, 1.0), obs=y[index].expand(4, -1))
+
+    for model in (shared, shared_by_a_group):
+        with pytest.raises(ValueError, match="discrete site 'k' is summed out, and the subsampled plate 'n'"):
+            LogDensity(model, (zoo.Y.float(),))
+
+
 def test_minibatch_indices_shared_or_per_chain():
     potential = Potential(LogDensity(minibatch_model, (zoo.X, zoo.Y)))
     z = positions(potential, 3)
@@ -152,6 +214,24 @@ def test_minibatch_indices_shared_or_per_chain():
         torch.testing.assert_close(gradient[chain], slope[0])
     with pytest.raises(ValueError, match="minibatch plates"):
         potential(z)
+
+
+def test_chains_that_would_leave_the_cache_go_in_passes(monkeypatch):
+    """Room for 40 chains: 100 go in passes of 40, and 300 in four."""
+    model, args = zoo.CONTINUOUS["logistic"]
+    potential = Potential(LogDensity(model, args))
+    z = positions(potential, 100)
+    whole = potential.value_and_grad(z)
+    sizes = []
+    evaluate = potential._evaluate
+    monkeypatch.setattr(potential, "_evaluate", lambda z, *rest: sizes.append(len(z)) or evaluate(z, *rest))
+    potential(z)
+    assert sizes == [100]
+    monkeypatch.setattr("inference.potential.potential._CACHE_BYTES", 40 * potential._widest)
+    for a, b in zip(whole, potential.value_and_grad(z), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    potential(positions(potential, 300))
+    assert sizes == [100, 40, 40, 20, 75, 75, 75, 75] and potential._widest >= 400
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 100])

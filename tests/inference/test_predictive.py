@@ -7,11 +7,9 @@ while a wrong scale by a third is seen at n = 1000.
 
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import arviz as az
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -19,26 +17,13 @@ import torch
 from pyro import poutine
 from pyro.infer import Predictive as PyroPredictive
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
-from pyro.nn import PyroModule, PyroSample
-from pyro.poutine.subsample_messenger import SubsampleMessenger
 from scipy.stats import ks_2samp
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from inference._errors import CaptureWarning
 from inference.results.predictive import Predictive, log_likelihood
-
-
-def _global_state() -> tuple[Any, ...]:
-    return (
-        torch.get_rng_state().tolist(),
-        torch.distributions.Distribution._validate_args,
-        pyro.settings.get(),
-        sorted(pyro.get_param_store().keys()),
-        torch.get_default_dtype(),
-        torch.is_grad_enabled(),
-        SubsampleMessenger._subsample,
-    )
+from tests.inference.predictive_cases import MODELS, X, eight_schools, global_state, logistic, minibatch, prior_draws
 
 
 @pytest.fixture(autouse=True)
@@ -59,122 +44,12 @@ def _same_law(ours: Tensor, theirs: Tensor) -> None:
         assert ks_2samp(a.numpy(), b.numpy(), method="asymp").statistic < bound
 
 
-# ---------------------------------------------------------------- models
-X = torch.randn(30, 3, generator=torch.Generator().manual_seed(4))
-EYE = torch.eye(30)
-
-
-def eight_schools(y: Tensor | None = None) -> None:
-    sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
-    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-    with pyro.plate("school", 8):
-        eta = pyro.sample("eta", dist.Normal(0.0, 1.0))
-        theta = pyro.deterministic("theta", mu + tau * eta)
-        pyro.sample("y", dist.Normal(theta, sigma), obs=y)
-
-
-def logistic(y: Tensor | None = None) -> Tensor:
-    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
-    b = pyro.sample("b", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", 30):
-        return pyro.sample("y", dist.Bernoulli(logits=X @ w + b), obs=y)
-
-
-def gaussian_process(y: Tensor | None = None) -> None:
-    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
-    covariance = torch.exp(-0.5 * torch.cdist(X, X) ** 2 / scale**2) + 0.1 * EYE
-    pyro.sample("y", dist.MultivariateNormal(torch.zeros(30), covariance), obs=y)
-
-
-def mixture(y: Tensor | None = None) -> None:
-    p = pyro.sample("p", dist.Dirichlet(torch.ones(3)))
-    m = pyro.sample("m", dist.Normal(torch.zeros(3), 3.0).to_event(1))
-    with pyro.plate("data", 30):
-        pyro.sample("y", dist.MixtureSameFamily(dist.Categorical(p), dist.Normal(m, 1.0)), obs=y)
-
-
-def enumerable(y: Tensor | None = None) -> None:
-    p = pyro.sample("p", dist.Dirichlet(torch.ones(3)))
-    m = pyro.sample("m", dist.Normal(torch.zeros(3), 3.0).to_event(1))
-    with pyro.plate("data", 30):
-        z = pyro.sample("z", dist.Categorical(p), infer={"enumerate": "parallel"})
-        pyro.sample("y", dist.Normal(m[z], 1.0), obs=y)
-
-
-def lkj(y: Tensor | None = None) -> None:
-    chol = pyro.sample("chol", dist.LKJCholesky(3, 1.5))
-    s = pyro.sample("s", dist.HalfNormal(torch.ones(3)).to_event(1))
-    with pyro.plate("data", 30):
-        pyro.sample("y", dist.MultivariateNormal(torch.zeros(3), scale_tril=s.unsqueeze(-1) * chol), obs=y)
-
-
-def nested(y: Tensor | None = None) -> None:
-    rows, columns = pyro.plate("rows", 5, dim=-2), pyro.plate("columns", 4, dim=-1)
-    top = pyro.sample("top", dist.Normal(0.0, 1.0))
-    pyro.deterministic("twice", 2 * top)
-    with rows:
-        r = pyro.sample("r", dist.Normal(top, 1.0))
-    with columns:
-        c = pyro.sample("c", dist.Gamma(2.0, 1.0))
-    with rows, columns:
-        pyro.sample("y", dist.Normal(r, c), obs=y)
-
-
-def masked(y: Tensor | None = None) -> None:
-    a = pyro.sample("a", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", 30), poutine.mask(mask=X[:, 0] > 0), poutine.scale(scale=3.0):
-        pyro.sample("y", dist.Normal(a, 1.0), obs=y)
-
-
-def factored(y: Tensor | None = None) -> None:
-    a = pyro.sample("a", dist.Normal(0.0, 1.0))
-    pyro.factor("f", -a.abs())
-    with pyro.plate("data", 30):
-        pyro.sample("y", dist.StudentT(4.0, a, 1.0), obs=y)
-
-
-class Regression(PyroModule):  # type: ignore[misc]
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = PyroModule[torch.nn.Linear](3, 1)
-        self.linear.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 3]).to_event(2))
-        self.linear.bias = PyroSample(dist.Normal(0.0, 1.0).expand([1]).to_event(1))
-
-    def forward(self, y: Tensor | None = None) -> Tensor:
-        mean = self.linear(X).squeeze(-1)
-        with pyro.plate("data", 30):
-            pyro.sample("y", dist.Normal(mean, 0.5), obs=y)
-        return mean
-
-
-MODELS: dict[str, Callable[..., Any]] = {
-    f.__name__: f
-    for f in (eight_schools, logistic, gaussian_process, mixture, enumerable, lkj, nested, masked, factored)
-} | {"Regression": Regression()}
-DRAWN = {"enumerable": {"z"}}  # left out of the samples
-
-
-def _prior(name: str, n: int) -> dict[str, Tensor]:
-    """Prior draws of a model's latent sites in the shapes that MCMC gives them."""
-    draws: dict[str, list[Tensor]] = {}
-    with torch.random.fork_rng():
-        latents = [n for n, node in poutine.trace(MODELS[name]).get_trace().nodes.items() if node["type"] == "sample"]
-        torch.manual_seed(5)
-        for _ in range(n):
-            for site, node in poutine.trace(MODELS[name]).get_trace().iter_stochastic_nodes():
-                if site not in {"y", "data", "rows", "columns", "school"} | DRAWN.get(name, set()):
-                    draws.setdefault(site, []).append(node["value"])
-    assert set(draws) <= set(latents)
-    return {site: torch.stack(values).detach() for site, values in draws.items()}
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_model_agrees_with_pyro(name: str) -> None:
-    samples, model = _prior(name, 600), MODELS[name]
-    before = _global_state()
+    samples, model = prior_draws(name, 600), MODELS[name]
+    before = global_state()
     ours = Predictive(model, samples, chunk_size=250)()
-    assert _global_state() == before
+    assert global_state() == before
     with torch.random.fork_rng():
         torch.manual_seed(6)
         theirs = PyroPredictive(model, samples)()
@@ -203,7 +78,7 @@ def test_prior_predictive_agrees_with_pyro(name: str) -> None:
 
 @pytest.mark.changes_globals("rng")  # by Pyro, which it is compared with
 def test_deterministic_sites_are_exact_in_every_chunking() -> None:
-    samples = _prior("eight_schools", 50)
+    samples = prior_draws("eight_schools", 50)
     theirs = PyroPredictive(eight_schools, samples, return_sites=["theta"])()["theta"]
     for chunk_size in (None, 1, 7, 50, 999):
         assert torch.equal(
@@ -214,19 +89,19 @@ def test_deterministic_sites_are_exact_in_every_chunking() -> None:
 
 @pytest.mark.changes_globals("rng")  # by Pyro, which it is compared with
 def test_observed_sites_return_their_data_and_the_return_value_is_a_site() -> None:
-    samples, y = _prior("logistic", 20), torch.ones(30)
+    samples, y = prior_draws("logistic", 20), torch.ones(30)
     found = Predictive(logistic, samples, return_sites=["y", "_RETURN"])(y)
     assert list(found) == ["y", "_RETURN"]
     assert torch.equal(found["y"], y.expand(20, 30)) and torch.equal(found["_RETURN"], found["y"])
     found["y"][0] = 5.0  # the result is the caller's own memory
     assert y.eq(1).all() and found["y"][1].eq(1).all()
-    regression = Predictive(MODELS["Regression"], _prior("Regression", 20), return_sites=["_RETURN"])()["_RETURN"]
-    theirs = PyroPredictive(MODELS["Regression"], _prior("Regression", 20), return_sites=["_RETURN"])()["_RETURN"]
+    regression = Predictive(MODELS["Regression"], prior_draws("Regression", 20), return_sites=["_RETURN"])()["_RETURN"]
+    theirs = PyroPredictive(MODELS["Regression"], prior_draws("Regression", 20), return_sites=["_RETURN"])()["_RETURN"]
     torch.testing.assert_close(regression, theirs, rtol=1e-5, atol=1e-5)  # float32 products in another order
 
 
 def test_grouped_samples_give_grouped_results() -> None:
-    flat = _prior("eight_schools", 24)
+    flat = prior_draws("eight_schools", 24)
     grouped = {site: value.reshape(4, 6, *value.shape[1:]) for site, value in flat.items()}
     ours, same = Predictive(eight_schools, grouped, batch_ndims=2)(), Predictive(eight_schools, flat)()
     assert ours["y"].shape == (4, 6, 8) and ours["theta"].shape == (4, 6, 8)
@@ -241,9 +116,9 @@ def test_guide_draws_the_latent_sites(guide_type: type) -> None:
     guide(y)
     for _, value in guide.named_parameters():  # a guide that is not the prior
         value.data.add_(0.3)
-    before = _global_state()
+    before = global_state()
     ours = Predictive(eight_schools, guide=guide, num_samples=800)(None)
-    assert _global_state() == before
+    assert global_state() == before
     with torch.random.fork_rng():
         torch.manual_seed(8)
         theirs = PyroPredictive(eight_schools, guide=guide, num_samples=800)(None)
@@ -266,20 +141,13 @@ def test_double_precision_stays_double() -> None:
 
 
 def test_an_invalid_draw_is_nan_alone() -> None:
-    samples = _prior("eight_schools", 6)
+    samples = prior_draws("eight_schools", 6)
     samples["tau"][2] = float("nan")
     y = Predictive(eight_schools, samples, return_sites=["y"])()["y"]
     assert y[2].isnan().all() and y.isfinite().all(-1).sum() == 5
 
 
 # ---------------------------------------------------------------- plates with subsampling
-def minibatch(x: Tensor, y: Tensor | None = None) -> None:
-    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
-    with pyro.plate("data", len(x), subsample_size=5) as index:
-        pyro.deterministic("index", index)
-        pyro.sample("y", dist.Normal(x[index] @ w, 1.0), obs=None if y is None else y[index])
-
-
 def test_a_subsampling_plate_draws_a_subsample_for_each_draw() -> None:
     index = Predictive(minibatch, {"w": torch.zeros(3000, 3)}, return_sites=["index"])(X)["index"].reshape(3000, 5)
     assert all(len(set(row)) == 5 for row in index.tolist())
@@ -293,80 +161,6 @@ def test_full_plates_visit_every_element() -> None:
     assert torch.equal(found["index"].reshape(7, 30), torch.arange(30).expand(7, 30)) and found["y"].shape == (7, 30)
 
 
-def test_log_likelihood_of_a_minibatch_model_is_that_of_all_data() -> None:
-    w, y = torch.randn(9, 3, generator=torch.Generator().manual_seed(9)), torch.ones(30)
-    ours = log_likelihood(minibatch, {"w": w}, X, y)
-    assert list(ours) == ["y"]
-    torch.testing.assert_close(ours["y"], dist.Normal(w @ X.T, 1.0).log_prob(y), rtol=1e-5, atol=1e-5)
-
-
-# ---------------------------------------------------------------- log-likelihood
-@pytest.mark.parametrize("name", sorted(set(MODELS) - {"enumerable"}))
-@pytest.mark.changes_globals("rng")  # by the traces that it is compared with
-def test_log_likelihood_equals_a_loop_of_traces(name: str) -> None:
-    samples = _prior(name, 12)
-    y = PyroPredictive(MODELS[name], samples, return_sites=["y"])()["y"][0]
-    before = _global_state()
-    ours = log_likelihood(
-        MODELS[name], {k: v.reshape(3, 4, *v.shape[1:]) for k, v in samples.items()}, y, batch_ndims=2, chunk_size=5
-    )
-    assert _global_state() == before
-    assert list(ours) == ["y"]
-    for i in range(12):
-        trace = poutine.trace(poutine.condition(MODELS[name], {k: v[i] for k, v in samples.items()})).get_trace(y)
-        site = trace.nodes["y"]
-        expected = site["fn"].log_prob(site["value"])
-        if name == "masked":
-            expected = torch.where(X[:, 0] > 0, expected, 0)  # and no scale
-        # vmap changes the order of sums only; the log-density of the 30-dimensional Gaussian has a condition number
-        # near 1e2
-        torch.testing.assert_close(ours["y"][i // 4, i % 4], expected, rtol=1e-4, atol=1e-4)
-
-
-def test_log_likelihood_in_double_precision_is_exact() -> None:
-    mu, tau, y = (torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(10)) for n in (9, 9, 4))
-
-    def model() -> None:
-        m = pyro.sample("mu", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
-        t = pyro.sample("tau", dist.LogNormal(torch.zeros((), dtype=torch.float64), 1.0))
-        with pyro.plate("n", 4):
-            pyro.sample("y", dist.Normal(m, t), obs=y)
-
-    found = log_likelihood(model, {"mu": mu, "tau": tau.exp()})["y"]
-    expected = (
-        -0.5 * ((y - mu[:, None]) / tau.exp()[:, None]) ** 2
-        - tau[:, None]
-        - 0.5 * torch.log(2 * torch.tensor(torch.pi))
-    )
-    assert (found - expected).abs().max() < 1e-6 and found.dtype == torch.float64
-    assert (found - dist.Normal(mu[:, None], tau.exp()[:, None]).log_prob(y)).abs().max() < 1e-13
-
-
-def test_data_win_over_samples_of_the_same_name_and_loo_accepts_the_result() -> None:
-    samples = {site: value.reshape(4, 50, *value.shape[1:]) for site, value in _prior("logistic", 200).items()}
-    y = torch.ones(30)
-    ours = log_likelihood(logistic, samples | {"y": torch.zeros(4, 50, 30)}, y, batch_ndims=2)
-    assert torch.equal(ours["y"], log_likelihood(logistic, samples, y, batch_ndims=2)["y"])
-    data = az.from_dict(
-        posterior={site: value.numpy() for site, value in samples.items()}, log_likelihood={"y": ours["y"].numpy()}
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # prior draws are no posterior: Pareto k is large
-        assert az.loo(data).elpd_loo < 0
-
-
-def test_log_likelihood_says_what_is_missing() -> None:
-    samples = _prior("enumerable", 5)
-    with pytest.raises(ValueError, match=r"\['z'\] are neither observed nor in posterior_samples.*MixtureSameFamily"):
-        log_likelihood(enumerable, samples, torch.zeros(30))
-    with pytest.raises(ValueError, match=r"\['y'\].*pass the data"):
-        log_likelihood(logistic, _prior("logistic", 5))
-    with pytest.raises(ValueError, match="no observed site"):
-        log_likelihood(lambda: pyro.sample("a", dist.Normal(0.0, 1.0)), {"a": torch.zeros(3)})
-    with pytest.raises(ValueError, match="posterior_samples is empty"):
-        log_likelihood(logistic, {}, torch.ones(30))
-
-
 # ---------------------------------------------------------------- what vmap refuses
 def test_a_model_that_branches_runs_draw_by_draw_with_one_warning() -> None:
     def model() -> None:
@@ -375,10 +169,10 @@ def test_a_model_that_branches_runs_draw_by_draw_with_one_warning() -> None:
         pyro.sample("y", dist.Normal(b, 0.1), obs=None)
 
     a = torch.linspace(-1, 1, 40)
-    before = _global_state()
+    before = global_state()
     with pytest.warns(CaptureWarning, match=r"runs 40 times, slower but correct: .*data-dependent") as caught:
         found = Predictive(model, {"a": a})()
-    assert _global_state() == before and len(caught) == 1 and caught[0].filename == __file__
+    assert global_state() == before and len(caught) == 1 and caught[0].filename == __file__
     assert torch.equal(found["b"], torch.where(a > 0, a, -2 * a))
     assert ((found["y"] - found["b"]) / 0.1).abs().max() < 5
 
@@ -418,7 +212,7 @@ def test_validation_of_a_later_draw_in_the_loop_names_the_draw() -> None:
 
 # ---------------------------------------------------------------- seeds, state, cost
 def test_seeds() -> None:
-    samples = _prior("logistic", 100)
+    samples = prior_draws("logistic", 100)
     first, again, other = (Predictive(logistic, samples, seed=seed)()["y"] for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
     with torch.random.fork_rng():
@@ -429,21 +223,54 @@ def test_seeds() -> None:
         assert torch.equal(Predictive(logistic, samples, seed=None)()["y"], first) and not torch.equal(first, other)
 
 
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_draws_do_not_depend_on_chunks(name: str) -> None:
+    """One pass, passes of 7 that cut groups of draws anywhere, and one draw a pass: the same random numbers, so that
+    discrete sites are equal and continuous ones to rounding.
+    """
+    whole, parts, single = (
+        Predictive(MODELS[name], num_samples=20, return_sites=None, chunk_size=size)() for size in (None, 7, 1)
+    )
+    for site, value in whole.items():
+        torch.testing.assert_close(parts[site], value, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(single[site], value, rtol=1e-4, atol=1e-4)
+        assert site == "y" or not value.numel() or len(value.unique(dim=0)) > 1  # and draws differ
+
+
+def test_families_drawn_by_their_own_samplers_do_not_depend_on_chunks() -> None:
+    def model() -> None:
+        a = pyro.sample("gamma", dist.Gamma(torch.tensor(0.7), 1.0))
+        b = pyro.sample("beta", dist.Beta(a + 0.1, torch.ones(2)).to_event(1))
+        pyro.sample("student", dist.StudentT(3.0, b.sum()))
+        pyro.sample("poisson", dist.Poisson(5 * a))
+        pyro.sample("overdispersed", dist.GammaPoisson(a + 0.1, 1.0))
+        pyro.sample("simplex", dist.Dirichlet(torch.full((4,), 0.5)))
+        pyro.sample("hot", dist.OneHotCategorical(torch.tensor([0.2, 0.3, 0.5])))
+        pyro.sample("sparse", dist.ZeroInflatedPoisson(rate=3 * a, gate=torch.tensor(0.3)))
+        pyro.sample("flat", dist.Uniform(-a, a))
+
+    whole = Predictive(model, num_samples=40)()
+    for size in (1, 9):
+        for site, value in Predictive(model, num_samples=40, chunk_size=size)().items():
+            torch.testing.assert_close(value, whole[site])
+    assert all(len(value.unique(dim=0)) > 2 for value in whole.values())
+
+
 def test_state_is_as_found_after_an_error_and_with_any_flags() -> None:
     def model() -> None:
         pyro.param("made_here", torch.tensor(1.0))
         pyro.sample("y", dist.Normal(0.0, -1.0))
 
-    before = _global_state()
+    before = global_state()
     with pytest.raises(ValueError, match="constraint") as caught:
         Predictive(model, num_samples=3, full_plates=True)()
     assert "first draw" in caught.value.__notes__[0]
-    assert _global_state() == before
+    assert global_state() == before
     torch.distributions.Distribution.set_default_validate_args(False)  # Pyro's own flag stays on
     try:
-        before = _global_state()
+        before = global_state()
         Predictive(logistic, num_samples=3)()
-        assert _global_state() == before
+        assert global_state() == before
     finally:
         torch.distributions.Distribution.set_default_validate_args(True)
 
@@ -475,7 +302,7 @@ def test_the_model_runs_once_a_chunk() -> None:
 
 MEMORY = """
 import pyro, torch, pyro.distributions as dist
-from inference.results.predictive import Predictive
+from inference.results.predictive import Predictive, log_likelihood
 torch.set_num_threads(1)
 def peak():  # not ru_maxrss, which a child inherits from the process that starts it
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -494,11 +321,11 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
-def test_peak_memory_is_the_result_and_one_chunk() -> None:
+def test_peak_memory_is_under_twice_the_result() -> None:
+    """40 MB of result, measured 58 to 66; in chunks of 32 MiB 77 to 92, in one chunk 120, with Pyro's traces 255."""
     run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
-    # 107 MB; measured 77 to 92 MB, with all draws in one chunk 120 MB, and Pyro, which keeps the traces, 255 MB
-    peak, result, chunk = int(run.stdout), 500 * 20000 * 4, 32 * 2**20
-    assert peak < result + 2 * chunk, f"{peak / 2**20:.0f} MiB"
+    peak, result = int(run.stdout), 500 * 20000 * 4
+    assert peak < 2 * result, f"{peak / 2**20:.0f} MiB"
 
 
 def test_fake_cuda_tensors_meet_no_tensor_of_another_device() -> None:
