@@ -20,11 +20,19 @@ from inference.citation import Paper
 from inference.objectives.unnormalised import CompositionalLikelihood
 from inference.objectives.unnormalised.mixture import MixtureNoise
 from inference.objectives.unnormalised.noise import DefensiveMixture, GaussianNoise, Noise, noise_from_config
-from inference.objectives.unnormalised.objective import UnnormalisedObjective
 from inference.results.evidence import LogPartition
 from ppl_models.base import Model, check_batch_size, check_count, check_counts, to_tensor
 from ppl_models.compositional_ebm.distribution import EnergyDistribution
-from ppl_models.compositional_ebm.methods import EnergyFit, build_objective, check_schedule, optimise
+from ppl_models.compositional_ebm.methods import (
+    EnergyFit,
+    NoiseMeasure,
+    RelativeEnergy,
+    RelativeTo,
+    build_objective,
+    check_schedule,
+    optimise,
+    relative,
+)
 from ppl_models.compositional_ebm.networks import EnergyNetwork
 from ppl_models.compositional_ebm.noise import as_noise
 from ppl_models.compositional_ebm.normaliser import importance
@@ -64,7 +72,7 @@ class PrincipalComponents(nn.Module):
 class _Hybrid(nn.Module):
     """Density of the components and cross-entropy of the labels, on inputs with a little noise."""
 
-    def __init__(self, classifier: "EnergyClassifier", density: UnnormalisedObjective, weight: float, jitter: float):
+    def __init__(self, classifier: "EnergyClassifier", density: nn.Module, weight: float, jitter: float):
         super().__init__()
         self.density, self.weight, self.jitter = density, weight, jitter
         self._classifier = (classifier,)
@@ -75,7 +83,12 @@ class _Hybrid(nn.Module):
         cross_entropy = functional.cross_entropy(self._classifier[0].network(z), y)
         if not self.weight:
             return cross_entropy
-        loss: Tensor = self.weight * self.density(z) + cross_entropy
+        density = self.density
+        if isinstance(density, RelativeTo):
+            with torch.no_grad():
+                log_noise = self._classifier[0].log_noise(z)
+            return self.weight * density(z, log_noise) + cross_entropy
+        loss: Tensor = self.weight * density(z) + cross_entropy
         return loss
 
 
@@ -151,6 +164,11 @@ class EnergyClassifier(Model):
             label: Tensor = pyro.sample("y", dist.Categorical(logits=self.network(z)), obs=y)
         return label
 
+    def log_noise(self, z: Tensor) -> Tensor:
+        """Log-density of components under the noise that the density tilts, ``(row,)``."""
+        assert self.noise is not None
+        return self.noise.log_prob(z)
+
     def _law(self, log_z: float | None) -> EnergyDistribution:
         assert self.noise is not None
         return EnergyDistribution(
@@ -220,10 +238,14 @@ class EnergyClassifier(Model):
             self.noise = DefensiveMixture(mixture, GaussianNoise.fit(z, 1.3), 0.1)
         else:
             self.noise = as_noise(noise, z, None, seed)
-        density = build_objective(method, _Marginal(self), self.noise, noise_samples, beta, options)
-        objective = _Hybrid(self, density, density_weight, input_noise)
+        if relative(method, options):
+            model = RelativeEnergy(_MarginalEnergy(self.network), (z.shape[1],), None)
+            density = build_objective(method, model, NoiseMeasure(self.noise), noise_samples, beta, options)
+            trained: nn.Module = RelativeTo(density)
+        else:
+            density = trained = build_objective(method, _Marginal(self), self.noise, noise_samples, beta, options)
         loop, history = optimise(
-            objective if density_weight else _Hybrid(self, density, 0.0, input_noise),
+            _Hybrid(self, trained, density_weight, input_noise),
             (z, y),
             density=density,
             num_steps=num_steps,
@@ -315,6 +337,18 @@ class EnergyClassifier(Model):
         for name in [n for n in state if n.startswith("noise.")]:
             del state[name]
         return state
+
+
+class _MarginalEnergy(nn.Module):
+    """``-logsumexp_y f(z)[y]``."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, z: Tensor) -> Tensor:
+        """``(row, column)`` to ``(row,)``."""
+        return -torch.logsumexp(self.network(z), 1)
 
 
 class _Marginal(nn.Module):

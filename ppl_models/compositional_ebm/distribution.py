@@ -71,6 +71,10 @@ class EnergyDistribution(TorchDistribution):
             reals = constraints.independent(constraints.real, len(event_shape)) if event_shape else constraints.real
             support = reals if base is None else base.support
         self._support = support
+        inner = support
+        while isinstance(inner, constraints.independent):
+            inner = inner.base_constraint
+        self._bounded = inner is not constraints.real
         super().__init__(torch.Size(batch_shape), torch.Size(event_shape), validate_args=False)
 
     @constraints.dependent_property  # type: ignore[untyped-decorator, unused-ignore]
@@ -96,7 +100,7 @@ class EnergyDistribution(TorchDistribution):
         )
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """``-E(x) + log b(x) - log Z``, ``(*batch,)``.
+        """``-E(x) + log b(x) - log Z``, ``(*batch,)``; minus infinity outside the support.
 
         Raises:
             ValueError: the energy returned another shape than one value a row.
@@ -115,6 +119,9 @@ class EnergyDistribution(TorchDistribution):
         log_p = -energy
         if self.base is not None:
             log_p = log_p + self.base.log_prob(rows)
+        if self._bounded:
+            inside = self._support.check(rows).reshape(len(rows), -1).all(1)
+            log_p = torch.where(inside, log_p, torch.full_like(log_p, -math.inf))
         log_p = log_p.reshape(batch)
         if self.log_z is not None:
             log_p = log_p - self.log_z

@@ -110,7 +110,7 @@ def test_log_z_five_ways(fitted: EnergyModel) -> None:
 
 @pytest.mark.parametrize("method", ["sir", "hmc", "sgld", "annealed"])
 def test_draws_have_the_models_moments(fitted: EnergyModel, method: str) -> None:
-    options: dict[str, Any] = {"warmup_steps": 30, "thin": 2} if method in ("hmc", "sgld") else {}
+    options: dict[str, Any] = {"warmup_steps": 60, "thin": 2} if method in ("hmc", "sgld") else {}
     drawn = fitted.sample(600, method=method, seed=3, **options)
     assert drawn.shape == (600, 2)
     # the radius is 2.83 in all eight modes; a chain of the wrong sign or temperature leaves it
