@@ -21,6 +21,7 @@ from inference.objectives.unnormalised.noise import (
     Noise,
     PoissonNoise,
 )
+from inference.objectives.unnormalised.quasi_random import QuasiRandomNoise
 from inference.runtime.generators import scoped_seed
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "MixtureNoise",
     "Noise",
     "PoissonNoise",
+    "QuasiRandomNoise",
     "as_noise",
     "auto_noise",
 ]

@@ -14,6 +14,7 @@ import torch
 from inference._errors import SamplerWarning
 from inference.log_partition import ais_sandwich, bridge_sampling
 from inference.objectives.unnormalised.noise import Noise
+from inference.objectives.unnormalised.quasi_random import QuasiRandomNoise
 from inference.results.evidence import LogPartition, from_weights, with_upper_bound
 from inference.runtime.generators import derive_seed, scoped_seed
 from ppl_models.compositional_ebm.distribution import EnergyDistribution
@@ -28,6 +29,7 @@ _UNRELIABLE_K = 0.7
 
 def importance(law: EnergyDistribution, noise: Noise, num_samples: int, seed: int) -> LogPartition:
     """Importance sampling from the noise, with a stochastic bound on either side."""
+    noise = noise.plain if isinstance(noise, QuasiRandomNoise) else noise  # the error is that of independent draws
     like = next(iter([*noise.buffers(), *noise.parameters()]), None)
     blocks = []
     with torch.no_grad(), scoped_seed(derive_seed(seed, "log Z"), None if like is None else like.device):

@@ -40,7 +40,8 @@ class QuasiRandomNoise(Noise):
             raise ValueError(f"{type(noise).__name__} is not drawn from uniform numbers: it cannot be drawn evenly")
         super().__init__(noise.event_shape)
         self.plain, self.seed = noise, seed
-        points = SobolEngine(noise.uniforms, scramble=True, seed=seed).draw(_BLOCK, dtype=torch.float64)
+        # in float32, which a change of the module's dtype to or from float64 leaves as it is
+        points = SobolEngine(noise.uniforms, scramble=True, seed=seed).draw(_BLOCK, dtype=torch.float32)
         self.register_buffer("points", points, persistent=False)
 
     @property
