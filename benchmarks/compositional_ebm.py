@@ -373,7 +373,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--bend", type=float, default=1.0)
-    parser.add_argument("--scale", type=float, default=0.5)
+    parser.add_argument("--scale", type=float, default=0.25)
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.part == "toys":

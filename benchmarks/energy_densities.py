@@ -402,7 +402,7 @@ def mixture_fit(law: KnownMixture, train: Tensor, method: str, noise: Any, steps
     return ebm, float(ebm.result.history["log_partition"][-1]), time.process_time() - started
 
 
-def mixtures(dim: int, seeds: int, num_steps: int = 2000, bend: float = 1.0, scale: float = 0.5) -> None:
+def mixtures(dim: int, seeds: int, num_steps: int = 2000, bend: float = 1.0, scale: float = 0.25) -> None:
     """The learned log Z beside the exact one: compositional with adaptive noise, and NCE for as many CPU seconds.
 
     NCE runs with the same noise, and with the one inflated normal that is its usual noise.

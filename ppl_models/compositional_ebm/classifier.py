@@ -18,14 +18,12 @@ from torch.nn import functional
 
 from inference.citation import Paper
 from inference.objectives.unnormalised import CompositionalLikelihood
-from inference.objectives.unnormalised.mixture import MixtureNoise
-from inference.objectives.unnormalised.noise import DefensiveMixture, GaussianNoise, Noise, noise_from_config
+from inference.objectives.unnormalised.noise import Noise, noise_from_config
 from inference.results.evidence import LogPartition
 from ppl_models.base import Model, check_batch_size, check_count, check_counts, to_tensor
 from ppl_models.compositional_ebm.distribution import EnergyDistribution
 from ppl_models.compositional_ebm.methods import (
     EnergyFit,
-    NoiseMeasure,
     RelativeEnergy,
     RelativeTo,
     build_objective,
@@ -34,7 +32,7 @@ from ppl_models.compositional_ebm.methods import (
     relative,
 )
 from ppl_models.compositional_ebm.networks import EnergyNetwork
-from ppl_models.compositional_ebm.noise import as_noise
+from ppl_models.compositional_ebm.noise import as_noise, covering_mixture, without_noise
 from ppl_models.compositional_ebm.normaliser import importance
 
 __all__ = ["EnergyClassifier"]
@@ -234,14 +232,14 @@ class EnergyClassifier(Model):
         self.log_z, self.result = None, None
         if isinstance(noise, str) and noise == "auto" and z.shape[1] > 1:
             components = max(1, min(30, len(z) // 40))
-            mixture = MixtureNoise.fit(z, components, ridge=0.05, seed=seed)
-            self.noise = DefensiveMixture(mixture, GaussianNoise.fit(z, 1.3), 0.1)
+            self.noise = covering_mixture(z, components, ridge=0.05, seed=seed)
         else:
             self.noise = as_noise(noise, z, None, seed)
         if relative(method, options):
             model = RelativeEnergy(_MarginalEnergy(self.network), (z.shape[1],), None)
-            density = build_objective(method, model, NoiseMeasure(self.noise), noise_samples, beta, options)
-            trained: nn.Module = RelativeTo(density)
+            relative_to = RelativeTo(method, model, self.noise, noise_samples, beta, options)
+            trained: nn.Module = relative_to
+            density = relative_to.density
         else:
             density = trained = build_objective(method, _Marginal(self), self.noise, noise_samples, beta, options)
         loop, history = optimise(
@@ -333,10 +331,7 @@ class EnergyClassifier(Model):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The networks' tensors; the noise has a place of its own in the file."""
-        state = super().state_dict(*args, **kwargs)
-        for name in [n for n in state if n.startswith("noise.")]:
-            del state[name]
-        return state
+        return without_noise(super().state_dict(*args, **kwargs), kwargs.get("prefix", ""))
 
 
 class _MarginalEnergy(nn.Module):

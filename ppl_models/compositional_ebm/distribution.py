@@ -142,14 +142,19 @@ class EnergyDistribution(TorchDistribution):
         return self.sampler(math.prod(shape)).reshape(shape + self.event_shape)
 
 
-def refuse_output_bias(energy: Any, outputs: int = 1) -> None:
-    """An added constant cancels in the likelihood, so that an output bias would wander."""
-    if not isinstance(energy, nn.Module):
+def check_energy(energy: Any) -> None:
+    """Refuse what is neither None nor a module, and a module with an output bias.
+
+    An added constant cancels in the likelihood, so that an output bias would wander.
+    """
+    if energy is None:
         return
+    if not isinstance(energy, nn.Module):
+        raise TypeError(f"energy must be a torch module or None, got {type(energy).__name__}")
     layers = [m for m in energy.modules() if isinstance(m, nn.Linear | nn.Bilinear | nn.Conv1d | nn.Conv2d)]
     last = layers[-1] if layers else None
     size = getattr(last, "out_features", getattr(last, "out_channels", None))
-    if last is not None and last.bias is not None and size == outputs:
+    if last is not None and last.bias is not None and size == 1:
         raise ValueError(
             "the energy's last layer has an output bias: a constant added to E changes log Z by as much and the "
             "likelihood not at all, so that the bias would wander and drag log Z along; give it bias=False"

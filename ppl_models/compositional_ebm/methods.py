@@ -110,11 +110,25 @@ class RelativeEnergy(nn.Module):
 
 
 class RelativeTo(nn.Module):
-    """An objective of densities relative to a noise; a likelihood's loss is that of the densities themselves."""
+    """An objective of densities relative to a noise; a likelihood's loss is that of the densities themselves.
 
-    def __init__(self, density: UnnormalisedObjective) -> None:
+    Args:
+        model: of densities relative to the noise.
+        noise: what they are relative to.
+        method, noise_samples, beta, options: as in ``build_objective``.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        model: RelativeEnergy,
+        noise: Noise,
+        noise_samples: int,
+        beta: Any,
+        options: Mapping[str, Any],
+    ) -> None:
         super().__init__()
-        self.density = density
+        self.density = build_objective(method, model, NoiseMeasure(noise), noise_samples, beta, options)
 
     def forward(self, x: Tensor, log_noise: Tensor) -> Tensor:
         """``log_noise`` is the noise's log-density at ``x``."""

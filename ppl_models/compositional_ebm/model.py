@@ -22,10 +22,9 @@ from inference.objectives.unnormalised.guards import unreliable
 from inference.objectives.unnormalised.noise import Noise, noise_from_config
 from inference.results.evidence import LogPartition
 from ppl_models.base import Model, Standardiser, check_batch_size, check_count, check_counts, to_tensor
-from ppl_models.compositional_ebm.distribution import EnergyDistribution, refuse_output_bias
+from ppl_models.compositional_ebm.distribution import EnergyDistribution, check_energy
 from ppl_models.compositional_ebm.methods import (
     EnergyFit,
-    NoiseMeasure,
     RelativeEnergy,
     RelativeTo,
     build_objective,
@@ -34,7 +33,7 @@ from ppl_models.compositional_ebm.methods import (
     relative,
 )
 from ppl_models.compositional_ebm.networks import EnergyNetwork
-from ppl_models.compositional_ebm.noise import as_noise
+from ppl_models.compositional_ebm.noise import as_noise, without_noise
 from ppl_models.compositional_ebm.normaliser import estimate, importance
 from ppl_models.compositional_ebm.sampling import sample
 
@@ -95,8 +94,7 @@ class EnergyModel(Model):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if energy is not None and not isinstance(energy, nn.Module):
-            raise TypeError(f"energy must be a torch module or None, got {type(energy).__name__}")
+        check_energy(energy)
         if not (base is None or base == "tilt" or isinstance(base, Distribution)):
             raise ValueError(f"base must be 'tilt', None or a distribution, got {base!r}")
         self.event_shape = check_counts("event_shape", event_shape)
@@ -105,7 +103,6 @@ class EnergyModel(Model):
                 f"base must have no batch shape and event shape {self.event_shape}; it has {tuple(base.batch_shape)} "
                 f"and {tuple(base.event_shape)} (.to_event joins independent dimensions)"
             )
-        refuse_output_bias(energy)
         self._given = {"energy": energy is not None, "base": isinstance(base, Distribution)}
         self.hidden, self.seed = check_counts("hidden", hidden), seed
         size = torch.Size(self.event_shape).numel()
@@ -219,8 +216,9 @@ class EnergyModel(Model):
         held: tuple[Tensor, ...] | None = None if held_out is None else (held_out,)
         if self._base == "tilt" and relative(method, options):
             model = RelativeEnergy(self.energy, self.event_shape, self._law(None).support)
-            objective = build_objective(method, model, NoiseMeasure(found), noise_samples, beta, options)
-            trained: nn.Module = RelativeTo(objective)
+            relative_to = RelativeTo(method, model, found, noise_samples, beta, options)
+            trained: nn.Module = relative_to
+            objective = relative_to.density
             data = (x, self._log_noise(x))
             held = None if held_out is None else (held_out, self._log_noise(held_out))
         else:
@@ -427,11 +425,7 @@ class EnergyModel(Model):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The energy's tensors; the noise has a place of its own in the file."""
-        state = super().state_dict(*args, **kwargs)
-        prefix = kwargs.get("prefix", "")
-        for name in [n for n in state if n.startswith((f"{prefix}noise.", f"{prefix}tilt."))]:
-            del state[name]
-        return state
+        return without_noise(super().state_dict(*args, **kwargs), kwargs.get("prefix", ""))
 
 
 def _copy(noise: Noise) -> Noise:

@@ -30,6 +30,8 @@ def _own_random_numbers() -> Iterator[None]:
 class WithPrior(PyroModule):
     """``l(x) = theta x - k x^2 / 2``, theta ~ N(0, 0.3^2), k ~ LogNormal(0, 0.1^2)."""
 
+    theta: Any
+
     def __init__(self, rows: int | None = None) -> None:
         super().__init__()
         zero = torch.zeros((), dtype=DOUBLE)
