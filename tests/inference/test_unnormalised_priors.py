@@ -70,6 +70,9 @@ def test_the_point_of_largest_posterior_density(of_plate: bool) -> None:
     assert set(point) == {"theta", "k"}
     assert abs(float(point["theta"] - best[0])) < 0.03 and abs(float(point["k"] - best[1])) < 0.02
     assert abs(float(X.mean()) - float(best[0])) > 0.3
+    theta, k = float(point["theta"]), float(point["k"])
+    log_z = theta**2 / (2 * k) + 0.5 * math.log(2 * math.pi / k)
+    assert objective.log_partition(20_000).value == pytest.approx(log_z, abs=0.03)  # without the prior's density
     assert float(found.losses[-200:].mean()) == pytest.approx(loss, abs=0.01)
 
 
