@@ -5,14 +5,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor, nn
 
-from inference import CollapseError, CompositionalLikelihood, SamplerWarning
+from inference import CollapseError, CompositionalLikelihood
 from inference.objectives.unnormalised import TargetVariance
 from inference.objectives.unnormalised.guards import Guard, unreliable
 from inference.runtime.generators import scoped_seed
-from ppl_models import EnergyModel
-from ppl_models.compositional_ebm.noise import GaussianNoise
 from tests.inference.unnormalised_cases import DOUBLE, Tilted, normal_noise
 
 
@@ -46,28 +43,6 @@ def test_a_lag_and_a_tail_are_named() -> None:
     assert "Pareto k = 0.75 > 0.7" in str(unreliable(1.0, 1.0, 0.01, 0.75))
     assert "Pareto k" in str(unreliable(1.0, 9.0, 0.01, 0.75))  # such a fresh estimate shows no lag
     assert unreliable(math.nan, 1.0, 0.01, 0.3) is not None
-
-
-class Square(nn.Module):
-    """``E = a x^2 / 2``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Parameter(torch.ones(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.a * x.square().sum(1) / 2
-
-
-def test_noise_with_too_light_a_tail_is_named_to_the_user() -> None:
-    """N(0, 1) from N(0, 0.3^2): the weights' tail has k = 1 - 0.3^2 = 0.91; 100,000 draws show 0.76 to 0.88."""
-    ebm, x = EnergyModel(Square(), (1,), base=None), torch.randn(200, 1) * 0.3
-    noise = GaussianNoise(torch.zeros(1), 0.3 * torch.eye(1))
-    with pytest.warns(SamplerWarning, match=r"Pareto k = 0\.[78]\d > 0.7: the noise does not cover the model"):
-        ebm.fit(x, noise=noise, noise_samples=4096, num_steps=2, lr=1e-6, on_collapse="ignore", progress=False)
-    with pytest.warns(SamplerWarning, match=r"Pareto k = 0\.[78]\d > 0.7: neither log Z nor its error"):
-        found = ebm.log_partition("importance", 100_000)
-    assert found.khat == pytest.approx(0.85, abs=0.1)
 
 
 def test_beta_that_holds_the_variance_of_u() -> None:

@@ -1,4 +1,4 @@
-"""Energies on supports with edges, against closed forms; densities relative to the noise that they tilt."""
+"""Energies on supports with edges and noise of light tails, against closed forms; densities relative to their noise."""
 
 import math
 from collections.abc import Iterator
@@ -7,13 +7,14 @@ from typing import Any
 import pyro.distributions as dist
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import constraints
 
+from inference import SamplerWarning
 from inference.runtime.generators import generator, scoped_seed
 from ppl_models import EnergyClassifier, EnergyModel
 from ppl_models.compositional_ebm import TruncatedNormal, VonMises, classifier, model
-from ppl_models.compositional_ebm.noise import QuasiRandomNoise, auto_noise
+from ppl_models.compositional_ebm.noise import GaussianNoise, QuasiRandomNoise, auto_noise
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +78,28 @@ def test_noise_that_reaches_beyond_the_support() -> None:
     assert float(family.log_prob(torch.tensor([0.5]))) > -3
     with pytest.raises(ValueError, match="annealing needs noise on the support"):
         family.log_partition("ais")
+
+
+class Square(nn.Module):
+    """``E = a x^2 / 2``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a * x.square().sum(1) / 2
+
+
+def test_noise_with_too_light_a_tail_is_named_to_the_user() -> None:
+    """N(0, 1) from N(0, 0.3^2): the weights' tail has k = 1 - 0.3^2 = 0.91; 100,000 draws show 0.76 to 0.88."""
+    ebm, x = EnergyModel(Square(), (1,), base=None), torch.randn(200, 1) * 0.3
+    noise = GaussianNoise(torch.zeros(1), 0.3 * torch.eye(1))
+    with pytest.warns(SamplerWarning, match=r"Pareto k = 0\.[78]\d > 0.7: the noise does not cover the model"):
+        ebm.fit(x, noise=noise, noise_samples=4096, num_steps=2, lr=1e-6, on_collapse="ignore", progress=False)
+    with pytest.warns(SamplerWarning, match=r"Pareto k = 0\.[78]\d > 0.7: neither log Z nor its error"):
+        found = ebm.log_partition("importance", 100_000)
+    assert found.khat == pytest.approx(0.85, abs=0.1)
 
 
 @pytest.mark.parametrize("method", ["compositional", "nce", "snl"])
