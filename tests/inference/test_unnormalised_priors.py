@@ -62,9 +62,9 @@ def largest(rows: int) -> tuple[Tensor, float]:
 def test_the_point_of_largest_posterior_density(of_plate: bool) -> None:
     """The prior's weight is one over all data, given or of the plate; twenty data move theta from 1.35 to 0.81."""
     model = WithPrior(20 if of_plate else None)
-    objective = CompositionalLikelihood(model, normal_noise(0.5, 1.5), 256, num_data=None if of_plate else 20)
+    objective = CompositionalLikelihood(model, normal_noise(0.5, 1.5), 128, num_data=None if of_plate else 20)
     size = 10 if of_plate else None  # a plate of twenty rows of which ten are shown
-    found = fit(objective, X, batch_size=size, num_steps=500, lr=0.03, average_last=0.5, progress=False)
+    found = fit(objective, X, batch_size=size, num_steps=400, lr=0.03, average_last=0.5, progress=False)
     best, loss = largest(20)
     point = objective.point_estimate
     assert set(point) == {"theta", "k"}

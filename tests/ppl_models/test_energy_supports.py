@@ -57,7 +57,7 @@ def test_annealing_and_bridge_know_the_edges(make: Any) -> None:
 def test_a_box_in_two_dimensions() -> None:
     x = dist.Beta(2.0, 3.0).sample((500, 2))
     ebm = EnergyModel(event_shape=(2,), hidden=(16,), support=constraints.interval(0.0, 1.0))
-    ebm.fit(x, num_steps=60, progress=False)
+    ebm.fit(x, num_steps=40, progress=False)
     exact = ebm.log_partition("quadrature", 40_000).value
     assert abs(ebm.log_partition("ais", num_chains=128, num_temperatures=8).value - exact) < 0.05
     drawn = ebm.sample(300, method="annealed")
@@ -69,7 +69,7 @@ def test_noise_that_reaches_beyond_the_support() -> None:
     draw = torch.randn(20_000, generator=generator(1, "cut")) + 0.5
     x = draw[draw > 0][:2000]
     family = TruncatedNormal(0.0)
-    family.fit(x, noise=dist.Normal(0.5, 1.5), num_steps=500, progress=False)
+    family.fit(x, noise=dist.Normal(0.5, 1.5), num_steps=350, progress=False)
     grid = torch.linspace(0, 12, 20_001, dtype=torch.float64)
     theta = family.theta.double()
     values = theta[0] * grid + theta[1] * grid**2

@@ -51,7 +51,7 @@ class QuasiRandomNoise(Noise):
 
     def draw(self, num: int) -> Tensor:
         """As in ``Noise``; the rows are dependent."""
-        points = self.points[:num].double()  # the shift too, as float32 would reach the edges
+        points = self.points[:num].double()  # which the tails need
         shift = torch.rand(-(-num // _BLOCK), 1, points.shape[1], device=points.device, dtype=points.dtype)
         u = ((points + shift) % 1.0).flatten(0, 1)[:num]
         with torch.no_grad():
