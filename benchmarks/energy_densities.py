@@ -227,12 +227,12 @@ def _descend(parameters: Any, loss: Callable[[Tensor], Tensor], train: Tensor, b
 
 
 def _on_grid(log_p: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The density normalised on 600 by 600 points of (-7, 7)^2."""
-    axis = (torch.arange(600) + 0.5) / 600 * 14 - 7
+    """The density normalised on 400 by 400 points of (-7, 7)^2."""
+    axis = (torch.arange(400) + 0.5) / 400 * 14 - 7
     with torch.no_grad():
         values = torch.cat([log_p(part).double() for part in torch.cartesian_prod(axis, axis).split(20_000)])
-    log_z = float(torch.logsumexp(values, 0)) + 2 * math.log(14 / 600)
-    return lambda x: log_p(x).double() - log_z
+    log_z = float(torch.logsumexp(values, 0)) + 2 * math.log(14 / 400)
+    return lambda x: log_p(x).detach().double() - log_z
 
 
 def _torchebm(kind: str, setting: float, train: Tensor, budget: _Budget, seed: int) -> Callable[[Tensor], Tensor]:
@@ -343,6 +343,7 @@ def peers(names: tuple[str, ...], seeds: int, num_steps: int = 2000) -> None:
                 at_count = float(make(chosen[peer], train, by_count, seed)(test).mean())
                 used = time.process_time() - by_count.started
                 found.setdefault(peer, []).append((at_time, at_count, used, by_time.done))
+                print(f"{name}, seed {seed}: ours {own:.3f}, {peer} {at_time:.3f}, {at_count:.3f} by count", flush=True)
         for peer, values in found.items():
             at_time, at_count, used, done = (statistics.median(v) for v in zip(*values, strict=True))
             spread = f"{min(v[0] for v in values):.3f} to {max(v[0] for v in values):.3f}"
