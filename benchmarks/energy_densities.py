@@ -424,7 +424,8 @@ def mixtures(dim: int, seeds: int, num_steps: int = 2000, bend: float = 1.0, sca
             steps = num_steps
             if method == "nce":  # as many steps as the compositional fit's seconds allow
                 few, more = (mixture_fit(law, train, method, noise, k, seed)[2] for k in (100, 400))
-                steps = max(100, round(400 + (budget - more) / max((more - few) / 300, 1e-4)))
+                steps = round(400 + (budget - more) / max((more - few) / 300, 1e-4))
+                steps = max(100, min(steps, 3 * num_steps))  # clocks of short fits err
             try:
                 ebm, learned, seconds = mixture_fit(law, train, method, noise, steps, seed)
             except CollapseError:
