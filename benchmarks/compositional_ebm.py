@@ -3,7 +3,8 @@
     python -m benchmarks.compositional_ebm landscape     # steps of exact gradient descent far from the noise
     python -m benchmarks.compositional_ebm variance      # Var(u) against beta and M, figure
     python -m benchmarks.compositional_ebm speed         # a step of each; cost against M and dimension, figure
-    python -m benchmarks.compositional_ebm toys NAME     # test log-likelihoods in two dimensions, with peers
+    python -m benchmarks.compositional_ebm toys NAME     # test log-likelihoods in two dimensions, with NCE, GMM, KDE
+    python -m benchmarks.compositional_ebm peers NAME    # the same with torchebm, zuko, normflows, at equal cost
     python -m benchmarks.compositional_ebm mixtures D    # log Z of a mixture in D dimensions, compositional and NCE
     python -m benchmarks.compositional_ebm digits        # density, accuracy, out-of-distribution AUROC
     python -m benchmarks.compositional_ebm regression    # KL of the conditional energy
@@ -29,6 +30,8 @@ from pyro.distributions import constraints
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from benchmarks import energy_densities as densities
+from benchmarks.energy_densities import best_kde, table
 from inference import CompositionalLikelihood, fit
 from inference.objectives.unnormalised import NoiseContrastive
 from inference.objectives.unnormalised.compositional import mix
@@ -36,85 +39,9 @@ from inference.objectives.unnormalised.noise import GaussianNoise
 from inference.runtime.generators import generator, scoped_seed
 from ppl_models import ConditionalEnergyModel, EnergyClassifier, EnergyModel
 from ppl_models.compositional_ebm import LatentEnergyPrior
+from ppl_models.compositional_ebm.methods import NoiseMeasure, RelativeEnergy
 
 OUT = Path("out") / "compositional_ebm"
-TOYS = ("8gaussians", "checkerboard", "rings", "pinwheel", "2spirals", "moons")
-
-
-def toy(name: str, n: int, seed: int) -> Tensor:
-    """Two-dimensional densities of the FFJORD code, ``(n, 2)``."""
-    rng = np.random.default_rng(seed)
-    if name == "8gaussians":
-        angle = rng.integers(8, size=n) * np.pi / 4
-        x = 2 * np.sqrt(2) * np.stack([np.cos(angle), np.sin(angle)], 1) + rng.normal(size=(n, 2)) * 0.5 / np.sqrt(2)
-    elif name == "checkerboard":
-        first = rng.uniform(size=n) * 4 - 2
-        second = rng.uniform(size=n) - rng.integers(0, 2, n) * 2 + np.floor(first) % 2
-        x = 2 * np.stack([first, second], 1)
-    elif name == "rings":
-        radius = np.array([0.75, 1.5, 2.25, 3.0])[rng.integers(4, size=n)]
-        angle = rng.uniform(size=n) * 2 * np.pi
-        x = radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1) + 0.08 * rng.normal(size=(n, 2))
-    elif name == "pinwheel":
-        features = rng.normal(size=(n, 2)) * np.array([0.3, 0.1]) + np.array([1.0, 0.0])
-        angle = rng.integers(5, size=n) * 2 * np.pi / 5 + 0.25 * np.exp(features[:, 0])
-        turn = np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], 1).reshape(-1, 2, 2)
-        x = 2 * np.einsum("ti,tij->tj", features, turn)
-    elif name == "2spirals":
-        length = np.sqrt(rng.uniform(size=n)) * 540 * 2 * np.pi / 360
-        arm = np.where(rng.uniform(size=n) < 0.5, 1.0, -1.0)
-        x = np.stack([-np.cos(length) * length, np.sin(length) * length], 1) + rng.uniform(size=(n, 2)) * 0.5
-        x = arm[:, None] * x / 3 + 0.1 * rng.normal(size=(n, 2))
-    elif name == "moons":
-        upper = rng.uniform(size=n) < 0.5
-        angle = rng.uniform(size=n) * np.pi
-        x = np.where(upper[:, None], np.stack([np.cos(angle), np.sin(angle)], 1), 0.0)
-        x = x + np.where(upper[:, None], 0.0, np.stack([1 - np.cos(angle), 0.5 - np.sin(angle)], 1))
-        x = 2 * (x + 0.1 * rng.normal(size=(n, 2))) + np.array([-1.0, -0.2])
-    else:
-        raise ValueError(f"toy must be one of {TOYS}, got {name!r}")
-    return torch.tensor(x, dtype=torch.float32)
-
-
-def truth(name: str, x: Tensor) -> float | None:
-    """Mean true log-density, where it has a simple form."""
-    if name == "8gaussians":
-        angle = torch.arange(8) * math.pi / 4
-        centre = 2 * math.sqrt(2) * torch.stack([angle.cos(), angle.sin()], 1)
-        law = dist.Normal(centre, 0.5 / math.sqrt(2)).to_event(1)
-        return float((law.log_prob(x[:, None]).logsumexp(1) - math.log(8)).mean())
-    return -math.log(32) if name == "checkerboard" else None
-
-
-def best_gmm(train: Tensor, test: Tensor, sizes: tuple[int, ...] = (8, 16, 32, 64)) -> tuple[float, float]:
-    """scikit-learn's mixture, its size by a held-out fifth of the training data: nats and seconds."""
-    from sklearn.mixture import GaussianMixture
-
-    started, cut = time.process_time(), len(train) * 4 // 5
-    scores = {k: GaussianMixture(k, random_state=0).fit(train[:cut]).score(train[cut:]) for k in sizes}
-    best = max(scores, key=scores.__getitem__)
-    value = GaussianMixture(best, random_state=0).fit(train).score(test)
-    return float(value), time.process_time() - started
-
-
-def best_kde(train: Tensor, test: Tensor, most: int = 2000) -> tuple[float, float]:
-    """scikit-learn's kernel density, its bandwidth by held-out data; scored on the first ``most`` test rows."""
-    from sklearn.neighbors import KernelDensity
-
-    started, cut = time.process_time(), len(train) * 4 // 5
-    held = train[cut:][:most]
-    widths = (0.05, 0.08, 0.12, 0.2, 0.3)
-    scores = {h: KernelDensity(bandwidth=h).fit(train[:cut]).score(held) for h in widths}
-    best = max(scores, key=scores.__getitem__)
-    value = KernelDensity(bandwidth=best).fit(train).score(test[:most]) / min(most, len(test))
-    return float(value), time.process_time() - started
-
-
-def table(title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-    """A Markdown table."""
-    print(f"\n## {title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    for row in rows:
-        print("| " + " | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row) + " |", flush=True)
 
 
 # ---------------------------------------------------------------- the landscape
@@ -245,21 +172,23 @@ def variance() -> None:
 
 
 # ---------------------------------------------------------------- speed
-def _step_seconds(objective: nn.Module, x: Tensor, repeats: int, rounds: int = 5) -> float:
-    optimiser = torch.optim.Adam(objective.parameters())
-    found = []
-    for _ in range(rounds):
-        started = time.process_time()
-        for _ in range(repeats):
-            optimiser.zero_grad()
-            objective(x).backward()
-            optimiser.step()
-        found.append((time.process_time() - started) / repeats)
-    return min(found)
+def _step_seconds(objectives: dict[str, nn.Module], x: Tensor, repeats: int = 20, rounds: int = 12) -> dict[str, float]:
+    """CPU milliseconds of a step, Adam's included: the median over rounds in which each has its turn."""
+    optimisers = {name: torch.optim.Adam(objective.parameters()) for name, objective in objectives.items()}
+    found: dict[str, list[float]] = {name: [] for name in objectives}
+    for _ in range(rounds + 1):
+        for name, objective in objectives.items():
+            started = time.process_time()
+            for _ in range(repeats):
+                optimisers[name].zero_grad()
+                objective(x).backward()
+                optimisers[name].step()
+            found[name].append(1e3 * (time.process_time() - started) / repeats)
+    return {name: statistics.median(times[1:]) for name, times in found.items()}
 
 
 def speed() -> None:
-    """CPU seconds of one step (Adam included), the best of five rounds, on the default network."""
+    """CPU milliseconds of one step on the default network; "relative" leaves the noise's density out, as fits do."""
     rows, curves = [], []
     for dim, m in ((2, 64), (2, 256), (2, 1024), (16, 256), (64, 256)):
         with scoped_seed(0):
@@ -267,22 +196,21 @@ def speed() -> None:
             ebm = EnergyModel(event_shape=(dim,), hidden=(128, 128))
             noise = GaussianNoise.fit(x)
             ebm._start(x, noise, 0, frozen=False)
-            made: dict[str, Callable[[], nn.Module]] = {
-                "NCE": partial(NoiseContrastive, ebm, noise, m),
-                "compositional": partial(
-                    CompositionalLikelihood, ebm, noise, m, correction="none", on_collapse="ignore"
-                ),
-                "ratio": partial(CompositionalLikelihood, ebm, noise, m, on_collapse="ignore"),
-            }
-            seconds = {}
-            for name, make in made.items():
-                objective = make()
-                objective(x).backward()
-                seconds[name] = 1e3 * _step_seconds(objective, x, 15)
+            alone: dict[str, Any] = {"on_collapse": "ignore"}
+            model = RelativeEnergy(ebm.energy, (dim,), None)
+            seconds = _step_seconds(
+                {
+                    "NCE": NoiseContrastive(ebm, noise, m),
+                    "compositional": CompositionalLikelihood(ebm, noise, m, correction="none", **alone),
+                    "ratio": CompositionalLikelihood(ebm, noise, m, **alone),
+                    "relative": CompositionalLikelihood(model, NoiseMeasure(noise), m, **alone),
+                },
+                x,
+            )
         curves.append((dim, m, seconds))
         plain, nce, ratio = seconds["compositional"], seconds["NCE"], seconds["ratio"]
-        rows.append((dim, m, nce, plain, ratio, plain / nce, ratio / plain))
-    names = ("D", "M", "NCE, ms", "compositional, ms", "with ratio, ms", "compositional / NCE", "ratio / plain")
+        rows.append((dim, m, nce, plain, ratio, seconds["relative"], plain / nce, ratio / plain))
+    names = ("D", "M", "NCE, ms", "plain, ms", "with ratio, ms", "relative, ms", "plain / NCE", "ratio / plain")
     table("One step, B = 256, network D-128-128-1", names, rows)
     import matplotlib.pyplot as plt
 
@@ -290,142 +218,12 @@ def speed() -> None:
     figure, axes = plt.subplots(1, 2, figsize=(7, 3), layout="constrained", sharey=True)
     for ax, key, fixed, label in ((axes[0], 1, (0, 2), "noise draws M (D = 2)"), (axes[1], 0, (1, 256), "dimension D")):
         own = [c for c in curves if c[fixed[0]] == fixed[1]]
-        for name, marker in (("NCE", "s"), ("compositional", "o"), ("ratio", "^")):
+        for name, marker in (("NCE", "s"), ("compositional", "o"), ("ratio", "^"), ("relative", "v")):
             ax.plot([c[key] for c in own], [c[2][name] for c in own], marker=marker, label=name)
         ax.set(xscale="log", xlabel=label, ylim=(0, None))
     axes[0].set_ylabel("CPU ms a step")
     axes[0].legend(frameon=False)
     figure.savefig(OUT / "cost.png", dpi=150)
-
-
-# ---------------------------------------------------------------- densities
-def _torchebm_dsm(train: Tensor, seconds: float, seed: int) -> tuple[EnergyModel, int]:
-    """torchebm's denoising score matching on our default network for about as many CPU seconds."""
-    from torchebm.core import BaseModel
-    from torchebm.losses import DenoisingScoreMatching
-
-    ebm = EnergyModel(event_shape=(2,), base=None, seed=seed)
-    ebm._start(train, GaussianNoise.fit(train), seed, frozen=False)
-
-    class Theirs(BaseModel):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = ebm.energy
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.net(x)
-
-    model = Theirs()
-    loss, optimiser = DenoisingScoreMatching(model=model, noise_scale=0.1), torch.optim.Adam(model.parameters(), 5e-3)
-    started, steps = time.process_time(), 0
-    with scoped_seed(seed):
-        while time.process_time() - started < seconds:
-            optimiser.param_groups[0]["lr"] = 5e-3 * (1 - (time.process_time() - started) / seconds) + 1e-5
-            batch = train[torch.randint(len(train), (256,))]
-            optimiser.zero_grad()
-            loss(batch).backward()
-            optimiser.step()
-            steps += 1
-    ebm._measure(0)
-    return ebm, steps
-
-
-def _flow(train: Tensor, test: Tensor, seconds: float, seed: int) -> float:
-    """zuko's neural spline flow for as many CPU seconds."""
-    import zuko
-
-    with scoped_seed(seed):
-        flow = zuko.flows.NSF(2, transforms=3, hidden_features=(64, 64))
-        shift, scale = train.mean(0), train.std(0)
-        optimiser = torch.optim.Adam(flow.parameters(), 5e-3)
-        started = time.process_time()
-        while time.process_time() - started < seconds:
-            optimiser.param_groups[0]["lr"] = 5e-3 * (1 - (time.process_time() - started) / seconds) + 1e-5
-            batch = (train[torch.randint(len(train), (256,))] - shift) / scale
-            optimiser.zero_grad()
-            (-flow().log_prob(batch).mean()).backward()
-            optimiser.step()
-        with torch.no_grad():
-            return float(flow().log_prob((test - shift) / scale).mean() - scale.log().sum())
-
-
-def toys(names: tuple[str, ...], seeds: int, num_steps: int = 2000, peers: bool = True) -> None:
-    """Test log-likelihood in nats, 10,000 rows to train and to test, medians over seeds; CPU seconds."""
-    rows = []
-    for name in names:
-        scores: dict[str, list[float]] = {}
-        clock: dict[str, list[float]] = {}
-        lags = []
-        for seed in range(seeds):
-            train, test = toy(name, 10_000, 2 * seed), toy(name, 10_000, 2 * seed + 1)
-            budget = 0.0
-            for method in ("compositional", "nce"):
-                ebm, started = EnergyModel(event_shape=(2,), seed=seed), time.process_time()
-                ebm.fit(train, method=method, num_steps=num_steps, seed=seed, progress=False)
-                clock.setdefault(method, []).append(time.process_time() - started)
-                scores.setdefault(method, []).append(float(ebm.log_prob(test).mean()))
-                if method == "compositional":
-                    budget = clock[method][-1]
-                    exact = ebm.log_partition("quadrature", 360_000).value
-                    assert ebm.result is not None
-                    lags.append(abs(float(ebm.result.history["log_partition"][-1]) - exact))
-            for peer, run in (("GMM", best_gmm), ("KDE", best_kde)):
-                value, seconds = run(train, test)
-                scores.setdefault(peer, []).append(value)
-                clock.setdefault(peer, []).append(seconds)
-            if peers:
-                try:
-                    theirs, _ = _torchebm_dsm(train, budget, seed)
-                    scores.setdefault("torchebm DSM", []).append(float(theirs.log_prob(test).mean()))
-                    scores.setdefault("zuko NSF", []).append(_flow(train, test, budget, seed))
-                except ImportError as error:
-                    print(f"a peer is not installed: {error}")
-            known = truth(name, test)
-            if known is not None:
-                scores.setdefault("truth", []).append(known)
-        for method, values in scores.items():
-            seconds = statistics.median(clock[method]) if method in clock else math.nan
-            spread = f"{min(values):.3f} to {max(values):.3f}"
-            rows.append((name, method, round(statistics.median(values), 3), spread, seconds))
-        print(f"{name}: largest |log u - grid log Z| {max(lags):.3f}", flush=True)
-    table("Test log-likelihood", ("data", "method", "median nats", "range", "CPU s"), rows)
-
-
-def mixtures(dim: int, seeds: int, num_steps: int = 1500) -> None:
-    """A mixture of four normals in ``dim`` dimensions: p~ is the true density times e^{-c}, learned with its log Z.
-
-    The model is a tilt of its noise, so that the learned log p(x) on test data has the truth beside it; the error of
-    log Z is against importance sampling from the true law, of which the model is a small tilt.
-    """
-    rows = []
-    for seed in range(seeds):
-        draw = generator(seed, "mixture")
-        centres = 1.5 * torch.randn(4, dim, generator=draw)
-
-        def rows_of(n: int, centres: Tensor = centres, draw: torch.Generator = draw) -> Tensor:
-            index = torch.randint(4, (n,), generator=draw)
-            return centres[index] + torch.randn(n, dim, generator=draw)
-
-        train, test = rows_of(8000), rows_of(4000)
-        law = dist.MixtureSameFamily(dist.Categorical(torch.ones(4)), dist.Normal(centres, 1.0).to_event(1))
-        best = float(law.log_prob(test).mean())
-        budget = 0.0
-        for method, noise in (("compositional", "auto"), ("nce", "auto"), ("nce", GaussianNoise.fit(train, 1.3))):
-            ebm, started = EnergyModel(event_shape=(dim,), hidden=(64, 64), seed=seed), time.process_time()
-            ebm.fit(train, noise=noise, method=method, num_steps=num_steps, lr=2e-3, seed=seed, progress=False)
-            seconds = time.process_time() - started
-            budget = budget or seconds
-            assert ebm.result is not None
-            learned = float(ebm.result.history["log_partition"][-1])
-            with torch.no_grad():
-                z = rows_of(100_000)
-                weights = (ebm._law(None).log_prob(z) - law.log_prob(z)).double()
-            exact = float(torch.logsumexp(weights, 0)) - math.log(len(z))
-            kind = "adaptive" if isinstance(noise, str) else "one normal"
-            score = float(ebm.log_prob(test).mean())
-            rows.append((dim, seed, method, kind, learned - exact, score, best, seconds))
-    names = ("D", "seed", "method", "noise", "learned log Z - log Z", "test nats", "truth", "CPU s")
-    table("Mixtures of known density", names, rows)
 
 
 # ---------------------------------------------------------------- digits, regression, prior
@@ -572,18 +370,22 @@ def prior(seeds: int, num_steps: int = 4000) -> None:
 def main() -> None:
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("landscape", "variance", "speed", "toys", "mixtures", "digits", "regression", "prior")
+    parts = ("landscape", "variance", "speed", "toys", "peers", "mixtures", "digits", "regression", "prior")
     parser.add_argument("part", choices=parts)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--bend", type=float, default=1.0)
+    parser.add_argument("--scale", type=float, default=0.25)
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.part == "toys":
-        toys(tuple(given.names) or TOYS, given.seeds, given.steps)
+        densities.toys(tuple(given.names) or densities.TOYS, given.seeds, given.steps)
+    elif given.part == "peers":
+        densities.peers(tuple(given.names) or ("8gaussians", "checkerboard"), given.seeds, given.steps)
     elif given.part == "mixtures":
         for dim in given.names or ("8", "16"):
-            mixtures(int(dim), given.seeds, given.steps)
+            densities.mixtures(int(dim), given.seeds, given.steps, given.bend, given.scale)
     elif given.part == "digits":
         digits(given.seeds)
     elif given.part == "regression":

@@ -18,15 +18,21 @@ from torch.nn import functional
 
 from inference.citation import Paper
 from inference.objectives.unnormalised import CompositionalLikelihood
-from inference.objectives.unnormalised.mixture import MixtureNoise
-from inference.objectives.unnormalised.noise import DefensiveMixture, GaussianNoise, Noise, noise_from_config
-from inference.objectives.unnormalised.objective import UnnormalisedObjective
+from inference.objectives.unnormalised.noise import Noise, noise_from_config
 from inference.results.evidence import LogPartition
 from ppl_models.base import Model, check_batch_size, check_count, check_counts, to_tensor
 from ppl_models.compositional_ebm.distribution import EnergyDistribution
-from ppl_models.compositional_ebm.methods import EnergyFit, build_objective, check_schedule, optimise
+from ppl_models.compositional_ebm.methods import (
+    EnergyFit,
+    RelativeEnergy,
+    RelativeTo,
+    build_objective,
+    check_schedule,
+    optimise,
+    relative,
+)
 from ppl_models.compositional_ebm.networks import EnergyNetwork
-from ppl_models.compositional_ebm.noise import as_noise
+from ppl_models.compositional_ebm.noise import as_noise, covering_mixture, without_noise
 from ppl_models.compositional_ebm.normaliser import importance
 
 __all__ = ["EnergyClassifier"]
@@ -64,7 +70,7 @@ class PrincipalComponents(nn.Module):
 class _Hybrid(nn.Module):
     """Density of the components and cross-entropy of the labels, on inputs with a little noise."""
 
-    def __init__(self, classifier: "EnergyClassifier", density: UnnormalisedObjective, weight: float, jitter: float):
+    def __init__(self, classifier: "EnergyClassifier", density: nn.Module, weight: float, jitter: float):
         super().__init__()
         self.density, self.weight, self.jitter = density, weight, jitter
         self._classifier = (classifier,)
@@ -75,7 +81,12 @@ class _Hybrid(nn.Module):
         cross_entropy = functional.cross_entropy(self._classifier[0].network(z), y)
         if not self.weight:
             return cross_entropy
-        loss: Tensor = self.weight * self.density(z) + cross_entropy
+        density = self.density
+        if isinstance(density, RelativeTo):
+            with torch.no_grad():
+                log_noise = self._classifier[0].log_noise(z)
+            return self.weight * density(z, log_noise) + cross_entropy
+        loss: Tensor = self.weight * density(z) + cross_entropy
         return loss
 
 
@@ -155,6 +166,11 @@ class EnergyClassifier(Model):
             label: Tensor = pyro.sample("y", dist.Categorical(logits=self.network(z)), obs=y)
         return label
 
+    def log_noise(self, z: Tensor) -> Tensor:
+        """Log-density of components under the noise that the density tilts, ``(row,)``."""
+        assert self.noise is not None
+        return self.noise.log_prob(z)
+
     def _law(self, log_z: float | None) -> EnergyDistribution:
         assert self.noise is not None
         return EnergyDistribution(
@@ -220,14 +236,18 @@ class EnergyClassifier(Model):
         self.log_z, self.result = None, None
         if isinstance(noise, str) and noise == "auto" and z.shape[1] > 1:
             components = max(1, min(30, len(z) // 40))
-            mixture = MixtureNoise.fit(z, components, ridge=0.05, seed=seed)
-            self.noise = DefensiveMixture(mixture, GaussianNoise.fit(z, 1.3), 0.1)
+            self.noise = covering_mixture(z, components, ridge=0.05, seed=seed)
         else:
             self.noise = as_noise(noise, z, None, seed)
-        density = build_objective(method, _Marginal(self), self.noise, noise_samples, beta, options)
-        objective = _Hybrid(self, density, density_weight, input_noise)
+        if relative(method, options):
+            model = RelativeEnergy(_MarginalEnergy(self.network), (z.shape[1],), None)
+            relative_to = RelativeTo(method, model, self.noise, noise_samples, beta, options)
+            trained: nn.Module = relative_to
+            density = relative_to.density
+        else:
+            density = trained = build_objective(method, _Marginal(self), self.noise, noise_samples, beta, options)
         loop, history = optimise(
-            objective if density_weight else _Hybrid(self, density, 0.0, input_noise),
+            _Hybrid(self, trained, density_weight, input_noise),
             (z, y),
             density=density,
             num_steps=num_steps,
@@ -315,10 +335,19 @@ class EnergyClassifier(Model):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The networks' tensors; the noise has a place of its own in the file."""
-        state = super().state_dict(*args, **kwargs)
-        for name in [n for n in state if n.startswith("noise.")]:
-            del state[name]
-        return state
+        return without_noise(super().state_dict(*args, **kwargs), kwargs.get("prefix", ""))
+
+
+class _MarginalEnergy(nn.Module):
+    """``-logsumexp_y f(z)[y]``."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, z: Tensor) -> Tensor:
+        """``(row, column)`` to ``(row,)``."""
+        return -torch.logsumexp(self.network(z), 1)
 
 
 class _Marginal(nn.Module):

@@ -17,15 +17,14 @@ from torch import Tensor, nn
 from inference._errors import CheckpointError
 from inference.citation import Paper
 from inference.objectives.unnormalised import CompositionalLikelihood, ConditionalCompositionalLikelihood
-from inference.objectives.unnormalised.mixture import MixtureNoise
-from inference.objectives.unnormalised.noise import DefensiveMixture, GaussianNoise, Noise, noise_from_config
+from inference.objectives.unnormalised.noise import Noise, noise_from_config
 from inference.results.brief import brief
 from inference.runtime.generators import derive_seed, generator, scoped_seed
 from ppl_models.base import Model, Standardiser, check_batch_size, check_count, check_counts, to_tensor
-from ppl_models.compositional_ebm.distribution import EnergyDistribution, refuse_output_bias
+from ppl_models.compositional_ebm.distribution import EnergyDistribution, check_energy
 from ppl_models.compositional_ebm.methods import EnergyFit, check_schedule, optimise
 from ppl_models.compositional_ebm.networks import EnergyNetwork, mlp
-from ppl_models.compositional_ebm.noise import as_noise
+from ppl_models.compositional_ebm.noise import as_noise, covering_mixture, without_noise
 
 __all__ = ["ConditionalEnergyModel", "ConditionalPrediction"]
 
@@ -129,13 +128,11 @@ class ConditionalEnergyModel(Model):
         y_columns: int | None = None,
     ) -> None:
         super().__init__()
-        if energy is not None and not isinstance(energy, nn.Module):
-            raise TypeError(f"energy must be a torch module or None, got {type(energy).__name__}")
+        check_energy(energy)
         if normaliser not in _NORMALISERS:
             raise ValueError(f"normaliser must be one of {_NORMALISERS}, got {normaliser!r}")
         if base not in ("tilt", None):
             raise ValueError(f"base must be 'tilt' or None, got {base!r}")
-        refuse_output_bias(energy)
         self.normaliser, self.base, self.hidden, self.seed = normaliser, base, check_counts("hidden", hidden), seed
         self._custom, self.flat_y = energy is not None, False
         self.energy: nn.Module | None = energy
@@ -209,8 +206,8 @@ class ConditionalEnergyModel(Model):
         y = y.to(x)
         if isinstance(noise, str) and noise == "auto":
             # never discrete: a response of few values is still a number
-            few = MixtureNoise.fit(y, max(1, min(10, len(y) // 20)), inflation=1.2, ridge=1e-2, seed=seed)
-            found: Noise = DefensiveMixture(few, GaussianNoise.fit(y, 1.5), 0.1)
+            components = max(1, min(10, len(y) // 20))
+            found: Noise = covering_mixture(y, components, inflation=1.2, wide=1.5, ridge=1e-2, seed=seed)
         else:
             found = as_noise(noise, y, None, seed)
         self._build(x.shape[1], y.shape[1])
@@ -389,7 +386,4 @@ class ConditionalEnergyModel(Model):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The energy's tensors; the noise has a place of its own in the file."""
-        state = super().state_dict(*args, **kwargs)
-        for name in [n for n in state if n.startswith("noise.")]:
-            del state[name]
-        return state
+        return without_noise(super().state_dict(*args, **kwargs), kwargs.get("prefix", ""))

@@ -71,6 +71,10 @@ class EnergyDistribution(TorchDistribution):
             reals = constraints.independent(constraints.real, len(event_shape)) if event_shape else constraints.real
             support = reals if base is None else base.support
         self._support = support
+        inner = support
+        while isinstance(inner, constraints.independent):
+            inner = inner.base_constraint
+        self._bounded = inner is not constraints.real
         super().__init__(torch.Size(batch_shape), torch.Size(event_shape), validate_args=False)
 
     @constraints.dependent_property  # type: ignore[untyped-decorator, unused-ignore]
@@ -96,7 +100,7 @@ class EnergyDistribution(TorchDistribution):
         )
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """``-E(x) + log b(x) - log Z``, ``(*batch,)``.
+        """``-E(x) + log b(x) - log Z``, ``(*batch,)``; minus infinity outside the support.
 
         Raises:
             ValueError: the energy returned another shape than one value a row.
@@ -115,6 +119,9 @@ class EnergyDistribution(TorchDistribution):
         log_p = -energy
         if self.base is not None:
             log_p = log_p + self.base.log_prob(rows)
+        if self._bounded:
+            inside = self._support.check(rows).reshape(len(rows), -1).all(1)
+            log_p = torch.where(inside, log_p, torch.full_like(log_p, -math.inf))
         log_p = log_p.reshape(batch)
         if self.log_z is not None:
             log_p = log_p - self.log_z
@@ -135,14 +142,19 @@ class EnergyDistribution(TorchDistribution):
         return self.sampler(math.prod(shape)).reshape(shape + self.event_shape)
 
 
-def refuse_output_bias(energy: Any, outputs: int = 1) -> None:
-    """An added constant cancels in the likelihood, so that an output bias would wander."""
-    if not isinstance(energy, nn.Module):
+def check_energy(energy: Any) -> None:
+    """Refuse what is neither None nor a module, and a module with an output bias.
+
+    An added constant cancels in the likelihood, so that an output bias would wander.
+    """
+    if energy is None:
         return
+    if not isinstance(energy, nn.Module):
+        raise TypeError(f"energy must be a torch module or None, got {type(energy).__name__}")
     layers = [m for m in energy.modules() if isinstance(m, nn.Linear | nn.Bilinear | nn.Conv1d | nn.Conv2d)]
     last = layers[-1] if layers else None
     size = getattr(last, "out_features", getattr(last, "out_channels", None))
-    if last is not None and last.bias is not None and size == outputs:
+    if last is not None and last.bias is not None and size == 1:
         raise ValueError(
             "the energy's last layer has an output bias: a constant added to E changes log Z by as much and the "
             "likelihood not at all, so that the bias would wander and drag log Z along; give it bias=False"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -21,12 +22,23 @@ from inference.objectives.unnormalised import (
     SelfNormalisedLikelihood,
     SlicedScoreMatching,
 )
+from inference.objectives.unnormalised.noise import Noise
 from inference.objectives.unnormalised.objective import UnnormalisedObjective
 from inference.results.brief import brief
 from inference.results.evidence import LogPartition
 from inference.results.export import to_arviz
+from ppl_models.compositional_ebm.distribution import EnergyDistribution
 
-__all__ = ["METHODS", "EnergyFit", "build_objective", "optimise"]
+__all__ = [
+    "METHODS",
+    "EnergyFit",
+    "NoiseMeasure",
+    "RelativeEnergy",
+    "RelativeTo",
+    "build_objective",
+    "optimise",
+    "relative",
+]
 
 METHODS: dict[str, tuple[type[UnnormalisedObjective], dict[str, Any]]] = {
     "compositional": (CompositionalLikelihood, {}),
@@ -40,6 +52,7 @@ METHODS: dict[str, tuple[type[UnnormalisedObjective], dict[str, Any]]] = {
     "dsm": (DenoisingScoreMatching, {}),
     "ssm": (SlicedScoreMatching, {}),
 }
+_LIKELIHOODS = (CompositionalLikelihood, SelfNormalisedLikelihood)
 _WITHOUT_NOISE = (ContrastiveDivergence, DenoisingScoreMatching, SlicedScoreMatching)
 
 
@@ -65,6 +78,67 @@ def build_objective(
     if not issubclass(kind, _WITHOUT_NOISE):
         arguments["noise_samples"] = noise_samples
     return kind(model, guide, **arguments)
+
+
+class NoiseMeasure(nn.Module):
+    """A noise guide whose density counts as one: densities are then relative to the noise.
+
+    Where an energy tilts its own noise, log p~ - log q is -E, and the noise's density, which for a mixture of normals
+    costs as much as the network, need not be evaluated in a step.
+    """
+
+    def __init__(self, noise: Noise) -> None:
+        super().__init__()
+        self.noise = noise
+
+    def forward(self, *batch: Any) -> None:
+        """Draws a row."""
+        pyro.sample("x", self.noise.distribution().mask(False))
+
+
+class RelativeEnergy(nn.Module):
+    """The Pyro model of ``exp(-E)`` relative to a noise."""
+
+    def __init__(self, energy: nn.Module, event_shape: tuple[int, ...], support: Any) -> None:
+        super().__init__()
+        self.energy, self.event_shape, self.support = energy, event_shape, support
+
+    def forward(self, x: Tensor) -> None:
+        """The rows."""
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", EnergyDistribution(self.energy, self.event_shape, support=self.support), obs=x)
+
+
+class RelativeTo(nn.Module):
+    """An objective of densities relative to a noise; a likelihood's loss is that of the densities themselves.
+
+    Args:
+        model: of densities relative to the noise.
+        noise: what they are relative to.
+        method, noise_samples, beta, options: as in ``build_objective``.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        model: RelativeEnergy,
+        noise: Noise,
+        noise_samples: int,
+        beta: Any,
+        options: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        self.density = build_objective(method, model, NoiseMeasure(noise), noise_samples, beta, options)
+
+    def forward(self, x: Tensor, log_noise: Tensor) -> Tensor:
+        """``log_noise`` is the noise's log-density at ``x``."""
+        loss: Tensor = self.density(x)
+        return loss - log_noise.mean() if isinstance(self.density, _LIKELIHOODS) else loss
+
+
+def relative(method: str, options: Mapping[str, Any]) -> bool:
+    """Whether a method needs densities at data and noise alone, from noise that stays as it is."""
+    return not issubclass(METHODS[method][0], _WITHOUT_NOISE) and options.get("adapt", "none") == "none"
 
 
 @brief

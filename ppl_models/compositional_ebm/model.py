@@ -22,10 +22,18 @@ from inference.objectives.unnormalised.guards import unreliable
 from inference.objectives.unnormalised.noise import Noise, noise_from_config
 from inference.results.evidence import LogPartition
 from ppl_models.base import Model, Standardiser, check_batch_size, check_count, check_counts, to_tensor
-from ppl_models.compositional_ebm.distribution import EnergyDistribution, refuse_output_bias
-from ppl_models.compositional_ebm.methods import EnergyFit, build_objective, check_schedule, optimise
+from ppl_models.compositional_ebm.distribution import EnergyDistribution, check_energy
+from ppl_models.compositional_ebm.methods import (
+    EnergyFit,
+    RelativeEnergy,
+    RelativeTo,
+    build_objective,
+    check_schedule,
+    optimise,
+    relative,
+)
 from ppl_models.compositional_ebm.networks import EnergyNetwork
-from ppl_models.compositional_ebm.noise import as_noise
+from ppl_models.compositional_ebm.noise import as_noise, without_noise
 from ppl_models.compositional_ebm.normaliser import estimate, importance
 from ppl_models.compositional_ebm.sampling import sample
 
@@ -86,8 +94,7 @@ class EnergyModel(Model):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if energy is not None and not isinstance(energy, nn.Module):
-            raise TypeError(f"energy must be a torch module or None, got {type(energy).__name__}")
+        check_energy(energy)
         if not (base is None or base == "tilt" or isinstance(base, Distribution)):
             raise ValueError(f"base must be 'tilt', None or a distribution, got {base!r}")
         self.event_shape = check_counts("event_shape", event_shape)
@@ -96,7 +103,6 @@ class EnergyModel(Model):
                 f"base must have no batch shape and event shape {self.event_shape}; it has {tuple(base.batch_shape)} "
                 f"and {tuple(base.event_shape)} (.to_event joins independent dimensions)"
             )
-        refuse_output_bias(energy)
         self._given = {"energy": energy is not None, "base": isinstance(base, Distribution)}
         self.hidden, self.seed = check_counts("hidden", hidden), seed
         size = torch.Size(self.event_shape).numel()
@@ -193,7 +199,7 @@ class EnergyModel(Model):
             SamplerWarning: a fresh estimate of log Z disagrees with the running one, or its weights have a heavy tail.
         """
         x = self._check(x, "x")
-        held_out = None if valid is None else (self._check(valid, "valid").to(x),)
+        held_out = None if valid is None else self._check(valid, "valid").to(x)
         check_count("num_steps", num_steps)
         check_count("noise_samples", noise_samples)
         check_schedule(lr, weight_decay, average_last)
@@ -204,12 +210,24 @@ class EnergyModel(Model):
         for name in ("num_steps", "step_size"):
             if f"langevin_{name}" in options:
                 options[name] = options.pop(f"langevin_{name}")
-        objective = build_objective(method, self, found, noise_samples, beta, options)
+        build_objective(method, self, found, noise_samples, beta, options)  # refuses before anything is changed
         self._start(x, found, seed, frozen=options.get("adapt", "none") != "none")
+        data: tuple[Tensor, ...] = (x,)
+        held: tuple[Tensor, ...] | None = None if held_out is None else (held_out,)
+        if self._base == "tilt" and relative(method, options):
+            model = RelativeEnergy(self.energy, self.event_shape, self._law(None).support)
+            relative_to = RelativeTo(method, model, found, noise_samples, beta, options)
+            trained: nn.Module = relative_to
+            objective = relative_to.density
+            data = (x, self._log_noise(x))
+            held = None if held_out is None else (held_out, self._log_noise(held_out))
+        else:
+            objective = trained = build_objective(method, self, found, noise_samples, beta, options)
         loop, history = optimise(
-            objective,
-            (x,),
-            valid=held_out,
+            trained,
+            data,
+            density=objective,
+            valid=held,
             num_steps=num_steps,
             batch_size=size,
             lr=lr,
@@ -239,6 +257,10 @@ class EnergyModel(Model):
         if self._base == "tilt":
             # A noise that learns leaves behind the law that it started from: that is the model's.
             self.tilt = _copy(noise) if frozen else noise
+
+    @torch.no_grad()
+    def _log_noise(self, x: Tensor) -> Tensor:
+        return torch.cat([self._noise().log_prob(part) for part in x.split(_ROWS_AT_ONCE)])
 
     def _measure(self, seed: int) -> LogPartition:
         found = importance(self._law(None), self._noise(), _CHECK_SAMPLES, seed)
@@ -403,11 +425,7 @@ class EnergyModel(Model):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The energy's tensors; the noise has a place of its own in the file."""
-        state = super().state_dict(*args, **kwargs)
-        prefix = kwargs.get("prefix", "")
-        for name in [n for n in state if n.startswith((f"{prefix}noise.", f"{prefix}tilt."))]:
-            del state[name]
-        return state
+        return without_noise(super().state_dict(*args, **kwargs), kwargs.get("prefix", ""))
 
 
 def _copy(noise: Noise) -> Noise:

@@ -21,6 +21,7 @@ from inference.objectives.unnormalised.noise import (
     Noise,
     PoissonNoise,
 )
+from inference.objectives.unnormalised.quasi_random import QuasiRandomNoise
 from inference.runtime.generators import scoped_seed
 
 __all__ = [
@@ -36,8 +37,10 @@ __all__ = [
     "MixtureNoise",
     "Noise",
     "PoissonNoise",
+    "QuasiRandomNoise",
     "as_noise",
     "auto_noise",
+    "covering_mixture",
 ]
 
 _FEW = 3  # dimensions that one inflated normal still covers well
@@ -120,11 +123,17 @@ def auto_noise(x: Tensor, support: Any = None, seed: int = 0) -> Noise:
         return HalfLineNoise.fit(x, float(low))
     if high is not None or inner not in (None, constraints.real):
         raise ValueError(f"there is no automatic noise for the support {support}: give noise=")
-    wide = GaussianNoise.fit(x, _INFLATION)
     if x[0].numel() <= _FEW:
-        return wide
-    components = max(1, min(30, len(x) // (10 * x[0].numel())))
-    return DefensiveMixture(MixtureNoise.fit(x, components, inflation=1.1, ridge=0.05, seed=seed), wide, 0.1)
+        return GaussianNoise.fit(x, _INFLATION)
+    return covering_mixture(x, max(1, min(30, len(x) // (10 * x[0].numel()))), inflation=1.1, ridge=0.05, seed=seed)
+
+
+def covering_mixture(
+    x: Tensor, components: int, *, inflation: float = 1.0, wide: float = _INFLATION, ridge: float, seed: int
+) -> DefensiveMixture:
+    """A mixture of normals fitted to ``x``, with a tenth of one normal of ``wide`` times the standard deviations."""
+    narrow = MixtureNoise.fit(x, components, inflation=inflation, ridge=ridge, seed=seed)
+    return DefensiveMixture(narrow, GaussianNoise.fit(x, wide), 0.1)
 
 
 def as_noise(noise: Any, x: Tensor, support: Any = None, seed: int = 0) -> Noise:
@@ -168,3 +177,10 @@ def as_noise(noise: Any, x: Tensor, support: Any = None, seed: int = 0) -> Noise
             f"{int(outside.nonzero()[0])}): the noise must be able to draw whatever the data may be"
         )
     return found
+
+
+def without_noise(state: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """A model's ``state_dict`` without its noise and tilt, which have a place of their own in its file."""
+    for name in [n for n in state if n.startswith((f"{prefix}noise.", f"{prefix}tilt."))]:
+        del state[name]
+    return state

@@ -10,16 +10,15 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from inference._errors import SamplerWarning
 from inference.log_partition import ais_sandwich, bridge_sampling
 from inference.objectives.unnormalised.noise import Noise
-from inference.potential import TemperedFunction
+from inference.objectives.unnormalised.quasi_random import QuasiRandomNoise
 from inference.results.evidence import LogPartition, from_weights, with_upper_bound
 from inference.runtime.generators import derive_seed, scoped_seed
 from ppl_models.compositional_ebm.distribution import EnergyDistribution
-from ppl_models.compositional_ebm.sampling import FlatNoise, chains, resample
+from ppl_models.compositional_ebm.sampling import Unconstrained, chains, resample
 
 __all__ = ["estimate", "importance", "quadrature"]
 
@@ -30,6 +29,7 @@ _UNRELIABLE_K = 0.7
 
 def importance(law: EnergyDistribution, noise: Noise, num_samples: int, seed: int) -> LogPartition:
     """Importance sampling from the noise, with a stochastic bound on either side."""
+    noise = noise.plain if isinstance(noise, QuasiRandomNoise) else noise  # the error is that of independent draws
     like = next(iter([*noise.buffers(), *noise.parameters()]), None)
     blocks = []
     with torch.no_grad(), scoped_seed(derive_seed(seed, "log Z"), None if like is None else like.device):
@@ -102,14 +102,12 @@ def estimate(law: EnergyDistribution, noise: Noise, method: str, num_samples: in
         return found
     if law.support.is_discrete:
         raise ValueError(f"method={method!r} moves along gradients, and the data are discrete: use 'importance'")
-    shape = torch.Size(noise.event_shape)
-
-    def flat(x: Tensor) -> Tensor:
-        return law.log_prob(x.reshape(-1, *shape))
-
-    path = TemperedFunction(flat, FlatNoise(noise))
+    space = Unconstrained(law, noise)
     if method == "ais":
-        return ais_sandwich(path, seed=seed, **options)
+        exact = options.pop("posterior_samples", None)
+        if exact is not None:
+            options["posterior_samples"] = {n: space.flat(x) for n, x in exact.items()}
+        return ais_sandwich(space.path(), seed=seed, **options)
     start = resample(law, noise, options.pop("num_chains", 64), seed)
     draws = chains(law, start, "hmc", options.pop("num_draws", 200), seed).get_samples(group_by_chain=True)["x"]
-    return bridge_sampling(path, {"x": draws.reshape(*draws.shape[:2], -1)}, seed=seed, **options)
+    return bridge_sampling(space.path(), {"x": space.flat(draws)}, seed=seed, **options)

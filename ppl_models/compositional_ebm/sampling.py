@@ -16,29 +16,74 @@ from inference.runtime.generators import derive_seed, scoped_seed
 from inference.smc import SMC
 from ppl_models.compositional_ebm.distribution import EnergyDistribution
 
-__all__ = ["FlatNoise", "chains", "resample", "sample"]
+__all__ = ["FlatNoise", "Unconstrained", "chains", "resample", "sample"]
 
 _CANDIDATES = 20  # noise draws for each draw that is asked for
 _MOST_CHAINS = 512
+_FAR = 80.0  # in unconstrained space, where a draw fell on the edge of the support
 _METHODS = ("sir", "hmc", "nuts", "sgld", "annealed")
 
 
 class FlatNoise(NoiseDistribution):
-    """A noise over flattened events, as a distribution over vectors."""
+    """A noise in unconstrained space, as a distribution over vectors."""
 
-    def __init__(self, noise: Noise) -> None:
+    def __init__(self, noise: Noise, space: "Unconstrained") -> None:
         super().__init__(noise)
-        self._event_shape = torch.Size((max(1, int(torch.Size(noise.event_shape).numel())),))
+        self.space = space
+        self._event_shape = torch.Size((space.dim,))
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draws ``(*sample_shape, dim)``."""
         shape = torch.Size(sample_shape)
         with torch.no_grad():
-            return self.noise.draw(shape.numel()).reshape(shape + self.event_shape)
+            return self.space.flat(self.noise.draw(shape.numel())).reshape(shape + self.event_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density of vectors ``(row, dim)``."""
-        return self.noise.log_prob(value.reshape(-1, *self.noise.event_shape)).reshape(value.shape[:-1])
+        """Log-density of vectors ``(*batch, dim)``, with the Jacobian."""
+        return self.space.log_density(self.noise.log_prob, value.reshape(-1, self.space.dim)).reshape(value.shape[:-1])
+
+
+class Unconstrained:
+    """Vectors of real numbers in place of events on a support with edges, by the support's own bijection.
+
+    Args:
+        law: whose support it is.
+        noise: what its chains start from.
+    """
+
+    def __init__(self, law: EnergyDistribution, noise: Noise) -> None:
+        self.law, self.noise = law, noise
+        self.transform = biject_to(law.support)
+        self.shape = torch.Size(self.transform.inverse_shape(law.event_shape))
+        self.dim = max(1, self.shape.numel())
+
+    def events(self, y: Tensor) -> Tensor:
+        """``(*batch, dim)`` to ``(*batch, *event)``."""
+        found: Tensor = self.transform(y.reshape(*y.shape[:-1], *self.shape))
+        return found
+
+    def flat(self, x: Tensor) -> Tensor:
+        """``(*batch, *event)`` to ``(*batch, dim)``.
+
+        Raises:
+            ValueError: some events lie outside the support.
+        """
+        support: Any = self.law.support
+        if not bool(support.check(x).all()):
+            raise ValueError("the noise draws events outside the model's support: annealing needs noise on the support")
+        y = self.transform.inv(x).nan_to_num(posinf=_FAR, neginf=-_FAR)  # draws on the very edge
+        return y.reshape(*x.shape[: x.dim() - len(self.law.event_shape)], self.dim)
+
+    def log_density(self, log_prob: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+        """That of vectors ``(row, dim)`` where ``log_prob`` is the events'."""
+        inner = y.reshape(-1, *self.shape)
+        x = self.transform(inner)
+        jacobian = self.transform.log_abs_det_jacobian(inner, x).reshape(len(y), -1).sum(1)
+        return log_prob(x) + jacobian
+
+    def path(self) -> TemperedFunction:
+        """From the noise to the law."""
+        return TemperedFunction(lambda y: self.log_density(self.law.log_prob, y), FlatNoise(self.noise, self))
 
 
 def resample(law: EnergyDistribution, noise: Noise, num: int, seed: int) -> Tensor:
@@ -108,9 +153,9 @@ def sample(
         raise ValueError(f"method={method!r} moves along gradients, and the data are discrete: use method='sir'")
     shape = torch.Size(noise.event_shape)
     if method == "annealed":
-        path = TemperedFunction(lambda x: law.log_prob(x.reshape(-1, *shape)), FlatNoise(noise))
-        smc = SMC(path, num_particles=max(num, 256), seed=seed, progress=False, **options).run()
-        return smc.get_samples()["x"][:num].reshape(num, *shape)
+        space = Unconstrained(law, noise)
+        smc = SMC(space.path(), num_particles=max(num, 256), seed=seed, progress=False, **options).run()
+        return space.events(smc.get_samples()["x"][:num])
     number = min(num, _MOST_CHAINS)
     each = -(-num // number)
     if method == "sgld" and "step_size" not in options and scale is not None:

@@ -50,7 +50,7 @@ class Quadratic(PyroModule):
         return -a / (2 * b), -1 / (2 * b), -(a**2) / (4 * b) + 0.5 * math.log(math.pi / -b)
 
 
-class Nodes(TorchDistribution):  # type: ignore[misc]
+class Nodes(TorchDistribution):  # type: ignore[misc, unused-ignore]
     """A quadrature as noise: its draws are the grid, its density makes the weights those of the rule."""
 
     arg_constraints: ClassVar[dict[str, Any]] = {}

@@ -102,7 +102,7 @@ def test_log_z_five_ways(fitted: EnergyModel) -> None:
     assert found.lower <= found.value <= found.upper < found.lower + 0.05
     sandwich = fitted.log_partition("ais", num_chains=128, num_temperatures=16)
     assert abs(sandwich.value - exact.value) < 0.15
-    bridge = fitted.log_partition("bridge", num_draws=20)
+    bridge = fitted.log_partition("bridge", num_draws=16, num_chains=32)
     assert abs(bridge.value - exact.value) < 0.3
     grid = torch.cartesian_prod(*[torch.linspace(-7, 7, 200)] * 2)
     assert float(fitted.log_prob(grid).exp().sum()) * (14 / 199) ** 2 == pytest.approx(1.0, abs=0.03)
@@ -110,7 +110,7 @@ def test_log_z_five_ways(fitted: EnergyModel) -> None:
 
 @pytest.mark.parametrize("method", ["sir", "hmc", "sgld", "annealed"])
 def test_draws_have_the_models_moments(fitted: EnergyModel, method: str) -> None:
-    options: dict[str, Any] = {"warmup_steps": 30, "thin": 2} if method in ("hmc", "sgld") else {}
+    options: dict[str, Any] = {"warmup_steps": 60, "thin": 2} if method in ("hmc", "sgld") else {}
     drawn = fitted.sample(600, method=method, seed=3, **options)
     assert drawn.shape == (600, 2)
     # the radius is 2.83 in all eight modes; a chain of the wrong sign or temperature leaves it
@@ -164,7 +164,7 @@ def test_a_truncated_normal_is_found_where_moments_are_wrong() -> None:
     draw = torch.randn(40_000, generator=generator(6, "cut"), dtype=torch.float64) + 0.5
     x = draw[draw > 0][:3000].float()
     family = TruncatedNormal(0.0)
-    family.fit(x, num_steps=700, progress=False)
+    family.fit(x, num_steps=500, progress=False)
     grid = torch.linspace(0, 15, 20_001, dtype=torch.float64)
     theta = family.theta.double()
     weights = (theta[0] * grid + theta[1] * grid**2).softmax(0)
@@ -191,7 +191,7 @@ def test_conway_maxwell_poisson_counts() -> None:
     p = (k * math.log(6.0) - 1.5 * torch.lgamma(k + 1)).softmax(0)
     x = torch.multinomial(p, 3000, replacement=True).float()
     family = ConwayMaxwellPoisson()
-    family.fit(x, num_steps=600, progress=False)
+    family.fit(x, num_steps=450, progress=False)
     theta = family.theta.double()
     q = (k * theta[0] - torch.lgamma(k + 1) * theta[1]).softmax(0)
     assert float((q * k).sum()) == pytest.approx(float(x.mean()), abs=0.03)
@@ -208,7 +208,7 @@ def test_boltzmann_machine_by_enumeration() -> None:
     p = (truth.energy.statistics(states) @ weights).softmax(0)
     x = states[torch.multinomial(p, 4000, replacement=True)]
     machine = Boltzmann(4)
-    machine.fit(x, num_steps=400, progress=False)
+    machine.fit(x, num_steps=300, progress=False)
     scores = machine.energy.statistics(states) @ machine.theta
     assert machine.log_z == pytest.approx(float(torch.logsumexp(scores, 0)), abs=0.02)
     data_means = machine.energy.statistics(x).mean(0)
@@ -229,6 +229,8 @@ def test_noise_models_are_normalised_and_draw_what_they_say() -> None:
         FlowNoise(2, kind="affine"),
         DefensiveMixture(MixtureNoise.fit(x, 8), GaussianNoise.fit(x), 0.2),
     ):
+        # as a file gives them back: products over another layout in memory differ in the last bit
+        assert all(b.is_contiguous() for b in noise.buffers()), type(noise)
         with torch.no_grad():
             assert float(noise.log_prob(grid).exp().sum()) * 0.04 == pytest.approx(1.0, abs=0.05), type(noise)
             drawn = noise.draw(4000)
@@ -302,7 +304,7 @@ def test_conditional_energies_find_two_branches(normaliser: str) -> None:
     sign = torch.randint(0, 2, (300,), generator=draw) * 2 - 1
     y = sign * x + 0.2 * torch.randn(300, generator=draw)
     model = ConditionalEnergyModel(normaliser=normaliser, hidden=(32,))
-    model.fit(x, y, noise_samples=32, batch_size=32, num_steps=200, lr=1e-2, progress=False)
+    model.fit(x, y, noise_samples=32, batch_size=32, num_steps=150, lr=1e-2, progress=False)
     fresh = torch.rand(300, generator=draw) * 2 - 1  # on data that it has not seen no law beats the truth
     answer = (torch.randint(0, 2, (300,), generator=draw) * 2 - 1) * fresh + 0.2 * torch.randn(300, generator=draw)
     scores = model.log_prob(answer, fresh)

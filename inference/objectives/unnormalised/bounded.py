@@ -36,7 +36,16 @@ class BoxNoise(Noise):
     def draw(self, num: int) -> Tensor:
         """As in ``Noise``."""
         u = torch.rand(num, len(self.low), dtype=self.low.dtype, device=self.low.device)
-        return (self.low + u * (self.high - self.low)).reshape(num, *self.event_shape)
+        return self.transport(u)
+
+    @property
+    def uniforms(self) -> int:
+        """One a coordinate."""
+        return len(self.low)
+
+    def transport(self, u: Tensor) -> Tensor:
+        """From the unit cube to the box."""
+        return (self.low + u.to(self.low) * (self.high - self.low)).reshape(len(u), *self.event_shape)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """As in ``Noise``; minus infinity outside."""
@@ -69,7 +78,16 @@ class HalfLineNoise(Noise):
     def draw(self, num: int) -> Tensor:
         """As in ``Noise``."""
         u = torch.rand(num, len(self.mean), dtype=self.mean.dtype, device=self.mean.device)
-        return (self.low - self.mean * torch.log1p(-u)).reshape(num, *self.event_shape)
+        return self.transport(u)
+
+    @property
+    def uniforms(self) -> int:
+        """One a coordinate."""
+        return len(self.mean)
+
+    def transport(self, u: Tensor) -> Tensor:
+        """Exponential quantiles."""
+        return (self.low - self.mean * torch.log1p(-u).to(self.mean)).reshape(len(u), *self.event_shape)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """As in ``Noise``; minus infinity below ``low``."""

@@ -20,8 +20,11 @@ same noise batch's estimates at the new and at the old ones,
 
     log u_{t-1}  <-  log u_{t-1} + log g(theta_t; z_t) - log g(theta_{t-1}; z_t),
 
-(a STORM correction that keeps u positive; it is not in the paper), at the cost of one more pass of the noise without a
-gradient.  Before, ``warmup_steps`` steps are made with beta = 1.
+(a STORM correction that keeps u positive; it is not in the paper), at the cost of one more pass of some of the noise
+without a gradient.  Half of the draws serve: their share of Var(log u) is ``(1 - beta)^2 / (beta (2 - beta))`` times
+that of the change of l over one step, which is small beside the estimate's own.  The draws must be fresh ones: those of
+the step before, whose values at theta_{t-1} are known already, are what the step from there was fitted to, and on them
+Z falls too much.  Before, ``warmup_steps`` steps are made with beta = 1.
 """
 
 import math
@@ -34,6 +37,7 @@ from torch import Tensor
 from inference.citation import Paper
 from inference.kernels.base import count
 from inference.objectives.unnormalised.objective import UnnormalisedObjective, positive_weights
+from inference.objectives.unnormalised.pair import Draws
 from inference.objectives.unnormalised.schedules import BetaSchedule, Constant, as_beta
 from inference.runtime import distributed
 
@@ -41,6 +45,7 @@ __all__ = ["CompositionalLikelihood", "mix"]
 
 _CORRECTIONS = ("ratio", "none")
 _ADAPTATIONS = ("none", "data", "cross_entropy")
+_CORRECTED_BY_HALF = 64  # noise draws from which every other one carries the ratio correction
 
 
 def mix(log_u: Tensor, log_g: Tensor, beta: Tensor) -> Tensor:
@@ -51,7 +56,9 @@ def mix(log_u: Tensor, log_g: Tensor, beta: Tensor) -> Tensor:
 class CompositionalLikelihood(UnnormalisedObjective):
     """Negative mean log-likelihood of any unnormalised Pyro model, as an objective for ``inference.fit``.
 
-    The loss that it returns is ``-mean l(x) + log u``; its gradient is the estimator G above.  The model sees data
+    The loss that it returns is ``-mean l(x) + log u``; its gradient is the estimator G above.  Latent sites of the
+    model outside the data plate (a prior on a parameter, a ``PyroSample``) are learned too: their values are those of
+    largest posterior density (MAP), and the loss then has the term ``-log prior / num_data``.  The model sees data
     and noise in one call, with as many rows as both together; plates are sized by the rows it is given.  A tensor of
     the batch that no noise site observes is a covariate; then the noise's rows take the data's covariates in turn, and
     one constant normalises the joint law over the data's covariates (the joint tilt, which is consistent for the
@@ -72,6 +79,8 @@ class CompositionalLikelihood(UnnormalisedObjective):
             ``"cross_entropy"``: that of the model, through self-normalised weights (minimise over q the
             logmeanexp of ``l(z) - log q(z)`` at fixed z).
         on_collapse: ``"raise"``, ``"warn"`` or ``"ignore"`` when the noise weights collapse.
+        num_data: rows of the whole data, which a model with priors needs unless its data plate says it
+            (``pyro.plate("data", num_data, subsample=...)``).
 
     Attributes:
         log_u: the running estimate of log Z, ``()`` in float64.
@@ -113,6 +122,7 @@ class CompositionalLikelihood(UnnormalisedObjective):
         ),
     )
     columns: ClassVar[tuple[str, ...]] = ("log_partition", "log_partition_batch", "ess", "beta")
+    _takes_priors: ClassVar[bool] = True
     log_u: Tensor
     share: Tensor
 
@@ -127,6 +137,7 @@ class CompositionalLikelihood(UnnormalisedObjective):
         warmup_steps: int = 100,
         adapt: str = "none",
         on_collapse: str = "raise",
+        num_data: int | None = None,
     ) -> None:
         if guide is None:
             raise ValueError(
@@ -141,6 +152,7 @@ class CompositionalLikelihood(UnnormalisedObjective):
         self.schedule = as_beta(beta)
         self.correction, self.adapt = correction, adapt
         self.warmup_steps = count("warmup_steps", warmup_steps, 0)
+        self.num_data = None if num_data is None else count("num_data", num_data, 1)
         self.register_buffer("log_u", torch.zeros((), dtype=torch.float64))
         self.register_buffer("share", torch.ones((), dtype=torch.float64))
         self._refuse_no_average()
@@ -149,14 +161,14 @@ class CompositionalLikelihood(UnnormalisedObjective):
         """The loss on a batch, a scalar; in training it advances u."""
         self._prepare(batch)
         if not self._advances():
-            return self.log_u - self.log_density(*batch).mean()
+            return self.log_u - self.log_density(*batch).mean() + self._penalty(batch)
         draws = self.pair.draw(self.noise_samples, batch, record=True)
         at_data, at_noise = self._joined(batch, draws)
         a = (at_noise.detach() - draws.log_q).double()
-        log_g, log_second = _log_means(a)
+        log_g, log_second = _log_means(torch.stack([a, 2 * a]))
         with torch.no_grad():
             share = (2 * log_g - log_second).exp()
-            log_u, beta = self._follow(log_g, share, draws, batch)
+            log_u, beta = self._follow(a, log_g, share, draws, batch)
             weights = (a - log_u).exp().to(at_noise.dtype) / len(a)
             self.log_u.copy_(log_u)
         surrogate = positive_weights(weights, at_noise) - at_data.mean()
@@ -167,7 +179,24 @@ class CompositionalLikelihood(UnnormalisedObjective):
             surrogate = surrogate - self.pair.log_q(self.pair.data(batch), batch, record=True).mean()
         self._write(log_u, log_g, share, beta)
         value = log_u.to(surrogate.dtype) - at_data.detach().mean()
-        return value + surrogate - surrogate.detach()
+        return value + surrogate - surrogate.detach() + self._penalty(batch)
+
+    def _penalty(self, batch: tuple[Tensor, ...]) -> Tensor | float:
+        """``-log prior / num_data`` where the model has priors."""
+        if not len(self.pair.points):
+            return 0.0
+        rows = self.num_data or self.pair.plate_size
+        if rows is None:
+            raise ValueError(
+                f"the model has priors ({', '.join(self.pair.latent_values())}), whose weight depends on how many data "
+                "there are in all: give num_data=, or pyro.plate('data', num_data, subsample=x)"
+            )
+        return -self.pair.log_prior(batch, record=self._advances()) / rows
+
+    @property
+    def point_estimate(self) -> dict[str, Tensor]:
+        """The model's latent sites outside the data plate at the parameters so far, by name."""
+        return {n: v.detach() for n, v in self.pair.latent_values().items()}
 
     def refresh(self, num_samples: int = 100_000, seed: int = 0) -> None:
         """Set u to a fresh estimate, as is due after the parameters were averaged or put back."""
@@ -175,7 +204,9 @@ class CompositionalLikelihood(UnnormalisedObjective):
         self.log_u.copy_(torch.logsumexp(log_weights, 0) - math.log(len(log_weights)))
 
     # ------------------------------------------------------------------ the running estimate
-    def _follow(self, log_g: Tensor, share: Tensor, draws: Any, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def _follow(
+        self, a: Tensor, log_g: Tensor, share: Tensor, draws: Draws, batch: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
         """log u_t and beta_t; keeps the parameters for the next step's correction."""
         before = self.log_u
         if self.correction == "ratio" and self.pair.learned:
@@ -186,9 +217,12 @@ class CompositionalLikelihood(UnnormalisedObjective):
                 for n, p in current.items():
                     self.register_buffer(_key(n), p.detach().clone())
             else:
-                old = self.pair.log_density(draws.values, self._covariates(batch, draws), record=True, parameters=kept)
-                change = log_g - _log_means((old - draws.log_q).double())[0]
-                before = before + torch.where(torch.isfinite(change), change, torch.zeros_like(change))
+                some = slice(None, None, 1 if len(a) < _CORRECTED_BY_HALF else 2)  # every other one of a grid, too
+                values = {n: z[some] for n, z in draws.values.items()}
+                covariates = self._covariates(batch, len(a), some)
+                old = self.pair.log_density(values, covariates, record=True, parameters=kept)
+                now, then = _log_means(torch.stack([a[some], (old - draws.log_q[some]).double()]))
+                before = before + (now - then).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
                 torch._foreach_copy_(list(kept.values()), [p.detach() for p in current.values()])
         if not isinstance(self.schedule, Constant):  # the schedule sees an average over some batches
             self.share.copy_(torch.where(self.step == 0, share, self.share.lerp(share, 0.05)))
@@ -197,9 +231,12 @@ class CompositionalLikelihood(UnnormalisedObjective):
         followed = mix(before, log_g, beta)
         return torch.where(self.step == 0, log_g, followed), beta
 
-    def _covariates(self, batch: tuple[Tensor, ...], draws: Any) -> tuple[Tensor, ...]:
-        index = torch.arange(len(draws.log_q), device=batch[0].device) % len(batch[0])
+    def _covariates(self, batch: tuple[Tensor, ...], num: int, some: slice) -> tuple[Tensor, ...]:
+        """The batch with the covariates of some of ``num`` noise rows."""
         covariates = self.pair.covariates(batch)
+        if not covariates:
+            return batch
+        index = torch.arange(num, device=batch[0].device)[some] % len(batch[0])
         return tuple(t[index] if k in covariates else t for k, t in enumerate(batch))
 
     def _prepare(self, batch: tuple[Tensor, ...]) -> None:
@@ -225,8 +262,8 @@ def _key(name: str) -> str:
 
 
 def _log_means(a: Tensor) -> tuple[Tensor, Tensor]:
-    """log of the mean of exp(a), and of exp(2 a); over all ranks' noise where there are several."""
-    found = torch.logsumexp(torch.stack([a, 2 * a]), 1) - math.log(len(a))
+    """log of the mean of exp(a) for two rows ``(2, draw)``; over all ranks' noise where there are several."""
+    found = torch.logsumexp(a, 1) - math.log(a.shape[1])
     if distributed.world_size() > 1:
         ranks = distributed.gather_rows(found[None], to_all=True)
         found = torch.logsumexp(ranks, 0) - math.log(len(ranks))

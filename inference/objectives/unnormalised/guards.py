@@ -84,11 +84,11 @@ class Guard:
 
 def unreliable(running: float, fresh: float, error: float, pareto_k: float) -> str | None:
     """Why a learned log Z should not be trusted beside a fresh large estimate; None where it may."""
+    if pareto_k > LARGEST_K:  # first, as then the fresh estimate is none that u could be held against
+        return f"the noise weights have Pareto k = {pareto_k:.2f} > {LARGEST_K}: {ADVICE}"
     if not abs(running - fresh) <= LARGEST_LAG + 4 * error:
         return (
             f"the running log u = {running:.4g} and a fresh estimate log Z = {fresh:.4g} differ by more than "
             f"{LARGEST_LAG}: u lags behind the parameters; lower the learning rate, or use correction='ratio'"
         )
-    if pareto_k > LARGEST_K:
-        return f"the noise weights have Pareto k = {pareto_k:.2f} > {LARGEST_K}: {ADVICE}"
     return None

@@ -41,7 +41,8 @@ class MixtureNoise(Noise):
     ) -> None:
         super().__init__((means.shape[1],) if event_shape is None else event_shape)
         for name, value in (("logits", logits), ("means", means), ("precision", precision)):
-            self.register_buffer(name, value.detach().clone())
+            # as a file gives it back: products over another layout in memory differ in the last bit
+            self.register_buffer(name, value.detach().clone(memory_format=torch.contiguous_format))
 
     @classmethod
     def fit(
@@ -98,12 +99,27 @@ class MixtureNoise(Noise):
         """As in ``Noise``."""
         index = torch.multinomial(self.logits.detach().softmax(0), num, replacement=True)
         z = torch.randn(num, self.means.shape[1], dtype=self.means.dtype, device=self.means.device)
+        return self._placed(index, z)
+
+    @property
+    def uniforms(self) -> int:
+        """One to choose the component, and one a coordinate."""
+        return 1 + self.means.shape[1]
+
+    def transport(self, u: Tensor) -> Tensor:
+        """The component by the last number, so that each gets its share of a batch, and normal quantiles."""
+        shares = self.logits.detach().double().softmax(0).cumsum(0)
+        index = torch.searchsorted(shares, u[:, -1].contiguous()).clamp(max=len(shares) - 1)
+        return self._placed(index, torch.special.ndtri(u[:, :-1]).to(self.means.dtype))
+
+    def _placed(self, index: Tensor, z: Tensor) -> Tensor:
+        """Standard normal rows ``(num, dim)``, each moved to its component."""
         eye = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
         spread = torch.linalg.solve_triangular(
             self.precision.detach().tril(), eye.expand_as(self.precision), upper=False
         )
         x = self.means.detach()[index] + torch.einsum("nij,nj->ni", spread[index], z)
-        return x.reshape(num, *self.event_shape)
+        return x.reshape(len(z), *self.event_shape)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """As in ``Noise``."""

@@ -88,6 +88,15 @@ class Noise(PyroModule):
         """Independent draws ``(num, *event)`` from torch's global generator, without gradient."""
         raise NotImplementedError
 
+    @property
+    def uniforms(self) -> int:
+        """How many uniform numbers ``transport`` makes a draw of; 0 where it cannot."""
+        return 0
+
+    def transport(self, u: Tensor) -> Tensor:
+        """Draws ``(num, *event)`` from uniform numbers ``(num, uniforms)`` in float64, smoothly where it can be."""
+        raise NotImplementedError
+
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-density of ``x`` ``(row, *event)``: ``(row,)``."""
         raise NotImplementedError
@@ -162,9 +171,10 @@ class GaussianNoise(Noise):
     def __init__(self, mean: Tensor, factor: Tensor) -> None:
         super().__init__(mean.shape)
         self.register_buffer("mean", mean.detach().clone().reshape(-1))
-        self.register_buffer("factor", factor.detach().clone())
+        self.register_buffer("factor", factor.detach().clone(memory_format=torch.contiguous_format))
         eye = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-        self.register_buffer("inverse", torch.linalg.solve_triangular(self.factor, eye, upper=False))
+        inverse = torch.linalg.solve_triangular(self.factor, eye, upper=False)
+        self.register_buffer("inverse", inverse.contiguous())  # as a file gives it back, to the bit
 
     @classmethod
     def fit(cls, x: Tensor, inflation: float = 1.3) -> Self:
@@ -176,6 +186,16 @@ class GaussianNoise(Noise):
         """As in ``Noise``."""
         z = torch.randn(num, len(self.mean), dtype=self.mean.dtype, device=self.mean.device)
         return (self.mean + z @ self.factor.T).reshape(num, *self.event_shape)
+
+    @property
+    def uniforms(self) -> int:
+        """One a coordinate."""
+        return len(self.mean)
+
+    def transport(self, u: Tensor) -> Tensor:
+        """Normal quantiles."""
+        z = torch.special.ndtri(u).to(self.mean)
+        return (self.mean + z @ self.factor.T).reshape(len(u), *self.event_shape)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """As in ``Noise``."""
@@ -414,6 +434,18 @@ class DefensiveMixture(Noise):
         chosen = torch.rand(num, device=narrow.device) < self.share
         return torch.where(chosen.reshape(num, *(1,) * (narrow.dim() - 1)), self.wide.draw(num).to(narrow), narrow)
 
+    @property
+    def uniforms(self) -> int:
+        """One to choose the part, and the parts' own."""
+        least, most = sorted((self.narrow.uniforms, self.wide.uniforms))
+        return 1 + most if least else 0
+
+    def transport(self, u: Tensor) -> Tensor:
+        """The part by the last number, so that each part gets its share of a batch."""
+        narrow = self.narrow.transport(u[:, : self.narrow.uniforms])
+        chosen = (u[:, -1] < self.share).reshape(len(u), *(1,) * (narrow.dim() - 1))
+        return torch.where(chosen, self.wide.transport(u[:, : self.wide.uniforms]).to(narrow), narrow)
+
     def log_prob(self, x: Tensor) -> Tensor:
         """As in ``Noise``."""
         narrow = self.narrow.log_prob(x) + math.log1p(-min(self.share, 1 - 1e-12))
@@ -445,6 +477,7 @@ def noise_from_config(kind: str, config: Mapping[str, Any], state: Mapping[str, 
     """
     from inference.objectives.unnormalised.bounded import BoxNoise, HalfLineNoise
     from inference.objectives.unnormalised.mixture import MixtureNoise
+    from inference.objectives.unnormalised.quasi_random import QuasiRandomNoise
 
     known: dict[str, type[Noise]] = {
         c.__name__: c
@@ -458,6 +491,7 @@ def noise_from_config(kind: str, config: Mapping[str, Any], state: Mapping[str, 
             FlowNoise,
             DefensiveMixture,
             MixtureNoise,
+            QuasiRandomNoise,
         )
     }
     if kind not in known:

@@ -33,6 +33,7 @@ class UnnormalisedObjective(nn.Module):
     """
 
     columns: ClassVar[tuple[str, ...]] = ()
+    _takes_priors: ClassVar[bool] = False
     step: Tensor
     record: Tensor
 
@@ -116,6 +117,11 @@ class UnnormalisedObjective(nn.Module):
         if self._asked is not None and own != self._asked:
             raise ValueError(f"noise_samples={self._asked}, but the guide's own plate draws {own}")
         self.noise_samples = own
+        if self.pair.latent_values() and not self._takes_priors:
+            raise ValueError(
+                f"the model has latent sites {list(self.pair.latent_values())}, and {type(self).__name__} learns "
+                "parameters alone: use CompositionalLikelihood, or PyroParam"
+            )
         device = batch[0].device
         for name, buffer in list(self.named_buffers()):
             if buffer.device != device and name in self._state_names():

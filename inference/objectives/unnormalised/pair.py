@@ -21,8 +21,10 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
+from pyro.infer.autoguide.initialization import init_to_median
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
+from torch.distributions import biject_to
 from torch.func import functional_call
 
 from inference._errors import CaptureWarning
@@ -66,6 +68,8 @@ class NoisePair(nn.Module):
             if not callable(value) and not (name == "guide" and value is None):
                 raise TypeError(f"{name} must be a Pyro callable, got {type(value).__name__}")
         self.own = OwnParameters()
+        self.points = nn.ParameterList()  # of the model's latent sites, in unconstrained space
+        self._priors: dict[str, Any] = {}  # their names, and the bijections to their supports
         self.model_parts = nn.ModuleList(modules_of(model))
         self.guide_parts = nn.ModuleList([] if guide is None else modules_of(guide))
         self._functions = (model, guide)
@@ -76,6 +80,7 @@ class NoisePair(nn.Module):
         self._own_rows = 0
         self._takes_batch = False
         self._frame: str | None = None
+        self.plate_size: int | None = None  # rows of the whole data, where the model's plate says it
         self.inspected = False
         self.discrete = False
         self._graphs: dict[Any, Callable[..., list[Tensor]]] = {}
@@ -189,14 +194,11 @@ class NoisePair(nn.Module):
                 "plate must have a place for each row, pyro.plate('data', len(x))"
             )
         self._frame = fitting[0].name if fitting else None
-        latent = [n for n, s in trace.nodes.items() if _is_drawn(s) and n not in self.sites]
-        if latent:
-            raise ValueError(
-                f"the model has latent sites {latent}: maximum likelihood needs them as parameters (PyroParam), or "
-                "drawn by the noise guide too"
-            )
+        whole = fitting[0].full_size if fitting else None
+        self.plate_size = whole if whole is not None and whole != rows else None
+        self._take_priors(trace)
         for name, node in trace.nodes.items():
-            if node["type"] != "sample" or not _has_density(node):
+            if node["type"] != "sample" or not _has_density(node) or name in self._priors:
                 continue
             shape = node["fn"].log_prob(node["value"]).shape
             inside = self._frame is None or any(f.name == self._frame for f in node["cond_indep_stack"])
@@ -209,6 +211,29 @@ class NoisePair(nn.Module):
         if self._functions[1] is not None and support is not None and bool(support.is_discrete) != self.discrete:
             kinds = ("discrete", "continuous") if support.is_discrete else ("continuous", "discrete")
             raise ValueError(f"the model's site {self.sites[0]!r} is {kinds[0]} and the noise is {kinds[1]}")
+
+    def _take_priors(self, trace: Any) -> None:
+        """Latent sites outside the data plate get a point each, which is learned."""
+        latent = {n: s for n, s in trace.nodes.items() if _is_drawn(s) and n not in self.sites}
+        inside = [n for n, s in latent.items() if any(f.name == self._frame for f in s["cond_indep_stack"])]
+        if inside or (latent and self._frame is None):
+            raise ValueError(
+                f"the model has latent sites {inside or sorted(latent)} in the rows: the noise guide must draw them "
+                "too, or they must be parameters (PyroParam)"
+            )
+        for name, node in latent.items():
+            support: Any = node["fn"].support
+            if bool(support.is_discrete):
+                raise ValueError(f"latent site {name!r} is discrete: it has no point that descent could find")
+            with torch.no_grad():
+                start = init_to_median(node, num_samples=15)
+                self._priors[name] = biject_to(support)
+                self.points.append(nn.Parameter(self._priors[name].inv(start).detach().clone()))
+
+    def latent_values(self) -> dict[str, Tensor]:
+        """The values of the model's latent sites outside the data plate, by name."""
+        pairs = zip(self._priors.items(), self.points, strict=True)
+        return {name: transform(point) for (name, transform), point in pairs}
 
     # ------------------------------------------------------------------ densities
     def draw(self, count: int, batch: tuple[Tensor, ...], record: bool = False) -> Draws:
@@ -270,9 +295,29 @@ class NoisePair(nn.Module):
     def forward(self, values: Values, batch: tuple[Tensor, ...]) -> Tensor:
         """``log_density`` by Pyro itself."""
         with self._scope():
-            with poutine.trace() as recorder:
-                self._conditioned_model(values)(*self._arguments(values, batch))
-            return self._sum(recorder.trace.nodes, len(next(iter(values.values()))), self._frame)
+            nodes = self._traced(values, batch)
+            rows = {n: s for n, s in nodes.items() if n not in self._priors}
+            return self._sum(rows, len(next(iter(values.values()))), self._frame)
+
+    def log_prior(self, batch: tuple[Tensor, ...], record: bool = False) -> Tensor:
+        """log prior density of the latent sites' values, ``()``; there must be some.
+
+        As in Pyro's ``AutoDelta`` it is that of the constrained values, without a Jacobian.
+        """
+
+        def run(*tensors: Tensor) -> list[Tensor]:
+            with self._scope():
+                nodes = self._traced(self.data(tensors), tensors)
+                found = [nodes[n]["fn"].log_prob(nodes[n]["value"]) * nodes[n]["scale"] for n in self._priors]
+                return [torch.stack([p.sum() for p in found]).sum().reshape(1)]
+
+        few = tuple(t[:2] for t in batch)
+        return self._run(("log prior", torch.is_grad_enabled()), run, few, record)[0].squeeze(0)
+
+    def _traced(self, values: Values, batch: tuple[Tensor, ...]) -> Any:
+        with poutine.trace() as recorder:
+            self._conditioned_model({**values, **self.latent_values()})(*self._arguments(values, batch))
+        return recorder.trace.nodes
 
     def _run(
         self,
@@ -393,7 +438,8 @@ class NoisePair(nn.Module):
         return arguments if not self._conditioned or _accepts(self.model, len(batch)) else ()
 
     def _conditioned_model(self, values: Values) -> Callable[..., Any]:
-        return poutine.condition(self.model, data=dict(values)) if self._conditioned else self.model
+        given = dict(values) if self._conditioned else {n: v for n, v in values.items() if n in self._priors}
+        return poutine.condition(self.model, data=given) if given else self.model
 
     def _sum(self, nodes: Any, count: int, frame: str | None) -> Tensor:
         total: Tensor | None = None
