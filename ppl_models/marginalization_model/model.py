@@ -21,8 +21,9 @@ from inference.objectives.reverse_kl import AutoregressiveKL, MarginalKL, Margin
 from inference.objectives.self_consistency import PathConsistency
 from inference.results.evidence import LogPartition, from_weights, sandwich
 from inference.runtime.generators import derive_seed, generator
-from ppl_models.base import check_batch_size, check_count
+from ppl_models.base import check_batch_size, check_count, check_counts
 from ppl_models.marginalization_model.evaluation import compare, group_correlation
+from ppl_models.marginalization_model.networks import Lattice
 from ppl_models.marginalization_model.pairwise import find_pairwise
 from ppl_models.marginalization_model.results import Evaluation, MarginalizationResult
 from ppl_models.marginalization_model.target import EnergyTarget, make_target
@@ -314,6 +315,59 @@ class MarginalizationModel(Training):
             return MarginalizationResult(self, history, None, None)
         check = compare(self, self.sample(self._check_count(), seed=seed), None, CHECK_ORDERS, seed)
         return MarginalizationResult(self, history, None, check, int(chains.restarts) if chains is not None else 0)
+
+    def resized(
+        self, shape: Sequence[int], log_density: Callable[[Tensor], Tensor], *, seed: int = 0
+    ) -> "MarginalizationModel":
+        """The same networks on a periodic lattice of another size, for one that is too large to train on.
+
+        The lattice network looks ``2 * depth`` steps far and no further, and what f adds to the energy is a sum over
+        the places that are not observed.  Both therefore serve a lattice of any size, if one place's law depends on
+        what is near: correlations that are short beside that distance.  ``log_partition`` and the fit's own check say
+        how well; ``fit_energy`` of the returned model goes on from there.
+
+        Args:
+            shape: ``(height, width)``.
+            log_density: the density on that lattice.
+            seed: of the rows that it is tried at.
+
+        Raises:
+            RuntimeError: the model was not fitted to a density of unary and pairwise terms.
+            TypeError, ValueError: another network, places that differ, a lattice narrower than what the network sees,
+                or a bad density.
+        """
+        body = self.conditionals.body
+        if not isinstance(body, Lattice):
+            raise ValueError(
+                f"only the network 'lattice' has no size of its own, this one is {self._config['network']!r}"
+            )
+        if self.marginals.kind != "pairwise":
+            raise RuntimeError("resized needs a fit to a density of unary and pairwise terms: call fit_energy first")
+        levels = set(self._config["cardinalities"])
+        if len(levels) > 1:
+            raise ValueError(f"all places must have the same number of values, they have {sorted(levels)}")
+        sides = check_counts("shape", shape)
+        widest = 2 * body.reach + 1
+        for name, pair in (("the lattice that it was trained on", body.shape), ("shape", sides)):
+            if min(pair) < widest:
+                raise ValueError(
+                    f"the network looks {body.reach} steps far, so either side must be at least {widest}: {name} is "
+                    f"{tuple(pair)}"
+                )
+        size = math.prod(sides)
+        changed = {**self._config, "cardinalities": [levels.pop()] * size, "shape": list(sides)}
+        larger = type(self)(**changed).to(self._weight)
+        state = {k: v for k, v in self.state_dict().items() if k != "marginals.base"}
+        larger.load_state_dict(state, strict=False)
+        larger.marginals.scale_head(math.sqrt(size / self.num_variables))
+        draw = generator(seed, "energy", device=self._weight.device)
+        target = make_target(log_density, None, (), None, larger.cardinalities, self._weight, draw)
+        terms = find_pairwise(target.log_density, larger.cardinalities, draw)
+        if terms is None:
+            raise ValueError("log_density has terms of more than two variables, or is too large to tell")
+        larger._start("pairwise", target)
+        larger.marginals.pairwise.set_terms(**terms)
+        return larger
 
     def _energy(self, values: Tensor) -> Tensor:
         if self._target is not None:
