@@ -51,6 +51,7 @@ class MarginalizationNetworks(Model):
         dropout: float = 0.0,
         num_heads: int = 4,
         shape: tuple[int, int] | None = None,
+        classes: int = 64,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -67,6 +68,7 @@ class MarginalizationNetworks(Model):
         check_count("hidden", hidden)
         check_count("depth", depth)
         check_count("num_heads", num_heads)
+        check_count("classes", classes)
         context_features = check_count("context_features", context_features, 0)
         if network in ("transformer", "unet") and hidden % num_heads:
             raise ValueError(f"hidden must be a multiple of num_heads, got {hidden} and {num_heads}")
@@ -83,6 +85,7 @@ class MarginalizationNetworks(Model):
             "dropout": float(dropout),
             "num_heads": num_heads,
             "shape": None if sides is None else list(sides),
+            "classes": classes,
             "seed": seed,
         }
         self.context_features, self._width = context_features, hidden
@@ -97,7 +100,7 @@ class MarginalizationNetworks(Model):
             self.conditionals = ConditionalNetwork(trunk, counts)
             reads = marginal in ("trunk", "shared")
             own = None if marginal == "shared" else build_body(network, replace(spec, extra=hidden * reads))
-            self.marginals = MarginalNetwork(own, trunk if reads else None, counts, hidden)
+            self.marginals = MarginalNetwork(own, trunk if reads else None, counts, classes, hidden)
         self.eval()
 
     def config(self) -> dict[str, Any]:

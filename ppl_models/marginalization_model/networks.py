@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from inference.latent_classes import LatentClasses
 from ppl_models.marginalization_model.pairwise import PairwiseEnergy
 
 __all__ = ["Body", "BodySpec", "ConditionalNetwork", "MarginalNetwork", "build_body", "one_hot"]
@@ -304,8 +305,8 @@ class ConditionalNetwork(nn.Module):
 class MarginalNetwork(nn.Module):
     """``f(x_S)``, by a base that is known and a network's correction.
 
-    * Data: ``sum_{j in S} log u_j(x_j) + sqrt(|S| / D) mean_{j in S} h_j(x_S)``: the independence model u, corrected,
-      and exactly 0 where nothing is observed.
+    * Data: ``log m(x_S) + sqrt(|S| / D) mean_{j in S} h_j(x_S)``: the mixture m of latent classes, corrected, and
+      exactly 0 where nothing is observed.
     * Energies: ``energy terms inside S + sum_{j not in S} (log K_j + h_j(x_S) / sqrt(D))`` where the terms are known:
       exactly the energy at complete states; else ``sum_{j not in S} log K_j + sum_j h_j(x_S) / sqrt(D)``.
 
@@ -315,16 +316,18 @@ class MarginalNetwork(nn.Module):
         own: a body of its own, or None.
         trunk: the body of the conditionals, whose features h reads; not a part of this module.  None: it reads none.
         cardinalities: of the D variables.
+        classes: of the mixture.
         width: of the hidden layer of a head without body.
     """
 
-    base: Tensor
     log_cardinalities: Tensor
 
-    def __init__(self, own: Body | None, trunk: Body | None, cardinalities: Sequence[int], width: int) -> None:
+    def __init__(
+        self, own: Body | None, trunk: Body | None, cardinalities: Sequence[int], classes: int, width: int
+    ) -> None:
         super().__init__()
         size, levels = len(cardinalities), max(cardinalities)
-        logs = torch.tensor(cardinalities).float().log()
+        self.base = LatentClasses(list(cardinalities), classes)
         self.own = own
         self._trunk = (trunk,)  # in a tuple: its parameters are the conditionals'
         self.freeze_trunk = True
@@ -338,8 +341,7 @@ class MarginalNetwork(nn.Module):
             )
         self.head = reader.head(size, 1)
         self.scale_head(0.0)
-        self.register_buffer("base", -logs.unsqueeze(1).repeat(1, levels))
-        self.register_buffer("log_cardinalities", logs, persistent=False)
+        self.register_buffer("log_cardinalities", torch.tensor(cardinalities).float().log(), persistent=False)
         self.pairwise = PairwiseEnergy(size, levels)
 
     def forward(self, values: Tensor, context: Tensor | None = None) -> Tensor:
@@ -348,11 +350,10 @@ class MarginalNetwork(nn.Module):
         seen = values >= 0
         size = values.shape[1]
         if self.kind == "data":
-            known = self.base.unsqueeze(0).expand(len(values), -1, -1)
-            known = known.gather(2, values.clamp(min=0).unsqueeze(2)).squeeze(2)
-            # sqrt(|S| / D) mean_S h, without a division by zero
-            count = seen.sum(1).clamp(min=1)
-            return torch.where(seen, known + h / (count * size).sqrt().unsqueeze(1), torch.zeros_like(h)).sum(1)
+            # sqrt(|S| / D) mean_S h, without a division by zero; and no rounding error where nothing is observed
+            count = seen.sum(1)
+            h = torch.where(seen, h, torch.zeros_like(h)).sum(1) / (count.clamp(min=1) * size).sqrt()
+            return torch.where(count > 0, self.base(values) + h, torch.zeros_like(h))
         free = torch.where(seen, torch.zeros_like(self.log_cardinalities), self.log_cardinalities)
         if self.kind == "pairwise":
             h = torch.where(seen, torch.zeros_like(h), h)
@@ -372,17 +373,14 @@ class MarginalNetwork(nn.Module):
             features = features + self.hidden(features)
         return self.head(features).squeeze(2)
 
-    @torch.no_grad()
     def scale_head(self, factor: float) -> None:
         """Multiply h by a factor."""
-        last = next(m for m in reversed(list(self.head.modules())) if isinstance(m, nn.Linear))
-        last.weight.mul_(factor)
-        last.bias.mul_(factor)
+        _scale_last(self.head, factor)
 
-    @torch.no_grad()
-    def learn_base(self, values: Tensor) -> None:
-        """The independence model: each variable's observed frequencies, a half added to each count."""
-        counts = one_hot(values, self.base.shape[1], self.base.dtype).sum(0) + 0.5
-        levels = torch.arange(self.base.shape[1], device=counts.device)
-        counts = counts * (levels < self.log_cardinalities.exp().round().unsqueeze(1))
-        self.base.copy_((counts / counts.sum(1, keepdim=True)).clamp(min=1e-30).log())
+
+@torch.no_grad()
+def _scale_last(head: nn.Module, factor: float) -> None:
+    """Multiply what a head puts out."""
+    last = next(m for m in reversed(list(head.modules())) if isinstance(m, nn.Linear))
+    last.weight.mul_(factor)
+    last.bias.mul_(factor)
