@@ -22,6 +22,7 @@ from ppl_models.marginalization_model.target import EnergyTarget
 __all__ = ["CHECK_ORDERS", "Progress", "Training", "present"]
 
 CHECK_ORDERS = 5
+_SAVE_EVERY = 250  # updates between two saves of a checkpoint
 _CHECK_ROWS = 256  # fewer where a row costs more
 _CHECK_VARIABLES = 1 << 13
 
@@ -149,6 +150,7 @@ class Training(Queries):
                 patience=(num_steps if patience is None else patience) if held_out else None,
                 seed=seed,
                 checkpoint=checkpoint,
+                checkpoint_every=_SAVE_EVERY,
                 progress=progress,
             )
         finally:

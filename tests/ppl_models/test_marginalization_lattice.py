@@ -16,7 +16,7 @@ OPTIONS: dict[str, Any] = {"hidden": 8, "depth": 1, "marginal": "shared"}
 @pytest.fixture(scope="module")
 def learned() -> MarginalizationModel:
     mam = MarginalizationModel([2] * 25, "lattice", **OPTIONS)
-    mam.fit_energy(SMALL.log_density, num_steps=120, batch_size=24, lr=0.02, progress=False)
+    mam.fit_energy(SMALL.log_density, num_steps=80, batch_size=24, lr=0.02, progress=False)
     return mam
 
 
@@ -39,7 +39,7 @@ def test_a_pattern_that_repeats_has_four_times_all(learned: MarginalizationModel
 
 
 def test_what_a_small_lattice_taught_holds_on_a_large_one(learned: MarginalizationModel) -> None:
-    """120 updates at 5 x 5; the large lattice was never seen."""
+    """80 updates at 5 x 5; the large lattice was never seen."""
     log_z = LARGE.log_partition()
     found = learned.resized((7, 7), LARGE.log_density).log_partition(num_samples=200)
     assert 0 < log_z - float(found.log_weights.mean()) < 0.25, "KL(model || target)"
