@@ -1,7 +1,7 @@
 """Marginalization models on binary tables, digits, strings, text and spin lattices, one JSON line a result.
 
-Run ``python -m benchmarks.marginalization_model nltcs`` (or plants, dna, jester, digits, moses, text, ising10, ising30,
-timing), with ``--device auto`` for an accelerator if there is one, ``--quick`` for seconds, and ``--steps``,
+Run ``python -m benchmarks.marginalization_model nltcs`` (or plants, dna, jester, digits, missing, moses, text, ising10,
+ising30, timing), with ``--device auto`` for an accelerator if there is one, ``--quick`` for seconds, and ``--steps``,
 ``--hidden``, ``--depth``, ``--seed`` to change the settings.  ``moses`` needs the package molsets (its data files
 alone: install it with ``--no-deps``).
 """
@@ -18,9 +18,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from inference.latent_classes import LatentClasses
 from inference.runtime.generators import generator
 from ppl_models import MarginalizationModel
 from ppl_models.datasets import load_binary, load_digits
@@ -37,6 +39,7 @@ SETTINGS: dict[str, tuple[int, int, int, float]] = {
     "dna": (600, 256, 2, 0.3),
     "jester": (2000, 384, 3, 0.2),
     "digits": (1500, 384, 3, 0.2),
+    "missing": (1000, 256, 3, 0.2),
     "moses": (6000, 256, 6, 0.0),
     "text": (4000, 256, 6, 0.1),
     "ising10": (2000, 16, 2, 0.0),
@@ -77,8 +80,6 @@ def settings_of(options: argparse.Namespace) -> tuple[int, int, int, float]:
 
 def digits() -> tuple[Tensor, Tensor, Tensor]:
     """scikit-learn's digits, pixels of at least 8, cut at random: 1297, 200 and 300 rows."""
-    import numpy as np
-
     order = torch.from_numpy(np.random.RandomState(0).permutation(1797))
     x = (load_digits().x[order] >= 8).long()
     return x[:1297], x[1297:1497], x[1497:]
@@ -184,6 +185,42 @@ def data_task(options: argparse.Namespace, device: torch.device) -> None:
     )
     if name == "nltcs":
         enumerate_states(mam, common)
+
+
+def missing_task(options: argparse.Namespace, device: torch.device) -> None:
+    """R4: digits and their class as one more variable, 30 % of the pixels missing at random in training and test."""
+    steps, hidden, depth, dropout = settings_of(options)
+    order = torch.from_numpy(np.random.RandomState(0).permutation(1797))
+    data = load_digits()
+    whole = torch.cat([(data.x[order] >= 8).long(), data.y[order].long().unsqueeze(1)], 1).to(device)
+    gone = torch.rand(whole.shape, generator=generator(0, "missing")).to(device) < 0.3
+    gone[:, -1] = False
+    x = whole.masked_fill(gone, -1)
+    train, valid, test, truth = x[:1297], x[1297:1497], x[1497:].clone(), whole[1497:]
+    test[:, -1] = -1
+    mam = MarginalizationModel([2] * 64 + [10], hidden=hidden, depth=depth, dropout=dropout, seed=options.seed).to(
+        device
+    )
+    mam.fit(train, valid, options.seed, num_steps=steps, marginal_steps=1, num_rows=100, progress=options.progress)
+    log_p = mam.conditional_logits(test)
+    hidden_pixels = gone[1497:, :-1]
+    picked = log_p[:, :-1].gather(2, truth[:, :-1, None]).squeeze(2)
+    classes = LatentClasses([2] * 64 + [10], 80)
+    classes.learn(train, generator=generator(0, "classes"))
+    by_classes = torch.stack(
+        [classes(test.index_copy(1, torch.tensor([j]), truth[:, j : j + 1])) - classes(test) for j in range(64)], 1
+    )
+    emit(
+        task="missing",
+        seed=options.seed,
+        steps=steps,
+        hidden=hidden,
+        accuracy=float((log_p[:, -1].argmax(1) == truth[:, -1]).float().mean()),
+        class_log_score=float(log_p[:, -1].gather(1, truth[:, -1:]).mean()),
+        pixel_log_score=float(picked[hidden_pixels].mean()),
+        pixel_log_score_of_latent_classes=float(by_classes[hidden_pixels].mean()),
+        latent_classes=int(torch.isfinite(classes.log_weights).sum()),
+    )
 
 
 def enumerate_states(mam: MarginalizationModel, common: dict[str, Any]) -> None:
@@ -371,7 +408,9 @@ def main() -> None:
     torch.set_num_threads(1 if options.device == "cpu" else torch.get_num_threads())
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = (found or torch.device("cpu")) if options.device == "auto" else torch.device(options.device)
-    task = {"timing": timing_task, "ising10": lattice_task, "ising30": lattice_task}.get(options.task, data_task)
+    task = {"timing": timing_task, "missing": missing_task, "ising10": lattice_task, "ising30": lattice_task}.get(
+        options.task, data_task
+    )
     task(options, device)
 
 
