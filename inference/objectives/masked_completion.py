@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from inference.any_order import hide, random_ranks
+from inference.objectives.small_sets import SingleConditions
 
 __all__ = ["MaskedCompletion", "completion_loss", "uniform_depth"]
 
@@ -44,18 +45,23 @@ class MaskedCompletion(nn.Module):
 
     Args:
         conditionals: module ``(values, context) -> log p(x_j = k | x_S)`` ``(B, D, K)``; its parameters are learned.
+        singles: what data say of every variable given nothing, and given one other: its loss, times the number of
+            variables, is added in training, since random subsets are seldom so small.
 
     Example:
         >>> objective = MaskedCompletion(conditionals)  # doctest: +SKIP
         >>> fit(objective, rows, num_steps=1000, batch_size=512)  # doctest: +SKIP
     """
 
-    def __init__(self, conditionals: nn.Module) -> None:
+    def __init__(self, conditionals: nn.Module, singles: SingleConditions | None = None) -> None:
         super().__init__()
-        self.conditionals = conditionals
+        self.conditionals, self.singles = conditionals, singles
 
     def forward(self, values: Tensor, context: Tensor | None = None) -> Tensor:
         """Scalar loss of the rows ``(B, D)``, of which each has an observed variable; fresh orders at each call."""
         depth = uniform_depth((values >= 0).sum(1))
         revealed = random_ranks(values) < depth.unsqueeze(1)
-        return completion_loss(self.conditionals(hide(values, revealed), context), values, revealed).mean()
+        loss = completion_loss(self.conditionals(hide(values, revealed), context), values, revealed).mean()
+        if self.singles is not None and self.training:
+            loss = loss + values.shape[1] * self.singles(self.conditionals)
+        return loss

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pyro
@@ -13,7 +14,7 @@ from inference.citation import Paper
 from inference.runtime.generators import scoped_seed
 from ppl_models.base import Model, check_count, check_counts, to_tensor
 from ppl_models.marginalization_model.distribution import MarginalizationDistribution
-from ppl_models.marginalization_model.networks import BODIES, ConditionalNetwork, MarginalNetwork, build_body
+from ppl_models.marginalization_model.networks import BODIES, BodySpec, ConditionalNetwork, MarginalNetwork, build_body
 
 __all__ = ["MarginalizationNetworks"]
 
@@ -50,6 +51,7 @@ class MarginalizationNetworks(Model):
         dropout: float = 0.0,
         num_heads: int = 4,
         shape: tuple[int, int] | None = None,
+        classes: int = 64,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -66,13 +68,14 @@ class MarginalizationNetworks(Model):
         check_count("hidden", hidden)
         check_count("depth", depth)
         check_count("num_heads", num_heads)
+        check_count("classes", classes)
         context_features = check_count("context_features", context_features, 0)
         if network in ("transformer", "unet") and hidden % num_heads:
             raise ValueError(f"hidden must be a multiple of num_heads, got {hidden} and {num_heads}")
         if shape is not None and network not in ("unet", "lattice"):
             raise ValueError(f"shape is for the networks 'unet' and 'lattice', and network is {network!r}")
         sides = None if shape is None else check_counts("shape", shape)
-        self._config = {
+        self._config: dict[str, Any] = {
             "cardinalities": counts,
             "network": network,
             "context_features": context_features,
@@ -82,28 +85,22 @@ class MarginalizationNetworks(Model):
             "dropout": float(dropout),
             "num_heads": num_heads,
             "shape": None if sides is None else list(sides),
+            "classes": classes,
             "seed": seed,
         }
         self.context_features, self._width = context_features, hidden
         self.register_buffer("cardinalities", torch.tensor(counts), persistent=False)
         self.log_states = float(sum(math.log(k) for k in counts))
-        settings: dict[str, Any] = {
-            "size": len(counts),
-            "levels": max(counts),
-            "width": hidden,
-            "depth": depth,
-            "dropout": dropout,
-            "context": context_features,
-            "num_heads": num_heads,
-        }
-        if network in ("unet", "lattice"):
-            settings["shape"] = _sides(sides, len(counts))
+        sides = _sides(sides, len(counts)) if network in ("unet", "lattice") else (0, 0)
+        spec = BodySpec(
+            len(counts), max(counts), hidden, depth, float(dropout), context_features, num_heads=num_heads, shape=sides
+        )
         with scoped_seed(seed):
-            trunk = build_body(network, **settings)
+            trunk = build_body(network, spec)
             self.conditionals = ConditionalNetwork(trunk, counts)
             reads = marginal in ("trunk", "shared")
-            own = None if marginal == "shared" else build_body(network, extra=hidden * reads, **settings)
-            self.marginals = MarginalNetwork(own, trunk if reads else None, counts, hidden)
+            own = None if marginal == "shared" else build_body(network, replace(spec, extra=hidden * reads))
+            self.marginals = MarginalNetwork(own, trunk if reads else None, counts, classes, hidden)
         self.eval()
 
     def config(self) -> dict[str, Any]:

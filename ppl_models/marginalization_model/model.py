@@ -19,10 +19,12 @@ from inference.objectives.masked_completion import MaskedCompletion
 from inference.objectives.persistent_chains import uniform_values
 from inference.objectives.reverse_kl import AutoregressiveKL, MarginalKL, MarginalRegression
 from inference.objectives.self_consistency import PathConsistency
+from inference.objectives.small_sets import PairMarginals, SingleConditions, pair_frequencies, pair_products
 from inference.results.evidence import LogPartition, from_weights, sandwich
 from inference.runtime.generators import derive_seed, generator
-from ppl_models.base import check_batch_size, check_count
+from ppl_models.base import check_batch_size, check_count, check_counts
 from ppl_models.marginalization_model.evaluation import compare, group_correlation
+from ppl_models.marginalization_model.networks import Lattice
 from ppl_models.marginalization_model.pairwise import find_pairwise
 from ppl_models.marginalization_model.results import Evaluation, MarginalizationResult
 from ppl_models.marginalization_model.target import EnergyTarget, make_target
@@ -62,6 +64,8 @@ class MarginalizationModel(Training):
         dropout: of the networks.
         num_heads: of attention.
         shape: ``(height, width)`` of an image or a lattice; by default a square.
+        classes: of the mixture of latent classes that f corrects after a fit to data: always consistent, learned in
+            seconds.  1 is the independence model.
         seed: of the initial parameters.
 
     Raises:
@@ -113,8 +117,8 @@ class MarginalizationModel(Training):
             batch_size: rows of an update; None for all. The default is all rows where there are fewer.
             lr: of AdamW, decaying to zero by a cosine.
             weight_decay: of AdamW.
-            rows: where consistency is asked: ``"data"``, ``"model"`` (draws), ``"mixture"`` of both, ``"uniform"``
-                values, or rows of your own ``(M, D)``.
+            rows: where consistency is asked: ``"data"``, ``"model"`` (draws), ``"mixture"`` (rows of the data in which
+                a random share of the variables is drawn anew), ``"uniform"`` values, or rows of your own ``(M, D)``.
             num_rows: how many of them are made for the second stage.
             loss: ``"path"``, where each row has an order along which the chain rule is known beforehand; or with fresh
                 orders ``"pair"`` (the paper's), ``"segment"``, ``"sum_rule"`` or ``"kl"``: see
@@ -128,7 +132,7 @@ class MarginalizationModel(Training):
 
         Returns:
             Histories, and one pass compared with the chain rule on held-out rows.  A ``KeyboardInterrupt`` ends the fit
-            early; in the first stage f is then only the independence model.
+            early; in the first stage f is then only the data's latent classes.
 
         Raises:
             TypeError, ValueError: bad data or settings, before any work.
@@ -158,10 +162,12 @@ class MarginalizationModel(Training):
         settings: dict[str, Any] = {"batch": size, "lr": lr, "weight_decay": weight_decay}
         settings |= {"patience": patience, "progress": progress}
         self._start("data", None)
-        self.marginals.learn_base(values)
+        self.marginals.base.learn(values, generator=generator(seed, "classes", device=values.device))
         data, held = present(values, c), present(held_out, held_c)
         judged = (values, c) if held_out is None else (held_out, held_c)
-        likelihood = MaskedCompletion(self.conditionals)
+        frequencies = None if self.context_features else pair_frequencies(values, self.cardinalities)
+        singles = None if frequencies is None else SingleConditions(frequencies, values, self.cardinalities)
+        likelihood = MaskedCompletion(self.conditionals, singles)
         if method == "joint":
             consistency = self._consistency(kind, depth, children, True)
             joint: nn.Module = self._penalised(
@@ -174,7 +180,13 @@ class MarginalizationModel(Training):
             return self._result(history, None, *judged, seed)
         steps = num_steps if marginal_steps is None else check_count("marginal_steps", marginal_steps)
         pool, pool_c, paths = self._pool(values, c, rows if own is None else own, num_rows, seed, loss == "path")
-        stage: nn.Module = PathConsistency(self.marginals) if paths else self._consistency(kind, depth, children, False)
+        if own is None and rows in ("model", "mixture"):  # the model's own law, without the accidents of the data
+            self.marginals.base.learn(pool, generator=generator(seed, "classes", device=pool.device))
+        stage: nn.Module = self._consistency(kind, depth, children, False)
+        if paths:
+            products = None if self.context_features else pair_products(self.conditionals, self.cardinalities)
+            pairs = None if products is None else PairMarginals(products, self.cardinalities)
+            stage = PathConsistency(self.marginals, pairs=pairs)
         if held_out is not None and paths:
             few = held_out[:num_rows]
             held = present(few, *self._paths(few, None if held_c is None else held_c[:num_rows], seed), held_c)
@@ -314,6 +326,59 @@ class MarginalizationModel(Training):
             return MarginalizationResult(self, history, None, None)
         check = compare(self, self.sample(self._check_count(), seed=seed), None, CHECK_ORDERS, seed)
         return MarginalizationResult(self, history, None, check, int(chains.restarts) if chains is not None else 0)
+
+    def resized(
+        self, shape: Sequence[int], log_density: Callable[[Tensor], Tensor], *, seed: int = 0
+    ) -> "MarginalizationModel":
+        """The same networks on a periodic lattice of another size, for one that is too large to train on.
+
+        The lattice network looks ``2 * depth`` steps far and no further, and what f adds to the energy is a sum over
+        the places that are not observed.  Both therefore serve a lattice of any size, if one place's law depends on
+        what is near: correlations that are short beside that distance.  ``log_partition`` and the fit's own check say
+        how well; ``fit_energy`` of the returned model goes on from there.
+
+        Args:
+            shape: ``(height, width)``.
+            log_density: the density on that lattice.
+            seed: of the rows that it is tried at.
+
+        Raises:
+            RuntimeError: the model was not fitted to a density of unary and pairwise terms.
+            TypeError, ValueError: another network, places that differ, a lattice narrower than what the network sees,
+                or a bad density.
+        """
+        body = self.conditionals.body
+        if not isinstance(body, Lattice):
+            raise ValueError(
+                f"only the network 'lattice' has no size of its own, this one is {self._config['network']!r}"
+            )
+        if self.marginals.kind != "pairwise":
+            raise RuntimeError("resized needs a fit to a density of unary and pairwise terms: call fit_energy first")
+        levels = set(self._config["cardinalities"])
+        if len(levels) > 1:
+            raise ValueError(f"all places must have the same number of values, they have {sorted(levels)}")
+        sides = check_counts("shape", shape)
+        widest = 2 * body.reach + 1
+        for name, pair in (("the lattice that it was trained on", body.shape), ("shape", sides)):
+            if min(pair) < widest:
+                raise ValueError(
+                    f"the network looks {body.reach} steps far, so either side must be at least {widest}: {name} is "
+                    f"{tuple(pair)}"
+                )
+        size = math.prod(sides)
+        changed = {**self._config, "cardinalities": [levels.pop()] * size, "shape": list(sides)}
+        larger = type(self)(**changed).to(self._weight)
+        state = {k: v for k, v in self.state_dict().items() if not k.startswith("marginals.base.")}
+        larger.load_state_dict(state, strict=False)
+        larger.marginals.scale_head(math.sqrt(size / self.num_variables))
+        draw = generator(seed, "energy", device=self._weight.device)
+        target = make_target(log_density, None, (), None, larger.cardinalities, self._weight, draw)
+        terms = find_pairwise(target.log_density, larger.cardinalities, draw)
+        if terms is None:
+            raise ValueError("log_density has terms of more than two variables, or is too large to tell")
+        larger._start("pairwise", target)
+        larger.marginals.pairwise.set_terms(**terms)
+        return larger
 
     def _energy(self, values: Tensor) -> Tensor:
         if self._target is not None:

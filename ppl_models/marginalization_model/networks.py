@@ -6,16 +6,17 @@ others), and can be told the features of another body.  ``ConditionalNetwork`` g
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from inference.latent_classes import LatentClasses
 from ppl_models.marginalization_model.pairwise import PairwiseEnergy
 
-__all__ = ["Body", "ConditionalNetwork", "MarginalNetwork", "build_body", "one_hot"]
+__all__ = ["Body", "BodySpec", "ConditionalNetwork", "MarginalNetwork", "build_body", "one_hot"]
 
 _GATHER_ABOVE = 1024  # inputs: above it a sum of gathered rows is faster than a product with zeros and ones
 
@@ -23,6 +24,32 @@ _GATHER_ABOVE = 1024  # inputs: above it a sum of gathered rows is faster than a
 def one_hot(values: Tensor, levels: int, dtype: torch.dtype) -> Tensor:
     """``(B, D)`` to ``(B, D, levels)``; zeros where missing."""
     return (values.unsqueeze(-1) == torch.arange(levels, device=values.device)).to(dtype)
+
+
+@dataclass(frozen=True)
+class BodySpec:
+    """What a body is made for.
+
+    Attributes:
+        size: variables D.
+        levels: largest number of values K.
+        width, depth: of the network; depth counts blocks.
+        dropout: share of hidden values dropped in training.
+        context: features C of a vector that the law is conditional on.
+        extra: width of another body's features that it reads; 0 for none.
+        num_heads: of attention.
+        shape: rows and columns of an image or a lattice.
+    """
+
+    size: int
+    levels: int
+    width: int
+    depth: int
+    dropout: float = 0.0
+    context: int = 0
+    extra: int = 0
+    num_heads: int = 4
+    shape: tuple[int, int] = (0, 0)
 
 
 class Body(nn.Module):
@@ -74,17 +101,16 @@ class ResidualMLP(Body):
 
     per_variable = False
 
-    def __init__(
-        self, size: int, levels: int, width: int, depth: int, dropout: float, context: int, extra: int, **_: Any
-    ) -> None:
+    def __init__(self, spec: BodySpec) -> None:
         super().__init__()
-        self.width = width
-        self.first = _FirstLayer(size, levels, width)
+        self.width = width = spec.width
+        self.first = _FirstLayer(spec.size, spec.levels, width)
         self.bias = nn.Parameter(torch.zeros(width))
-        self.other = nn.Linear(context + extra, width, bias=False) if context + extra else None
+        given = spec.context + spec.extra
+        self.other = nn.Linear(given, width, bias=False) if given else None
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Dropout(dropout))
-            for _ in range(depth)
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Dropout(spec.dropout))
+            for _ in range(spec.depth)
         )
 
     def forward(self, values: Tensor, context: Tensor | None = None, extra: Tensor | None = None) -> Tensor:
@@ -102,13 +128,13 @@ class _Tokens(Body):
 
     per_variable = True
 
-    def __init__(self, size: int, levels: int, width: int, context: int, extra: int, places: bool = True) -> None:
+    def __init__(self, spec: BodySpec, places: bool = True) -> None:
         super().__init__()
-        self.width = width
-        self.values = nn.Embedding(levels + 1, width)
-        self.place = nn.Parameter(torch.randn(size, width) if places else torch.zeros(1, width))
-        self.context = nn.Linear(context, width, bias=False) if context else None
-        self.extra = nn.Linear(extra, width, bias=False) if extra else None
+        self.width = width = spec.width
+        self.values = nn.Embedding(spec.levels + 1, width)
+        self.place = nn.Parameter(torch.randn(spec.size, width) if places else torch.zeros(1, width))
+        self.context = nn.Linear(spec.context, width, bias=False) if spec.context else None
+        self.extra = nn.Linear(spec.extra, width, bias=False) if spec.extra else None
 
     def tokens(self, values: Tensor, context: Tensor | None, extra: Tensor | None) -> Tensor:
         x = self.values(values + 1) + self.place
@@ -122,22 +148,13 @@ class _Tokens(Body):
 class Transformer(_Tokens):
     """Pre-normalised encoder over the variables, without a mask: all variables see what is observed."""
 
-    def __init__(
-        self,
-        size: int,
-        levels: int,
-        width: int,
-        depth: int,
-        dropout: float,
-        context: int,
-        extra: int,
-        num_heads: int,
-        **_: Any,
-    ) -> None:
-        super().__init__(size, levels, width, context, extra)
+    def __init__(self, spec: BodySpec) -> None:
+        super().__init__(spec)
         self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(width, num_heads, 4 * width, dropout, "gelu", batch_first=True, norm_first=True)
-            for _ in range(depth)
+            nn.TransformerEncoderLayer(
+                spec.width, spec.num_heads, 4 * spec.width, spec.dropout, "gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(spec.depth)
         )
 
     def forward(self, values: Tensor, context: Tensor | None = None, extra: Tensor | None = None) -> Tensor:
@@ -150,11 +167,11 @@ class Transformer(_Tokens):
 class _ResidualConvolution(nn.Module):
     """Two convolutions around a skip; the number of observed variables shifts and scales in between."""
 
-    def __init__(self, width: int, dropout: float, padding_mode: Literal["zeros", "circular"]) -> None:
+    def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(math.gcd(8, width), width)
-        self.first = nn.Conv2d(width, width, 3, padding=1, padding_mode=padding_mode)
-        self.second = nn.Conv2d(width, width, 3, padding=1, padding_mode=padding_mode)
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
         self.time = nn.Linear(width, 2 * width)
         self.dropout = nn.Dropout(dropout)
         nn.init.zeros_(self.second.weight)
@@ -184,28 +201,17 @@ class UNet(_Tokens):
     The number of observed pixels enters as time does in a diffusion model (the paper's image network).
     """
 
-    def __init__(
-        self,
-        size: int,
-        levels: int,
-        width: int,
-        depth: int,
-        dropout: float,
-        context: int,
-        extra: int,
-        num_heads: int,
-        shape: tuple[int, int],
-        **_: Any,
-    ) -> None:
-        super().__init__(size, levels, width, context, extra)
-        self.shape = shape
+    def __init__(self, spec: BodySpec) -> None:
+        super().__init__(spec)
+        width = spec.width
+        self.shape = spec.shape
         self.clock = nn.Sequential(nn.Linear(1, width), nn.GELU(), nn.Linear(width, width))
 
         def blocks() -> nn.ModuleList:
-            return nn.ModuleList(_ResidualConvolution(width, dropout, "zeros") for _ in range(depth))
+            return nn.ModuleList(_ResidualConvolution(width, spec.dropout) for _ in range(spec.depth))
 
         self.down, self.middle, self.up = blocks(), blocks(), blocks()
-        self.attention = nn.ModuleList(_Attention(width, num_heads) for _ in range(depth))
+        self.attention = nn.ModuleList(_Attention(width, spec.num_heads) for _ in range(spec.depth))
         self.merge = nn.Conv2d(2 * width, width, 1)
 
     def forward(self, values: Tensor, context: Tensor | None = None, extra: Tensor | None = None) -> Tensor:
@@ -225,40 +231,51 @@ class UNet(_Tokens):
 
 
 class Lattice(_Tokens):
-    """Residual convolutions on a periodic lattice: the same at every place, so it has no place of its own."""
+    """Residual convolutions on a periodic lattice: the same at every place, so it has no place of its own.
 
-    def __init__(
-        self,
-        size: int,
-        levels: int,
-        width: int,
-        depth: int,
-        dropout: float,
-        context: int,
-        extra: int,
-        shape: tuple[int, int],
-        **_: Any,
-    ) -> None:
-        super().__init__(size, levels, width, context, extra, places=False)
-        self.shape = shape
-        self.clock = nn.Sequential(nn.Linear(1, width), nn.GELU(), nn.Linear(width, width))
-        self.blocks = nn.ModuleList(_ResidualConvolution(width, dropout, "circular") for _ in range(depth))
+    Nothing in it looks further than its convolutions, two of 3 x 3 a block: no normalisation over the lattice, no count
+    of what is observed.  Features at a place therefore depend on the values within ``2 * depth`` steps alone, and the
+    parameters serve a lattice of any size.
+    """
+
+    def __init__(self, spec: BodySpec) -> None:
+        super().__init__(spec, places=False)
+        self.shape = spec.shape
+        self.reach = 2 * spec.depth
+        self.blocks = nn.ModuleList(_LocalBlock(spec.width, spec.dropout) for _ in range(spec.depth))
 
     def forward(self, values: Tensor, context: Tensor | None = None, extra: Tensor | None = None) -> Tensor:
-        tokens = self.tokens(values, context, extra)
-        time = self.clock((values >= 0).to(tokens.dtype).mean(1, keepdim=True))
-        x = tokens.mT.unflatten(2, self.shape)
+        x = self.tokens(values, context, extra).mT.unflatten(2, self.shape)
         for block in self.blocks:
-            x = block(x, time)
+            x = block(x)
         return x.flatten(2).mT
 
 
-BODIES: Mapping[str, type[Body]] = {"mlp": ResidualMLP, "transformer": Transformer, "unet": UNet, "lattice": Lattice}
+class _LocalBlock(nn.Module):
+    """Two periodic convolutions around a skip."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(width, width, 3, padding=1, padding_mode="circular")
+        self.second = nn.Conv2d(width, width, 3, padding=1, padding_mode="circular")
+        self.dropout = nn.Dropout(dropout)
+        nn.init.zeros_(self.second.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(self.dropout(functional.gelu(self.first(x))))
 
 
-def build_body(network: str, extra: int = 0, **settings: Any) -> Body:
-    """A body by name; ``extra`` is the width of another body's features that it reads."""
-    return BODIES[network](extra=extra, **settings)
+BODIES: Mapping[str, Callable[[BodySpec], Body]] = {
+    "mlp": ResidualMLP,
+    "transformer": Transformer,
+    "unet": UNet,
+    "lattice": Lattice,
+}
+
+
+def build_body(network: str, spec: BodySpec) -> Body:
+    """A body by name."""
+    return BODIES[network](spec)
 
 
 class ConditionalNetwork(nn.Module):
@@ -288,8 +305,8 @@ class ConditionalNetwork(nn.Module):
 class MarginalNetwork(nn.Module):
     """``f(x_S)``, by a base that is known and a network's correction.
 
-    * Data: ``sum_{j in S} log u_j(x_j) + sqrt(|S| / D) mean_{j in S} h_j(x_S)``: the independence model u, corrected,
-      and exactly 0 where nothing is observed.
+    * Data: ``log m(x_S) + sqrt(|S| / D) mean_{j in S} h_j(x_S)``: the mixture m of latent classes, corrected, and
+      exactly 0 where nothing is observed.
     * Energies: ``energy terms inside S + sum_{j not in S} (log K_j + h_j(x_S) / sqrt(D))`` where the terms are known:
       exactly the energy at complete states; else ``sum_{j not in S} log K_j + sum_j h_j(x_S) / sqrt(D)``.
 
@@ -299,16 +316,18 @@ class MarginalNetwork(nn.Module):
         own: a body of its own, or None.
         trunk: the body of the conditionals, whose features h reads; not a part of this module.  None: it reads none.
         cardinalities: of the D variables.
+        classes: of the mixture.
         width: of the hidden layer of a head without body.
     """
 
-    base: Tensor
     log_cardinalities: Tensor
 
-    def __init__(self, own: Body | None, trunk: Body | None, cardinalities: Sequence[int], width: int) -> None:
+    def __init__(
+        self, own: Body | None, trunk: Body | None, cardinalities: Sequence[int], classes: int, width: int
+    ) -> None:
         super().__init__()
         size, levels = len(cardinalities), max(cardinalities)
-        logs = torch.tensor(cardinalities).float().log()
+        self.base = LatentClasses(list(cardinalities), classes)
         self.own = own
         self._trunk = (trunk,)  # in a tuple: its parameters are the conditionals'
         self.freeze_trunk = True
@@ -321,11 +340,8 @@ class MarginalNetwork(nn.Module):
                 nn.LayerNorm(reader.width), nn.Linear(reader.width, width), nn.GELU(), nn.Linear(width, reader.width)
             )
         self.head = reader.head(size, 1)
-        last = next(m for m in reversed(list(self.head.modules())) if isinstance(m, nn.Linear))
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.register_buffer("base", -logs.unsqueeze(1).repeat(1, levels))
-        self.register_buffer("log_cardinalities", logs, persistent=False)
+        self.scale_head(0.0)
+        self.register_buffer("log_cardinalities", torch.tensor(cardinalities).float().log(), persistent=False)
         self.pairwise = PairwiseEnergy(size, levels)
 
     def forward(self, values: Tensor, context: Tensor | None = None) -> Tensor:
@@ -334,11 +350,10 @@ class MarginalNetwork(nn.Module):
         seen = values >= 0
         size = values.shape[1]
         if self.kind == "data":
-            known = self.base.unsqueeze(0).expand(len(values), -1, -1)
-            known = known.gather(2, values.clamp(min=0).unsqueeze(2)).squeeze(2)
-            # sqrt(|S| / D) mean_S h, without a division by zero
-            count = seen.sum(1).clamp(min=1)
-            return torch.where(seen, known + h / (count * size).sqrt().unsqueeze(1), torch.zeros_like(h)).sum(1)
+            # sqrt(|S| / D) mean_S h, without a division by zero; and no rounding error where nothing is observed
+            count = seen.sum(1)
+            h = torch.where(seen, h, torch.zeros_like(h)).sum(1) / (count.clamp(min=1) * size).sqrt()
+            return torch.where(count > 0, self.base(values) + h, torch.zeros_like(h))
         free = torch.where(seen, torch.zeros_like(self.log_cardinalities), self.log_cardinalities)
         if self.kind == "pairwise":
             h = torch.where(seen, torch.zeros_like(h), h)
@@ -358,10 +373,14 @@ class MarginalNetwork(nn.Module):
             features = features + self.hidden(features)
         return self.head(features).squeeze(2)
 
-    @torch.no_grad()
-    def learn_base(self, values: Tensor) -> None:
-        """The independence model: each variable's observed frequencies, a half added to each count."""
-        counts = one_hot(values, self.base.shape[1], self.base.dtype).sum(0) + 0.5
-        levels = torch.arange(self.base.shape[1], device=counts.device)
-        counts = counts * (levels < self.log_cardinalities.exp().round().unsqueeze(1))
-        self.base.copy_((counts / counts.sum(1, keepdim=True)).clamp(min=1e-30).log())
+    def scale_head(self, factor: float) -> None:
+        """Multiply h by a factor."""
+        _scale_last(self.head, factor)
+
+
+@torch.no_grad()
+def _scale_last(head: nn.Module, factor: float) -> None:
+    """Multiply what a head puts out."""
+    last = next(m for m in reversed(list(head.modules())) if isinstance(m, nn.Linear))
+    last.weight.mul_(factor)
+    last.bias.mul_(factor)

@@ -78,19 +78,22 @@ def find_pairwise(
     u = torch.rand(_TEST_ROWS, size, generator=generator, device=device)
     test = torch.minimum((u * cardinalities).long(), cardinalities - 1)
     truth = log_density(test).double()
-    # The places that differ from the reference, the row of zeros: (variable, value), one and two at a time.
+    # The places that differ from a reference: (variable, value), one and two at a time.  At a random row the density is
+    # of usual size, and the rounding errors of its differences have any sign; at a row of zeros they may be alike.
+    reference = test[truth.abs().argmin()]
     where = torch.repeat_interleave(torch.arange(size, device=device), cardinalities - 1)
-    value = torch.cat([torch.arange(1, k + 1, device=device) for k in extra]) if singles else where
+    step = torch.cat([torch.arange(1, k + 1, device=device) for k in extra]) if singles else where
+    value = (reference[where] + step) % cardinalities[where]
     first, second = torch.triu_indices(singles, singles, 1, device=device)
     distinct = where[first] != where[second]
     first, second = first[distinct], second[distinct]
-    zero = log_density(torch.zeros(1, size, dtype=torch.long, device=device)).double()
+    zero = log_density(reference.unsqueeze(0)).double()
 
     def ask(places: list[Tensor]) -> Tensor:
-        """The density at rows of zeros, but for the given (variable, value) places."""
+        """The density at the reference, but for the given (variable, value) places."""
         found = []
         for chunk in zip(*(p.split(_ROWS) for p in places), strict=True):
-            rows = torch.zeros(len(chunk[0]), size, dtype=torch.long, device=device)
+            rows = reference.repeat(len(chunk[0]), 1)
             for p in chunk:
                 rows.scatter_(1, where[p].unsqueeze(1), value[p].unsqueeze(1))
             found.append(log_density(rows).double())

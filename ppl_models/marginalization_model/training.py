@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from inference.any_order import ancestral, as_proposal, chain_rule, random_ranks
+from inference.any_order import chain_rule, complete, hide, random_ranks
 from inference.fit import FitResult, fit
 from inference.objectives.masked_completion import MaskedCompletion
 from inference.objectives.persistent_chains import PersistentChains, uniform_values
@@ -22,6 +22,7 @@ from ppl_models.marginalization_model.target import EnergyTarget
 __all__ = ["CHECK_ORDERS", "Progress", "Training", "present"]
 
 CHECK_ORDERS = 5
+_SAVE_EVERY = 250  # updates between two saves of a checkpoint
 _CHECK_ROWS = 256  # fewer where a row costs more
 _CHECK_VARIABLES = 1 << 13
 
@@ -95,27 +96,25 @@ class Training(Queries):
         else:
             pool = values
         order = torch.randperm(len(pool), generator=draw, device=pool.device)
-        drawn = {"model": count, "mixture": count // 2}.get(rows, 0) if isinstance(rows, str) else 0
-        index = order[torch.arange(count - drawn, device=pool.device) % len(pool)]
-        kept = pool[index]
+        index = order[torch.arange(count, device=pool.device) % len(pool)]
+        chosen = pool[index]
         # Rows that are not the data's own take contexts from the data in turn.
         source = index if pool is values else torch.arange(len(index), device=pool.device) % len(values)
         c = None if context is None else context[source]
-        paths: tuple[Tensor, ...] = self._paths(kept, c, seed) if with_paths else ()
-        if not drawn:
-            return kept, c, paths
-        empty = torch.full((drawn, self.num_variables), -1, device=pool.device)
-        ranks = random_ranks(empty, draw, missing_first=True)
-        drawn_c = None if context is None else context[torch.arange(drawn, device=pool.device) % len(context)]
+        if not isinstance(rows, str) or rows not in ("model", "mixture"):
+            return chosen, c, self._paths(chosen, c, seed) if with_paths else ()
+        share = torch.rand(len(chosen), 1, generator=draw, device=pool.device)
+        share = (1.5 * share - 0.25).clamp(0, 1) if rows == "mixture" else torch.zeros_like(share)
+        keys = torch.rand(chosen.shape, generator=draw, device=pool.device)
+        hidden = hide(chosen, (chosen >= 0) & (keys < share))
+        ranks = random_ranks(hidden, draw)  # what is kept comes first
 
         def fill(v: Tensor, r: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor]:
-            found = ancestral(as_proposal(self.conditionals), v, r, k, generator=draw)
+            found = complete(self.conditionals, v, r, k, generator=draw)
             return found.values, found.path
 
-        filled, path = self._in_chunks(fill, empty, ranks, drawn_c)
-        if with_paths:
-            paths = tuple(torch.cat(pair) for pair in zip(paths, (ranks, path), strict=True))
-        return torch.cat([kept, filled]), None if c is None or drawn_c is None else torch.cat([c, drawn_c]), paths
+        filled, path = self._in_chunks(fill, hidden, ranks, c)
+        return filled, c, (ranks, path) if with_paths else ()
 
     @torch.no_grad()
     def _paths(self, values: Tensor, context: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:
@@ -151,6 +150,7 @@ class Training(Queries):
                 patience=(num_steps if patience is None else patience) if held_out else None,
                 seed=seed,
                 checkpoint=checkpoint,
+                checkpoint_every=_SAVE_EVERY,
                 progress=progress,
             )
         finally:

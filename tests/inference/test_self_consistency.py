@@ -1,6 +1,7 @@
 """Residuals and gradients of marginalization objectives, against enumeration."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -103,8 +104,45 @@ def test_missing_entries_stay_out_of_the_residuals() -> None:
     moved = TableMarginals(MIXED, law)
     with torch.no_grad(), scoped_seed(0):
         moved.table[1:] += 0.5  # all but the empty row: residuals of half a nat if they start there, else none
-        assert abs(float(PathConsistency(moved, direct=1.0)(rows, ranks, chain_rule(g, rows, ranks))) - 0.25) < 1e-12
+        shifted = float(PathConsistency(moved, direct=1.0)(rows, ranks, chain_rule(g, rows, ranks)))
+        assert abs(shifted - (math.exp(-0.5) + 0.5 - 1)) < 1e-12
         assert zero(rows, ranks, chain_rule(g, rows, ranks)) < 1e-22
+
+
+def test_where_orders_disagree_the_marginal_is_the_log_of_the_mean() -> None:
+    """Then ``exp f`` adds up to one for each set of variables; the mean of the logs would add up to less."""
+    sizes = [2, 3]
+    g = TableConditionals(sizes, random_law(sizes), random=True)
+    rows = states(sizes).repeat(2, 1)
+    ranks = torch.tensor([[0, 1], [1, 0]]).repeat_interleave(6, 0)
+    path = chain_rule(g, rows, ranks).detach()
+    both = path[:, 2].view(2, 6)
+    assert (both[0] - both[1]).abs().max() > 0.3
+    f = TableMarginals(sizes, both.logsumexp(0) - math.log(2))
+    assert abs(float(both.logsumexp(0).exp().sum()) / 2 - 1) < 1e-12
+    assert float(both.mean(0).exp().sum()) < 0.99
+    complete = f.place(states(sizes))
+    # a thousand copies, so that each row's both orders are met at full depth equally often
+    copies = [part.repeat(1000, *[1] * (part.ndim - 1)) for part in (rows, ranks, path)]
+    with scoped_seed(0):
+        gradient = torch.autograd.grad(PathConsistency(f, direct=1.0)(*copies), f.table)[0][complete]
+    f.table.data[complete] = both.mean(0)
+    with scoped_seed(0):
+        of_mean = torch.autograd.grad(PathConsistency(f, direct=1.0)(*copies), f.table)[0][complete]
+    assert gradient.abs().max() < 0.1 * of_mean.abs().max()
+
+
+def test_a_row_that_f_misses_by_far_pulls_no_harder() -> None:
+    f = TableMarginals([2], random_law([2]))
+    ranks, rows = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long)
+    pulls = []
+    for gap in (1.0, 2.0, 50.0):
+        path = torch.stack([f.table[0] * 0, f.table[1] - f.table[0] + gap]).unsqueeze(0).detach()
+        with scoped_seed(0):
+            loss = PathConsistency(f, direct=1.0)(rows, ranks, path)
+        pulls.append(-float(torch.autograd.grad(loss, f.table)[0][1]))
+    assert abs(pulls[0] - math.expm1(1.0)) < 1e-9
+    assert abs(pulls[1] - math.expm1(1.5)) < 1e-9 and abs(pulls[2] - pulls[1]) < 1e-9
 
 
 def test_only_what_should_learn_learns() -> None:

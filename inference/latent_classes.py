@@ -1,0 +1,96 @@
+"""Latent classes: a mixture of products of categoricals, whose every marginal is exact.
+
+    p(x_S) = sum_c w_c prod_{j in S} theta_cj(x_j)
+
+for any subset S of the variables (Lazarsfeld and Henry, "Latent structure analysis", 1968).  It is learned by EM
+(Dempster, Laird and Rubin, JRSS B 39, 1977), where missing values simply take no part in the products, and is the
+maximum of the posterior under a Dirichlet prior on each ``theta_cj`` around the variable's own frequencies.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+__all__ = ["LatentClasses"]
+
+_PRIOR = 2.0  # observations that a class has beforehand of each variable
+_FLOOR = 1e-6  # of a probability: its logarithm and gradients stay of usual size in float32
+
+
+class LatentClasses(nn.Module):
+    """The mixture; one uniform class until it has learned.
+
+    Args:
+        cardinalities: number of values K_j of each variable.
+        classes: number of classes C, at the most.
+
+    Example:
+        >>> x = torch.randint(2, (200, 1), generator=torch.Generator().manual_seed(0)).repeat(1, 3)  # three copies
+        >>> mixture = LatentClasses([2, 2, 2], classes=2)
+        >>> mixture.learn(x, generator=torch.Generator().manual_seed(0))
+        >>> log_p = mixture(torch.tensor([[1, 1, -1], [1, 0, -1], [-1, -1, -1]]))
+        >>> bool(log_p[0] > -1), bool(log_p[1] < -2), bool(log_p[2].abs() < 1e-6)
+        (True, True, True)
+    """
+
+    log_weights: Tensor
+    log_theta: Tensor
+    possible: Tensor
+
+    def __init__(self, cardinalities: list[int], classes: int) -> None:
+        super().__init__()
+        counts = torch.tensor(cardinalities)
+        levels = int(counts.max())
+        possible = torch.arange(levels) < counts.unsqueeze(1)
+        self.register_buffer("possible", possible, persistent=False)
+        self.register_buffer("log_weights", torch.full((classes,), -torch.inf))
+        # (D, K, C): products with one-hot rows
+        self.register_buffer("log_theta", torch.zeros(*possible.shape, classes))
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to one uniform class."""
+        uniform = -self.possible.sum(1, keepdim=True).to(self.log_theta).log().expand_as(self.possible)
+        self.log_theta.copy_(uniform.unsqueeze(2))
+        self.log_weights.fill_(-torch.inf)
+        self.log_weights[0] = 0.0
+
+    def forward(self, values: Tensor) -> Tensor:
+        """``log p(x_S)`` of rows ``(B, D)``, -1 where missing; ``(B,)``."""
+        return (self.log_weights + self._one_hot(values) @ self.log_theta.flatten(0, 1)).logsumexp(1)
+
+    def _one_hot(self, values: Tensor) -> Tensor:
+        levels = torch.arange(self.possible.shape[1], device=values.device)
+        return (values.unsqueeze(-1) == levels).to(self.log_theta).flatten(1)
+
+    @torch.no_grad()
+    def learn(self, values: Tensor, *, iterations: int = 100, generator: torch.Generator | None = None) -> None:
+        """EM from random rows.
+
+        Args:
+            values: ``(N, D)``, -1 where missing; a class needs 32 rows, so fewer rows make fewer classes.
+            iterations: passes over the rows.
+            generator: of the first rows.
+        """
+        hot = self._one_hot(values)
+        base = (hot.sum(0).unflatten(0, self.possible.shape) + 0.5) * self.possible
+        base = base / base.sum(1, keepdim=True)
+        classes = max(1, min(len(self.log_weights), len(values) // 32))
+        if classes == 1:
+            weights, theta = hot.new_ones(1), base.unsqueeze(2)
+        else:
+            chosen = torch.randperm(len(values), generator=generator, device=values.device)[:classes]
+            # A class starts between a row and the frequencies: at a row alone it would keep that row and no other.
+            theta = (hot[chosen].mT.unflatten(0, self.possible.shape) + 2.0 * base.unsqueeze(2)).clamp(min=_FLOOR)
+            theta = theta / theta.sum(1, keepdim=True)
+            weights = hot.new_full((classes,), 1.0 / classes)
+        for _ in range(iterations if classes > 1 else 0):
+            joint = weights.log() + hot @ theta.clamp(min=_FLOOR).log().flatten(0, 1)
+            posterior = joint.softmax(1)
+            counts = (hot.mT @ posterior).unflatten(0, self.possible.shape) + _PRIOR * base.unsqueeze(2)
+            theta = counts / counts.sum(1, keepdim=True)
+            weights = (posterior.sum(0) + 1.0) / (len(values) + classes)
+        self.reset()
+        theta = functional.pad(theta, (0, len(self.log_weights) - classes), value=1.0)
+        self.log_theta.copy_(theta.clamp(min=_FLOOR).log())
+        self.log_weights[:classes] = weights.log()
