@@ -11,6 +11,7 @@ installed are left out and named.
 """
 
 import argparse
+import multiprocessing
 import resource
 import time
 from collections.abc import Callable
@@ -23,7 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.record import markdown_table, one_core, save, spread
-from sde import MarkovFractionalBrownianMotion, Step, fractional_gaussian_noise, solve, solve_torchsde, uniform_grid
+from sde import (
+    MarkovFractionalBrownianMotion,
+    Step,
+    StepNetwork,
+    fractional_gaussian_noise,
+    solve,
+    solve_torchsde,
+    uniform_grid,
+)
 
 BATCH, DIM, PROCESSES = 32, 4, 5
 
@@ -33,7 +42,7 @@ class Drift(nn.Module):
 
     def __init__(self, inputs: int, dim: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(inputs, 200), nn.Tanh(), nn.Linear(200, 200), nn.Tanh(), nn.Linear(200, dim))
+        self.net = StepNetwork([inputs, 200, 200, dim])  # under torchsde the nn.Sequential that it is
 
     def forward(self, time: Any, x: Tensor) -> Tensor:
         """``(B, D)``."""
@@ -143,24 +152,33 @@ def exact_noise(length: int = 1000, paths: int = 500, repeats: int = 5) -> list[
     return rows
 
 
-def peak_growth(steps: int) -> float:
-    """Growth of the process's largest resident set over a gradient step of a checkpointed solve, in bytes."""
+def peak_growth(steps: int, segments: str | None) -> float:
+    """Growth of this process's largest resident set over a gradient step, in bytes, after a short one to warm up."""
     noise = MarkovFractionalBrownianMotion(0.7, 5, kind="rl")
-    drift = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 2))
+    drift = StepNetwork([2, 64, 2])
+
+    def once(count: int) -> None:
+        path = solve(
+            lambda t, x: drift(x), 1.0, noise, uniform_grid(1.0, count), torch.zeros(256, 2), seed=0, keep=[count],
+            checkpoint_segments=segments,
+        )  # fmt: skip
+        path.x.sum().backward()
+
+    once(16)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    path = solve(
-        lambda t, x: drift(x), 1.0, noise, uniform_grid(1.0, steps), torch.zeros(256, 2), seed=0, keep=[steps],
-        checkpoint_segments="sqrt",
-    )  # fmt: skip
-    path.x.sum().backward()
+    once(steps)
     return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def memory() -> list[dict[str, Any]]:
+    """A process each, as a peak is never taken back."""
     rows = []
-    for steps in (100, 2500, 10_000):
-        rows.append({"steps": steps, "growth of the resident set, MB": f"{peak_growth(steps) / 1e6:.1f}"})
-        print(rows[-1], flush=True)
+    for segments in (None, "sqrt"):
+        for steps in (100, 400, 1600, 10_000) if segments else (100, 400, 1600):
+            with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (1,)) as pool:
+                grown = pool.apply(peak_growth, (steps, segments))
+            rows.append({"checkpoint_segments": segments, "steps": steps, "growth, MB": f"{grown / 1e6:.1f}"})
+            print(rows[-1], flush=True)
     return rows
 
 
