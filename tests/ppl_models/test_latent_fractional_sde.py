@@ -53,7 +53,7 @@ def test_pyros_own_elbo_agrees(settings: dict[str, Any]) -> None:
 def test_it_learns_vectors_and_forecasts() -> None:
     y = vectors(16)
     model = LatentFractionalSDE((3,), 2, 2, **{**SMALL, "hidden": (16,)})
-    result = model.fit(TIMES, y, noise_std=0.3, num_steps=35, lr=0.03, max_step=0.1, progress=False)
+    result = model.fit(TIMES, y, noise_std=0.3, num_steps=60, lr=0.02, max_step=0.1, progress=False)
     assert result.history is not None
     assert float(result.history.losses[-5:].mean()) < 0.6 * float(result.history.losses[0])
     found = model.reconstruct(8)
