@@ -11,6 +11,7 @@ installed are left out and named.
 """
 
 import argparse
+import multiprocessing
 import resource
 import time
 from collections.abc import Callable
@@ -23,7 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.record import markdown_table, one_core, save, spread
-from sde import MarkovFractionalBrownianMotion, Step, fractional_gaussian_noise, solve, solve_torchsde, uniform_grid
+from sde import (
+    MarkovFractionalBrownianMotion,
+    Step,
+    StepNetwork,
+    coarsen,
+    fractional_gaussian_noise,
+    solve,
+    solve_torchsde,
+    uniform_grid,
+)
 
 BATCH, DIM, PROCESSES = 32, 4, 5
 
@@ -33,7 +43,7 @@ class Drift(nn.Module):
 
     def __init__(self, inputs: int, dim: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(inputs, 200), nn.Tanh(), nn.Linear(200, 200), nn.Tanh(), nn.Linear(200, dim))
+        self.net = StepNetwork([inputs, 200, 200, dim])  # under torchsde the nn.Sequential that it is
 
     def forward(self, time: Any, x: Tensor) -> Tensor:
         """``(B, D)``."""
@@ -110,6 +120,54 @@ def gradients(repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
+def weak(paths: int = 1000, finest: int = 400) -> list[dict[str, Any]]:
+    """Weak errors with the networks at work (times 5, so that they move the path), all grids on one Brownian path.
+
+    Without networks the law of X(1) under a scheme is known: its variance's error is exact, not simulated.
+    """
+    noise = noise_of(PROCESSES)
+    weights, speeds, truth = noise.weights, noise.speeds, float(noise.covariance([1.0])[0, 0])
+
+    def variance(steps: int, method: str) -> float:
+        z, held = speeds / steps, torch.zeros(PROCESSES, PROCESSES, dtype=torch.float64)
+        decay, gain = (1 - z, torch.ones_like(z)) if method == "euler" else (1 - z + z**2 / 2, 1 - z / 2)
+        for _ in range(steps):
+            held = torch.outer(decay, decay) * held + torch.outer(gain, gain) / steps
+        return float(weights @ held @ weights) / truth - 1
+
+    torch.manual_seed(0)
+    drift, control = Drift(DIM, DIM), Control(DIM, PROCESSES)
+    grid = noise.discretise(uniform_grid(1.0, finest))
+    source = torch.Generator().manual_seed(0)
+    normals = torch.randn(finest, paths, DIM, grid.rank, generator=source, dtype=torch.float64)
+    increments, rows, best = grid.increments(normals).float(), [], None
+    with torch.no_grad():
+        while len(grid.steps) >= 25:
+            steps = len(grid.steps)
+            for scheme, label in (("euler", "sde.solve, exact steps"), ("plain_euler", "Euler (torchsde's)")):
+                path = solve(
+                    lambda t, x: 5 * drift(t, x), 1.0, noise, grid, torch.zeros(paths, DIM),
+                    control=lambda step, x, v: 5 * control(step, x, v), increments=increments, scheme=scheme,
+                    keep=[steps],
+                )  # fmt: skip
+                found = torch.stack([path.x[-1].double().square(), path.kl.double()]).mean(-1)
+                best = found if best is None else best
+                gap = (found - best) / best.mean(-1, keepdim=True)
+                texts = [f"{float(g.mean()):+.2%} ({float(g.std()) / paths**0.5:.2%})" for g in gap]
+                exact = 0.0 if scheme == "euler" else variance(steps, "euler")
+                rows.append({"scheme": label, "steps": steps, "Var X(1), no networks": f"{exact:+.3%}",
+                             "E X(1)^2 (s.e.)": texts[0], "KL (s.e.)": texts[1]})  # fmt: skip
+            if steps % 2:
+                break
+            increments, grid = coarsen(increments, grid), noise.discretise(grid.times[::2])
+    rows += [
+        {"scheme": "midpoint (torchsde's)", "steps": n, "Var X(1), no networks": f"{variance(n, 'midpoint'):+.3%}",
+         "E X(1)^2 (s.e.)": "", "KL (s.e.)": ""}
+        for n in (100, 50, 25)
+    ]  # fmt: skip
+    return rows
+
+
 def exact_noise(length: int = 1000, paths: int = 500, repeats: int = 5) -> list[dict[str, Any]]:
     rows = []
 
@@ -143,24 +201,33 @@ def exact_noise(length: int = 1000, paths: int = 500, repeats: int = 5) -> list[
     return rows
 
 
-def peak_growth(steps: int) -> float:
-    """Growth of the process's largest resident set over a gradient step of a checkpointed solve, in bytes."""
+def peak_growth(steps: int, segments: str | None) -> float:
+    """Growth of this process's largest resident set over a gradient step, in bytes, after a short one to warm up."""
     noise = MarkovFractionalBrownianMotion(0.7, 5, kind="rl")
-    drift = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 2))
+    drift = StepNetwork([2, 64, 2])
+
+    def once(count: int) -> None:
+        path = solve(
+            lambda t, x: drift(x), 1.0, noise, uniform_grid(1.0, count), torch.zeros(256, 2), seed=0, keep=[count],
+            checkpoint_segments=segments,
+        )  # fmt: skip
+        path.x.sum().backward()
+
+    once(16)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    path = solve(
-        lambda t, x: drift(x), 1.0, noise, uniform_grid(1.0, steps), torch.zeros(256, 2), seed=0, keep=[steps],
-        checkpoint_segments="sqrt",
-    )  # fmt: skip
-    path.x.sum().backward()
+    once(steps)
     return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def memory() -> list[dict[str, Any]]:
+    """A process each, as a peak is never taken back."""
     rows = []
-    for steps in (100, 2500, 10_000):
-        rows.append({"steps": steps, "growth of the resident set, MB": f"{peak_growth(steps) / 1e6:.1f}"})
-        print(rows[-1], flush=True)
+    for segments in (None, "sqrt"):
+        for steps in (100, 400, 1600, 10_000) if segments else (100, 400, 1600):
+            with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (1,)) as pool:
+                grown = pool.apply(peak_growth, (steps, segments))
+            rows.append({"checkpoint_segments": segments, "steps": steps, "growth, MB": f"{grown / 1e6:.1f}"})
+            print(rows[-1], flush=True)
     return rows
 
 
@@ -198,13 +265,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", choices=("gradients", "noise", "memory", "cost"))
+    parser.add_argument("--only", choices=("gradients", "weak", "noise", "memory", "cost"))
     arguments = parser.parse_args()
     one_core()
     torch.set_num_threads(1)
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "noise": exact_noise,
         "gradients": lambda: gradients(arguments.repeats),
+        "weak": weak,
         "memory": memory,
         "cost": lambda: cost(arguments.out, arguments.repeats),
     }

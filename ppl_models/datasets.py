@@ -272,8 +272,10 @@ def _idx(path: Path) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape)
 
 
-def moving_digits(num_series: int, num_frames: int = 15, side: int = 32, seed: int = 0, num_digits: int = 2) -> Tensor:
-    """Videos of scikit-learn's 8x8 digits, twice enlarged, that move straight on and bounce off the walls.
+def moving_digits(
+    num_series: int, num_frames: int = 15, side: int = 32, seed: int = 0, num_digits: int = 2, enlarge: int = 2
+) -> Tensor:
+    """Videos of scikit-learn's 8x8 digits, enlarged ``enlarge`` times, that move straight on and bounce off the walls.
 
     A velocity has whole components from -3 to 3 and is drawn anew at each wall, as in stochastic moving MNIST (Denton
     and Fergus, *Stochastic Video Generation with a Learned Prior*, 2018, arXiv 1802.07687).
@@ -286,7 +288,7 @@ def moving_digits(num_series: int, num_frames: int = 15, side: int = 32, seed: i
         ValueError: a side too small for a digit.
     """
     digits = import_module("sklearn.datasets").load_digits().images
-    glyph = np.kron(digits / 16, np.ones((1, 2, 2))).astype(np.float32)
+    glyph = np.kron(digits / 16, np.ones((1, enlarge, enlarge))).astype(np.float32)
     size = glyph.shape[-1]
     room = side - size
     if room < 4:

@@ -34,6 +34,7 @@ from sde.noise import BrownianMotion, MarkovNoise, MixedNoise
 from sde.ornstein_uhlenbeck import Discretisation, discretise, stationary_covariance, transition_covariance
 from sde.path_measure import effective_sample_size, evidence_bound, importance_bound, path_kl, path_log_ratio
 from sde.solvers import Path, Step, coarsen, solve
+from sde.step_network import StepNetwork
 from sde.torchsde_backend import AugmentedSDE, solve_torchsde
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "PathError",
     "Smoothed",
     "Step",
+    "StepNetwork",
     "TimeGrid",
     "Transitions",
     "backward_information",

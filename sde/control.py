@@ -119,18 +119,21 @@ def frozen_control(
         The control, and the bound per series and dimension, ``(B, D)``: no mean shift on this grid has a higher one
         (its gap to the log evidence is of the order of the step).
     """
-    f, o, r, g = (part.unsqueeze(1) if part.ndim < 2 + k else part
+    parts = tuple(part.unsqueeze(1) if part.ndim < 2 + k else part
                   for part, k in zip(transitions[1:], (2, 1, 1, 2), strict=True))  # fmt: skip
-    size = f.shape[-1]
-    std = torch.as_tensor(noise_std, dtype=f.dtype, device=f.device)
-    here = torch.ones_like(observations[:, :1, :1]) if mask is None else mask.to(f.dtype)
-    observations = observations.to(f.dtype)
+    # Taken apart once: the gradient of one step's part by an index is a tensor of all steps.
+    f, o, r, g = (part.unbind() for part in parts)
+    like = f[0]
+    size = like.shape[-1]
+    std = torch.as_tensor(noise_std, dtype=like.dtype, device=like.device)
+    here = torch.ones_like(observations[:, :1, :1]) if mask is None else mask.to(like.dtype)
+    observations = observations.to(like.dtype)
     observed = {int(n): i for i, n in enumerate(index.tolist())}
-    lead = torch.broadcast_shapes(here.shape[1:], std.shape, f.shape[1:2])
+    lead = torch.broadcast_shapes(here.shape[1:], std.shape, parts[0].shape[1:2])
     lead = (lead[-2] if len(lead) > 1 else 1, lead[-1])
-    big, small = f.new_zeros(*lead, size, size), f.new_zeros(*observations.shape[1:], size)
+    big, small = like.new_zeros(*lead, size, size), like.new_zeros(*observations.shape[1:], size)
     rest = torch.zeros_like(observations[0])
-    first = torch.zeros(size, dtype=f.dtype, device=f.device)
+    first = torch.zeros(size, dtype=like.dtype, device=like.device)
     first[0] = 1
     gains, offsets = [], []
     for n in range(len(f), -1, -1):

@@ -243,15 +243,17 @@ def backward_information(
     observed = {int(n): i for i, n in enumerate(index.tolist())}
     roots, vectors = [root], [vector]
     eye = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+    # Taken apart once: the gradient of one step's part by an index is a tensor of all steps.
+    matrices, offsets, factors, seen = (part.unbind() for part in (matrix, offset, factor, observations))
     for n in range(len(matrix) - 1, -1, -1):
         i = observed.get(n + 1)
         if i is not None:
             row = (here[i] / std).expand(lead)
             root = lower_factor(torch.cat([root, (row.unsqueeze(-1) * first).unsqueeze(-1)], -1))
-            vector = vector + (here[i] * observations[i].to(matrix.dtype) / std**2).unsqueeze(-1) * first
-        g, f = factor[n], matrix[n]
+            vector = vector + (here[i] * seen[i].to(matrix.dtype) / std**2).unsqueeze(-1) * first
+        g, f = factors[n], matrices[n]
         # nu of z before the offset: -1/2 (z + o)' Lambda (z + o) + nu' (z + o)
-        vector = vector - (root @ (root.mT @ offset[n].unsqueeze(-1))).squeeze(-1)
+        vector = vector - (root @ (root.mT @ offsets[n].unsqueeze(-1))).squeeze(-1)
         t = g.mT @ root
         inner = torch.linalg.cholesky(eye + t.mT @ t)
         correction = root @ torch.cholesky_solve(t.mT @ (g.mT @ vector.unsqueeze(-1)), inner)

@@ -14,16 +14,18 @@ P. E. Kloeden, E. Platen, *Numerical Solution of Stochastic Differential Equatio
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from sde._checks import PathError, Times, as_count, base_seed, stream
 from sde.noise import MarkovNoise
 from sde.ornstein_uhlenbeck import Discretisation, exponential_scan
+from sde.segments import run_segment
+from sde.step_network import shared_gradients, transformed
 
 __all__ = ["Control", "Field", "Guide", "Path", "Step", "coarsen", "solve"]
 
@@ -216,11 +218,12 @@ def solve(
     worst = torch.full((), num_steps * batch * dim, device=device)
     bounds = [round(i * num_steps / segments) for i in range(segments + 1)]
     for first, last in pairwise(bounds):
-        if segments > 1 and torch.is_grad_enabled():
-            out = checkpoint(_run_tied, problem, first, last, x, y, use_reentrant=False, preserve_rng_state=False)
-        else:
-            out = _run(problem, first, last, x, y)
-        x, y, kl_part, ratio_part, inner, bad = out
+        out = (
+            run_segment(partial(_run, problem, first, last), x, y)
+            if segments > 1 and torch.is_grad_enabled()
+            else _run(problem, first, last, x, y)
+        )
+        x, y, kl_part, ratio_part, bad, *inner = out
         kl, log_ratio = kl + kl_part, log_ratio + ratio_part
         states.extend(inner)
         worst = torch.minimum(worst, bad)
@@ -251,11 +254,13 @@ def _initial(noise: MarkovNoise, x0: Tensor, y0: Tensor | None, root: int) -> Te
     return (noise.initial_factor.to(x0) @ normals.unsqueeze(-1)).squeeze(-1)
 
 
-_Out = tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], Tensor]
+def _run(problem: _Problem, first: int, last: int, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """Steps ``first`` to ``last``: new x and v, KL and log-ratio of the segment, first bad entry, kept states."""
+    with shared_gradients():
+        return _steps(problem, first, last, x, y)
 
 
-def _run(problem: _Problem, first: int, last: int, x: Tensor, y: Tensor) -> _Out:
-    """Steps ``first`` to ``last``: new x and v, KL and log-ratio of the segment, kept states, first bad entry."""
+def _steps(problem: _Problem, first: int, last: int, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     p, grid = problem, problem.grid
     count = last - first
     gains = p.gains
@@ -295,58 +300,93 @@ def _run(problem: _Problem, first: int, last: int, x: Tensor, y: Tensor) -> _Out
         controls = []
         response = (shift.unsqueeze(1) * gains if gains.ndim == 1 else shift.unsqueeze(1).unsqueeze(1) * gains).unbind()
         decays = decay.unbind()
+        fused = p.scheme == "euler" and torch.is_grad_enabled() and not transformed()
         moves = noise.unbind() if p.guide is None else ()
-        normals = p.normals(first, last).unbind() if p.guide is not None else ()
+        normals = (drawn := p.normals(first, last)).unbind() if p.guide is not None else ()
+        means, trils, bent = [], [], []
         for i in range(count):
             step = Step(first + i, clock[i], sizes[i])
+            u: Tensor | None = None
             if p.guide is not None:
                 mean, tril = p.guide(step, x, y)
                 eps = mean + (tril @ normals[i].unsqueeze(-1)).squeeze(-1)
                 move = grid.increments(eps.unsqueeze(0), first + i)[0, ..., :-1] * gains
-                logdet = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-                kl = kl + 0.5 * (mean.square().sum(-1) + tril.square().sum((-2, -1)) - grid.rank) - logdet
-                log_ratio = log_ratio + 0.5 * (normals[i].square().sum(-1) - eps.square().sum(-1)) + logdet
-                y = torch.addcmul(move, decays[i], y)
+                means.append(mean)
+                trils.append(tril)
+                bent.append(eps)
             else:
-                y_next = torch.addcmul(moves[i], decays[i], y)
+                move = moves[i]
                 if p.control is not None:
                     u = p.control(step, x, y)
                     controls.append(u)
-                    y_next = torch.addcmul(y_next, response[i], u.unsqueeze(-1))
-                y = y_next
-            b_next = (y * loadings_at[i + 1]).sum(-1)
-            x, s = _advance(p, x, b_next - b, clock[i], sizes[i])
-            b = b_next
+            if fused:
+                s = p.diffusion(clock[i], x) if callable(p.diffusion) else p.diffusion
+                f = p.drift(clock[i], x)
+                x, y, b = _EulerStep.apply(x, y, b, u, f, s, move, decays[i], response[i], loadings_at[i + 1], sizes[i])
+            else:
+                y = torch.addcmul(move, decays[i], y)
+                if u is not None:
+                    y = torch.addcmul(y, response[i], u.unsqueeze(-1))
+                b_next = (y * loadings_at[i + 1]).sum(-1)
+                x, s = _advance(p, x, b_next - b, clock[i], sizes[i])
+                b = b_next
             xs.append(x)
             diffusions.append(s)
         if controls:
-            u = torch.stack(controls)
-            kl = 0.5 * (u.square() * steps[:, None, None]).sum(0)
-            log_ratio = -(u * wiener).sum(0) - kl
+            pushed = torch.stack(controls)
+            kl = 0.5 * (pushed.square() * steps[:, None, None]).sum(0)
+            log_ratio = -(pushed * wiener).sum(0) - kl
+        if means:
+            tril = torch.stack(trils)
+            logdet = tril.diagonal(dim1=-2, dim2=-1).log().sum((0, -1))
+            shift_shrink = torch.stack(means).square().sum((0, -1)) + tril.square().sum((0, -2, -1))
+            kl = 0.5 * (shift_shrink - count * grid.rank) - logdet
+            eps = torch.stack(bent)
+            log_ratio = 0.5 * (drawn.square().sum((0, -1)) - eps.square().sum((0, -1))) + logdet
     states = [state for i, state in enumerate(xs) if first + i + 1 in p.keep]
     bad = _first_bad(p, first, xs, diffusions) if p.check else torch.zeros((), device=x.device)
-    return x, y, kl, log_ratio, states, bad
+    return x, y, kl, log_ratio, bad, *states
 
 
-class _Tie(torch.autograd.Function):
-    """The identity on several tensors at once: whichever of them is differentiated, the backward pass visits all."""
+class _EulerStep(torch.autograd.Function):
+    """A step of V, B and X for additive noise as one node of the graph instead of a dozen.
 
-    @staticmethod
-    def forward(ctx: Any, *values: Tensor) -> tuple[Tensor, ...]:
-        return tuple(value.view_as(value) for value in values)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return grads
-
-
-def _run_tied(problem: _Problem, first: int, last: int, x: Tensor, y: Tensor) -> _Out:
-    """As ``_run``, for a checkpoint: what a segment recomputes is freed when the backward pass uses it, so a branch
-    that a loss leaves out (the log-ratio, beside a loss with the KL) would keep its tensors until the end.
+    V' = move + decay V + response u, B' = l . V', X' = X + s (B' - B) + f h.
     """
-    x, y, kl, log_ratio, states, bad = _run(problem, first, last, x, y)
-    x, y, kl, log_ratio, *states = _Tie.apply(x, y, kl, log_ratio, *states)
-    return x, y, kl, log_ratio, states, bad
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, b: Tensor, u: Tensor | None, f: Tensor, s: Tensor, move: Tensor,
+        decay: Tensor, response: Tensor, loading: Tensor, h: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        after = torch.addcmul(move, decay, y)
+        if u is not None:
+            after = after.addcmul_(response, u.unsqueeze(-1))
+        b_after = (after * loading).sum(-1)
+        x_after = torch.addcmul(torch.addcmul(x, s, b_after - b), f, h)
+        ctx.save_for_backward(b, u, s, decay, response, loading, h, after, b_after)
+        return x_after, after, b_after
+
+    @staticmethod
+    def backward(ctx: Any, gx: Tensor, gy: Tensor, gb: Tensor) -> tuple[Tensor | None, ...]:
+        b, u, s, decay, response, loading, h, after, b_after = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        along = gx * s
+        total = (gb + along).unsqueeze(-1)
+        g = torch.addcmul(gy, total, loading)
+        return (
+            gx if wanted[0] else None,
+            g * decay if wanted[1] else None,
+            -along if wanted[2] else None,
+            (g * response).sum(-1) if wanted[3] else None,
+            gx * h if wanted[4] else None,
+            (gx * (b_after - b)).sum_to_size(s.shape) if wanted[5] else None,
+            g if wanted[6] else None,
+            None,
+            (g * u.unsqueeze(-1)).sum_to_size(response.shape) if wanted[8] and u is not None else None,
+            (total * after).sum_to_size(loading.shape) if wanted[9] else None,
+            None,
+        )
 
 
 def _advance(p: _Problem, x: Tensor, db: Tensor, t: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -354,12 +394,12 @@ def _advance(p: _Problem, x: Tensor, db: Tensor, t: Tensor, h: Tensor) -> tuple[
     drift, diffusion = p.drift, p.diffusion
     if p.scheme in ("euler", "plain_euler"):
         s = diffusion(t, x) if callable(diffusion) else diffusion
-        return x + drift(t, x) * h + s * db, s
+        return torch.addcmul(torch.addcmul(x, s, db), drift(t, x), h), s
     if not callable(diffusion):
         s = diffusion
         move = s * db
         if p.scheme == "milstein":
-            return x + drift(t, x) * h + move, s
+            return torch.addcmul(x, drift(t, x), h) + move, s
         b = drift(t, x)
         return x + 0.5 * (b + drift(t + h, x + b * h + move)) * h + move, s
     if p.scheme == "heun":

@@ -80,7 +80,9 @@ def exact_band(hurst):
 figure, axes = plt.subplots(1, len(indices), figsize=(1.9 * len(indices), 2.4), sharey=True)
 worst = 0.0
 for axis, hurst in zip(axes, indices, strict=True):
-    bridge = FractionalSDE(1, Reversion(), 1.0, hurst=hurst, initial=(0.0, 0.0), horizon=2.0, hidden=(16,))
+    # Rough noise lives on fast processes: for H = 0.1 the weights on the default ones err by 8 %, on these by 1.5 %.
+    fast = {"max_speed": 1e6, "num_processes": 14} if hurst < 0.2 else {}
+    bridge = FractionalSDE(1, Reversion(), 1.0, hurst=hurst, initial=(0.0, 0.0), horizon=2.0, hidden=(16,), **fast)
     bridge.fit(
         [2.0], torch.zeros(1, 1, 1), noise_std=0.1, num_steps=1 if SMOKE else 60, max_step=0.1 if SMOKE else 0.04,
         num_particles=16, lr=1e-6 if SMOKE else 2e-3, progress=False,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ppl_models.base import check_count
+from sde import StepNetwork
 
 __all__ = [
-    "MLP",
     "DiagonalNeuralDiffusion",
     "LinearDrift",
     "NeuralDrift",
@@ -22,21 +22,6 @@ __all__ = [
 
 _DRIFTS = ("neural", "linear", "constant", "none")
 _DIFFUSIONS = ("constant", "neural")
-
-
-class MLP(nn.Sequential):
-    """Dense layers with tanh between them; with ``zero_last`` the output starts at 0."""
-
-    def __init__(self, sizes: Sequence[int], zero_last: bool = False) -> None:
-        layers: list[nn.Module] = []
-        for i in range(len(sizes) - 1):
-            layers += [nn.Linear(sizes[i], sizes[i + 1]), nn.Tanh()]
-        last = layers[-2]
-        assert isinstance(last, nn.Linear)
-        if zero_last:
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
-        super().__init__(*layers[:-1])
 
 
 class LinearDrift(nn.Module):
@@ -74,7 +59,7 @@ class NeuralDrift(nn.Module):
 
     def __init__(self, state_size: int, hidden: Sequence[int]) -> None:
         super().__init__()
-        self.net = MLP([state_size, *hidden, state_size])
+        self.net = StepNetwork([state_size, *hidden, state_size])
         self.register_buffer("centre", torch.zeros(state_size))
         self.register_buffer("scale", torch.ones(state_size))
         self.register_buffer("rate", torch.ones(()))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ppl_models.fractional_sde.networks import MLP, ConstantDiffusion, LinearDrift
+from ppl_models.fractional_sde.networks import ConstantDiffusion, LinearDrift
 from ppl_models.fractional_sde.system import FractionalSystem
 from sde import (
     GaussianStepGuide,
@@ -23,6 +23,7 @@ from sde import (
     LinearSDE,
     MarkovNoise,
     Path,
+    StepNetwork,
     backward_information,
     frozen_control,
     solve,
@@ -121,7 +122,7 @@ class _Residual(nn.Module):
     def __init__(self, state_size: int, num_processes: int, context_size: int, hidden: Sequence[int]) -> None:
         super().__init__()
         inputs = 3 + state_size * (5 + num_processes) + context_size
-        self.net = MLP([inputs, *hidden, state_size], zero_last=True)
+        self.net = StepNetwork([inputs, *hidden, state_size], zero_last=True)
 
     def forward(self, clock: Tensor, x: Tensor, v: Tensor, linear: Tensor, ahead: Tensor) -> Tensor:
         """``(B, D)``."""
@@ -163,7 +164,7 @@ class PathPosterior(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(size))
         self.residual = _Residual(size, count, context_size, hidden)
         # q(z0) in coordinates in which p(z0) is standard normal
-        self.start_net = MLP([size * (count + 3), *hidden, size * (count + 1)], zero_last=True)
+        self.start_net = StepNetwork([size * (count + 3), *hidden, size * (count + 1)], zero_last=True)
         self.start_tril = nn.Parameter(torch.zeros(size, count + 1, count + 1))
         self.register_buffer("centre", torch.zeros(size))
         self.register_buffer("spread", torch.ones(size))
@@ -266,18 +267,20 @@ class PathPosterior(nn.Module):
         unit = reach.clamp_min(1e-6).to(device, dtype)
         u = (grid.steps.times[:-1] / grid.steps.times[-1]).to(device, dtype)
         clock = torch.stack([u, torch.sin(2 * math.pi * u), torch.cos(2 * math.pi * u)], -1)
-        ahead = tiled(plan.ahead, particles)
+        coming = tiled(plan.ahead, particles)
+        # Taken apart once: the gradient of one step's part by an index is a tensor of all steps.
+        ahead, hours = coming.unbind(), clock.unbind()
         # Beyond a series' last observation its posterior is the prior.
-        open_end = ahead[..., self.size : 2 * self.size].amax(-1, keepdim=True)
+        open_end = coming[..., self.size : 2 * self.size].amax(-1, keepdim=True).unbind()
 
         def residual(n: int, x: Tensor, v: Tensor, base: Tensor) -> Tensor:
-            u: Tensor = self.residual(clock[n], (x - self.centre) / self.spread, v / unit, base, ahead[n])
+            u: Tensor = self.residual(hours[n], (x - self.centre) / self.spread, v / unit, base, ahead[n])
             return u * open_end[n]
 
         settings: dict[str, Any] = {}
         if plan.guide is not None:
-            gain, offset, tril = (tiled(part.to(dtype), particles) for part in plan.guide)
-            direction = self._direction(grid.steps).to(device, dtype)
+            gain, offset, tril = (tiled(part.to(dtype), particles).unbind() for part in plan.guide)
+            direction = self._direction(grid.steps).to(device, dtype).unbind()
 
             def guided(step: Step, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
                 n = step.number
@@ -290,11 +293,15 @@ class PathPosterior(nn.Module):
         else:
             linear = None
             if plan.control is not None:
-                linear = LinearControl(*(tiled(part.to(dtype), particles) for part in plan.control))
+                weight, shift = (tiled(part.to(dtype), particles) for part in plan.control)
+                linear = weight[..., 0].unbind(), weight[..., 1:].unbind(), shift.unbind()
 
             def controlled(step: Step, x: Tensor, v: Tensor) -> Tensor:
-                base = torch.zeros_like(x) if linear is None else linear(step, x, v)
-                return base + residual(step.number, x, v, base)
+                n, base = step.number, torch.zeros_like(x)
+                if linear is not None:
+                    of_x, of_v, rest = (part[n] for part in linear)
+                    base = torch.addcmul(rest, of_x, x, value=-1) - (of_v * v).sum(-1)
+                return base + residual(n, x, v, base)
 
             settings["control"] = controlled
         if seed is None and grid.checkpoint is None:

@@ -7,8 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from ppl_models.base import check_count
-from ppl_models.fractional_sde.networks import MLP, ConstantDiffusion, LinearDrift, build_diffusion, build_drift
-from sde import BrownianMotion, LinearSDE, MarkovFractionalBrownianMotion, MarkovNoise, MultifractionalMotion
+from ppl_models.fractional_sde.networks import ConstantDiffusion, LinearDrift, build_diffusion, build_drift
+from sde import (
+    BrownianMotion,
+    LinearSDE,
+    MarkovFractionalBrownianMotion,
+    MarkovNoise,
+    MultifractionalMotion,
+    StepNetwork,
+)
 
 __all__ = ["FractionalSystem", "HurstNoise"]
 
@@ -57,7 +64,7 @@ class HurstNoise(nn.Module):
             self.raw_hurst = nn.Parameter(raw)
         else:
             self.register_buffer("raw_hurst", raw)
-        self.net = MLP([1, 16, 16, 1], zero_last=True) if fractional and self.mode == "learn_in_time" else None
+        self.net = StepNetwork([1, 16, 16, 1], zero_last=True) if fractional and self.mode == "learn_in_time" else None
         self._base: MarkovFractionalBrownianMotion | None = None
         self.horizon = float("inf")
 

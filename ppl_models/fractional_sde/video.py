@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ppl_models.fractional_sde.networks import MLP
+from sde import StepNetwork
 
 __all__ = ["Content", "Context", "frame_decoder", "frame_encoder", "interpolate"]
 
@@ -87,7 +87,7 @@ def frame_encoder(shape: tuple[int, ...], width: int, features: int) -> nn.Modul
         if width % _GROUPS:
             raise ValueError(f"width must be a multiple of {_GROUPS} for images, got {width}")
         return _ConvEncoder(shape, width, features)
-    return nn.Sequential(nn.Flatten(), MLP([math.prod(shape), 4 * width, features]))
+    return nn.Sequential(nn.Flatten(), StepNetwork([math.prod(shape), 4 * width, features]))
 
 
 def frame_decoder(inputs: int, shape: tuple[int, ...], width: int) -> nn.Module:
@@ -96,7 +96,7 @@ def frame_decoder(inputs: int, shape: tuple[int, ...], width: int) -> nn.Module:
         if width % _GROUPS:
             raise ValueError(f"width must be a multiple of {_GROUPS} for images, got {width}")
         return _ConvDecoder(inputs, shape, width)
-    return _Reshaped(MLP([inputs, 4 * width, math.prod(shape)]), shape)
+    return _Reshaped(StepNetwork([inputs, 4 * width, math.prod(shape)]), shape)
 
 
 class Content(nn.Module):

@@ -227,21 +227,14 @@ def test_posterior_over_parameters_by_nuts() -> None:
     )  # fmt: skip
     assert result.samples["hurst"].shape == (2, 40)
     parameters = model.parameter_model
-    grid_h, grid_s = torch.linspace(0.02, 0.98, 40).double(), torch.linspace(math.log(0.4), math.log(3), 30).exp()
-    log_density = torch.stack(
-        [
-            torch.stack(
-                [
-                    parameters.log_evidence({"hurst": h, "scale": s.double().reshape(1)})
-                    + parameters.priors["scale"].log_prob(s.double()).sum()
-                    + s.log()
-                    for s in grid_s
-                ]
-            )
-            for h in grid_h
-        ]
+    grid_h, grid_s = (
+        torch.linspace(0.02, 0.98, 40).double(),
+        torch.linspace(math.log(0.4), math.log(3), 30).double().exp(),
     )
-    weight = torch.softmax(log_density.flatten(), 0).reshape(log_density.shape)
+    h, scale = (part.flatten() for part in torch.meshgrid(grid_h, grid_s, indexing="ij"))
+    evidence = torch.func.vmap(lambda h, s: parameters.log_evidence({"hurst": h, "scale": s}))(h, scale.unsqueeze(-1))
+    log_density = evidence + parameters.priors["scale"].log_prob(scale.unsqueeze(-1)).flatten() + scale.log()
+    weight = torch.softmax(log_density, 0).reshape(40, 30)
     mean = float((weight.sum(1) * grid_h).sum())
     std = float((weight.sum(1) * (grid_h - mean) ** 2).sum().sqrt())
     # the chains' centre of the prior is the fit's maximum, as for parameters: 80 draws, at least 16 effective

@@ -1,6 +1,5 @@
 """Fractional SDEs at length: neural controls, a double well, H by the bound, calibration, video, missing frames."""
 
-import math
 from typing import Any
 
 import pytest
@@ -9,7 +8,8 @@ from torch import Tensor, nn
 
 from ppl_models import FractionalSDE, LatentFractionalSDE
 from ppl_models.datasets import moving_digits
-from sde import FractionalBrownianMotion, FractionalOrnsteinUhlenbeck
+from ppl_models.fractional_sde.exact import gaussian_log_likelihood
+from sde import FractionalBrownianMotion, FractionalOrnsteinUhlenbeck, LinearSDE
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +28,9 @@ def test_a_neural_control_reaches_the_floor(seed: int) -> None:
         [2.0], y, noise_std=0.5, method="variational", num_steps=400, lr=5e-3, num_particles=64, max_step=0.04,
         seed=seed, **QUIET,
     )  # fmt: skip
-    assert -1.66 <= float(model.elbo(20_000)) <= -1.57
+    bound = float(model.elbo(20_000))
+    print(f"seed {seed}: bound {bound:.4f}")
+    assert -1.66 <= bound <= -1.57
 
 
 class Well(nn.Module):
@@ -44,8 +46,10 @@ def test_a_double_well() -> None:
     model.fit(
         [1.0], torch.zeros(1, 1, 1), noise_std=0.3, num_steps=400, lr=5e-3, num_particles=32, max_step=0.01, **QUIET
     )
-    assert -3.65 <= float(model.elbo(4000)) <= -3.45
+    bound = float(model.elbo(4000))
     estimates = [float(model.log_evidence(64, seed=i)) for i in range(20)]
+    print(f"bound {bound:.4f}, evidence {sum(estimates) / 20:.4f}")
+    assert -3.65 <= bound <= -3.45
     assert abs(sum(estimates) / 20 + 3.4582) < 0.05
     middle = model.predict([0.5], num_samples=4000)
     assert abs(float(middle.mean) + 0.9649) < 0.03
@@ -67,12 +71,15 @@ def test_bridges_by_neural_variational_inference(theta: float, hurst: float) -> 
         def forward(self, time: Tensor, x: Tensor) -> Tensor:
             return -theta * x
 
-    speeds = {"max_speed": 5000.0, "num_processes": 10} if hurst < 0.2 else {}
+    # With the default speeds the weights for H = 0.1 err by 8 %, with these by 1.5 %.
+    speeds: dict[str, Any] = {"max_speed": 1e6, "num_processes": 14} if hurst < 0.2 else {}
     model = FractionalSDE(1, Drift(), 1.0, hurst=hurst, initial=(0.0, 0.0), horizon=2.0, **speeds)
     model.fit(
         [2.0], torch.zeros(1, 1, 1), noise_std=0.1, num_steps=100, lr=1e-3, num_particles=16, max_step=0.02, **QUIET
     )
-    assert abs(float(model.predict([1.0], num_samples=20_000).std) / E7[theta][hurst] - 1) < 0.03
+    found = float(model.predict([1.0], num_samples=20_000).std)
+    print(f"H {hurst}, theta {theta}: {found:.5f} for {E7[theta][hurst]:.5f}, {found / E7[theta][hurst] - 1:+.2%}")
+    assert abs(found / E7[theta][hurst] - 1) < 0.03
 
 
 def test_h_by_the_bound_is_h_by_the_filter() -> None:
@@ -85,49 +92,59 @@ def test_h_by_the_bound_is_h_by_the_filter() -> None:
         model = FractionalSDE(1, "none", 1.0, initial=(0.0, 0.0))
         model.fit(times, y, noise_std=0.1, method=method, num_steps=steps, lr=0.03, max_step=0.1, **QUIET)
         found[method] = float(model.hurst)
+    print(found)
     assert abs(found["exact"] - found["variational"]) < 0.03
 
 
-def test_posteriors_of_the_parameters_are_calibrated() -> None:
-    """Simulation-based calibration of (H, theta, scale) by the exact evidence on a grid: 100 data sets, ranks uniform.
+def simulated(linear: LinearSDE, times: Tensor, source: torch.Generator) -> Tensor:
+    """X at ``times`` by the transitions of the state, ``(T,)``: another way than the covariance of the evidence."""
+    steps = linear.transitions(torch.cat([times.new_zeros(1), times]))
+    mean, factor = linear.start()
 
-    The same likelihood that NUTS sees, summed over a grid of the prior's draws (importance sampling), so that 100
-    posteriors cost seconds.
+    def normals(count: int) -> Tensor:
+        return torch.randn(count, generator=source, dtype=torch.float64)
+
+    z, out = mean[0] + factor[0] @ normals(factor.shape[-1]), []
+    for f, o, g in zip(steps.matrix, steps.offset, steps.factor, strict=True):
+        z = f[0] @ z + o[0] + g[0] @ normals(g.shape[-1])
+        out.append(z[0])
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("kind", ["mvn", "rl"])
+def test_posteriors_of_the_parameters_are_calibrated(kind: str) -> None:
+    """Simulation-based calibration of (H, theta, scale): 500 data sets, chi-square of the ranks' histogram.
+
+    Prior and posterior are over a finite set of 500 parameters drawn from a continuous law, so that the posterior under
+    the evidence that NUTS sees is a sum, without error of its own, and ranks with randomised ties are exactly uniform.
     """
+    count, bins = 500, 20
     g = torch.Generator().manual_seed(0)
     times = torch.arange(1, 21).double() / 10
-    model = FractionalSDE(1, "linear", "constant", initial=(0.0, 0.0), kind="rl", num_processes=6)
+    model = FractionalSDE(1, "linear", "constant", initial=(0.0, 0.0), kind=kind, num_processes=6)
     model.fit(times, torch.zeros(1, 20, 1).double(), noise_std=0.1, num_steps=1, lr=1e-9, **QUIET)
-
-    def draw(count: int) -> dict[str, Tensor]:
-        return {
-            "hurst": 0.1 + 0.8 * torch.rand(count, generator=g, dtype=torch.float64),
-            "theta": 2 * torch.rand(count, 1, generator=g, dtype=torch.float64),
-            "scale": 0.5 + torch.rand(count, 1, generator=g, dtype=torch.float64),
-        }
-
-    pool, truths = draw(400), draw(100)
-    pool = {k: torch.cat([v, truths[k]]) for k, v in pool.items()}
-    means, factors = [], []
-    for i in range(500):
-        values = model.parameter_model.parameters({k: v[i] for k, v in pool.items()})
-        mean, covariance = model.system.linear_sde(values).moments(times)
-        means.append(mean[0])
-        factors.append(torch.linalg.cholesky(covariance[0] + 0.01 * torch.eye(20).double()))
-    ranks: dict[str, list[float]] = {k: [] for k in pool}
-    for i in range(400, 500):
-        y = means[i] + factors[i] @ torch.randn(20, generator=g, dtype=torch.float64)
-        log_weight = torch.stack(
-            [torch.distributions.MultivariateNormal(means[j], scale_tril=factors[j]).log_prob(y) for j in range(400)]
-        )
-        weight = torch.softmax(log_weight, 0)
-        for k, v in pool.items():
-            ranks[k].append(float((weight * (v[:400].flatten() < v[i].flatten())).sum()))
-    for name, values in ranks.items():
-        u = torch.tensor(values)
-        # 4 standard errors of the mean and of the second moment of a uniform law
-        assert abs(float(u.mean()) - 0.5) < 4 * math.sqrt(1 / 12 / 100), name
-        assert abs(float((u - 0.5).square().mean()) - 1 / 12) < 4 * math.sqrt(1 / 180 / 100), name
+    pool = {
+        "hurst": 0.1 + 0.8 * torch.rand(count, generator=g, dtype=torch.float64),
+        "theta": 2 * torch.rand(count, 1, generator=g, dtype=torch.float64),
+        "scale": 0.5 + torch.rand(count, 1, generator=g, dtype=torch.float64),
+    }
+    laws = [
+        model.system.linear_sde(model.parameter_model.parameters({k: v[i] for k, v in pool.items()}))
+        for i in range(count)
+    ]
+    x = torch.stack([simulated(law, times, g) for law in laws], -1).unsqueeze(-1)
+    y = x + 0.1 * torch.randn(x.shape, generator=g, dtype=x.dtype)
+    here, std = torch.ones(20, 1, 1).double(), torch.full((1,), 0.1).double()
+    log_density = torch.stack([gaussian_log_likelihood(law, times, y, here, std)[:, 0] for law in laws], -1)
+    weight = torch.softmax(log_density, -1)  # (data set, parameter)
+    for name, value in pool.items():
+        v = value.flatten()
+        below, same = (v < v.unsqueeze(-1)).double(), (v == v.unsqueeze(-1)).double()
+        ranks = (weight * below).sum(-1) + torch.rand(count, generator=g, dtype=torch.float64) * (weight * same).sum(-1)
+        expected = count / bins
+        statistic = float((torch.histc(ranks, bins, 0, 1) - expected).square().sum() / expected)
+        print(f"{kind} {name}: chi-square {statistic:.1f} of {bins - 1} degrees of freedom")
+        assert statistic < 43.8, (name, statistic)  # 99.9 %
 
 
 def test_nile_by_nuts() -> None:
@@ -141,6 +158,8 @@ def test_nile_by_nuts() -> None:
     )  # fmt: skip
     draws = result.samples["hurst"].flatten()
     low, high = torch.quantile(draws, torch.tensor([0.05, 0.95], dtype=draws.dtype)).tolist()
+    rest = {name: f"{float(v.mean()):.1f} ({float(v.std()):.1f})" for name, v in result.samples.items()}
+    print(f"H {float(draws.mean()):.4f}, deviation {float(draws.std()):.4f}, 90 % from {low:.4f} to {high:.4f}, {rest}")
     assert low < 0.8054 < high
     assert 850 < float(result.samples["constant"].mean()) < 980
 

@@ -120,8 +120,7 @@ def test_the_process_from_zero_is_not_the_conditioned_stationary_one() -> None:
     assert wrong == pytest.approx(0.51626, abs=5e-6)
 
 
-@pytest.mark.parametrize("theta", [0.5, 30.0])  # both branches of the type I formula
-@pytest.mark.parametrize("hurst", [0.2, 0.8])
+@pytest.mark.parametrize(("hurst", "theta"), [(0.2, 30.0), (0.8, 0.5)])  # both branches of the type I formula
 def test_covariances_are_differentiable(hurst: float, theta: float) -> None:
     times = f64(0.0, 0.2, 1.0)
     h, th = f64(hurst).requires_grad_(), f64(theta).requires_grad_()
