@@ -2,8 +2,8 @@
 rules.
 
 Member f gives, for every image, log odds of the types by up to three rules: two of fixed features and a trained
-network's.  The log odds are their weighted sum, with one set of weights for all members, learned from what each image is
-told by the member that did not see it.  At other images the members' probabilities are averaged.
+network's.  The log odds are their weighted sum, with one set of weights for all members, learned from what each image
+is told by the member that did not see it.  At other images the members' probabilities are averaged.
 """
 
 from collections.abc import Sequence

@@ -68,8 +68,8 @@ class TextureStatistics(nn.Module):
 
 
 class RandomFeatures(nn.Module):
-    """Fixed random convolutions of several sizes at every second pixel, each pooled by its share of positive values and its maximum; as the
-    kernels of Dempster et al. (ROCKET, arXiv:1910.13051) are for series.
+    """Fixed random convolutions of several sizes at every second pixel, each pooled by its share of positive values and
+    its maximum; as the kernels of Dempster et al. (ROCKET, arXiv:1910.13051) are for series.
     """
 
     def __init__(self, channels: int, width: int = 64, sizes: Sequence[int] = (3, 5, 7)) -> None:

@@ -6,8 +6,8 @@ only images to tell apart and no outcome's noise: its own groups replace those i
 (self-training; types that lie apart in the features are found exactly, from a ``tau`` that is right for most images).
 Both rules are linear in the features.
 
-All of it is done several times with random weights on the images (the Bayesian bootstrap, Rubin 1981), and the rules are
-averaged: bagging, which steadies where k-means cuts and where self-training ends.
+All of it is done several times with random weights on the images (the Bayesian bootstrap, Rubin 1981), and the rules
+are averaged: bagging, which steadies where k-means cuts and where self-training ends.
 """
 
 from typing import NamedTuple
@@ -88,9 +88,8 @@ def fixed_rules(
     draws = torch.empty(_REPLICATES, len(features), dtype=rows.dtype)
     draws = draws.exponential_(generator=generator(seed, "replicates")).to(rows)
     pairs = [_trained(path, rows, *regression.fit(outcome, draw[image]), num_clusters)[0] for draw in draws]
-    heads = [
-        _unit(torch.stack([_unit(rule, rows) for rule in rules]).mean(0), rows) for rules in zip(*pairs, strict=True)
-    ]
+    bags = zip(*pairs, strict=True)
+    heads = [_unit(torch.stack([_unit(odds, rows) for odds in bag]).mean(0), rows) for bag in bags]
     groups = _trained(path, rows, *regression.fit(outcome), num_clusters)[1]
     of_image = groups.new_zeros(len(features))
     of_image[image.flip(0)] = groups.flip(0)

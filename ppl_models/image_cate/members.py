@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from inference import FitResult
 from inference.runtime.generators import derive_seed, scoped_seed

@@ -82,7 +82,8 @@ class ImageCATE(Model):
         effects: ``"cluster"``, one effect a type; ``"network"``, each type's effect is a network of the image.
         baseline: ``"crossfit"``: fitted on other folds beforehand, with a centred treatment, so that its mistakes do
             not move effects; ``"joint"``: trained with the rest, as in the paper.
-        posterior: of effects and weights: ``"laplace"``, ``"svi"`` (multivariate normal guide), ``"nuts"`` or ``"sghmc"``.
+        posterior: of effects and weights: ``"laplace"``, ``"svi"`` (multivariate normal guide), ``"nuts"`` or
+            ``"sghmc"``.
         num_samples: posterior draws.
         num_folds: folds, by group, of all cross-fitting: as many gates.
         num_restarts: starts of each network, of which the best by held-out loss is kept.
@@ -463,8 +464,8 @@ class ImageCATE(Model):
 
     # ------------------------------------------------------------------ checks
     def cross_fitted(self) -> tuple[Tensor, Tensor]:
-        """Effect ``(N,)`` and type probabilities ``(N, K)`` of the trial's units, from gates that did not see their fold
-        and effects estimated without it.
+        """Effect ``(N,)`` and type probabilities ``(N, K)`` of the trial's units, from gates that did not see their
+        fold and effects estimated without it.
         """
         state = self._fitted("cross_fitted")
         if state.cross_fitted is None:

@@ -49,8 +49,8 @@ class ImageCATEResult:
 
     Attributes:
         samples: posterior draws ``(chain, draw, ...)``, types by effect, ascending: ``mu`` effects on the predictors'
-            scale, ``rho`` raw noise, ``gate_weight`` of the gate's rules (by fixed features: the effect's regression and
-            the discriminant; the trained network), ``gate_bias`` of the types, centred; see ``EffectMixture``.
+            scale, ``rho`` raw noise, ``gate_weight`` of the gate's rules (on fixed features, the effect's regression
+            and the discriminant; the trained network), ``gate_bias`` of the types, centred; see ``EffectMixture``.
         sample_stats: the sampler's, with NUTS and SGHMC.
         losses: negative ELBO a unit at each step, mean over the folds' networks, ``(num_steps,)``; empty where nothing
             was trained.

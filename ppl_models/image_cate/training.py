@@ -380,9 +380,11 @@ def point_effects(mixture: EffectMixture, drawn: dict[str, Tensor], found: Any, 
     drawn = {**drawn, "site": mixture.effect_loc.new_zeros(max(mixture.num_sites, 1))}
     drawn.setdefault("rho", mixture.effect_loc.new_zeros(2, 0, mixture.num_clusters))
     means = []
+    logits, baseline, deviation = found
     for arm in (0.0, 1.0):
         treated = torch.full_like(units.treatment, arm)
-        eta, noise = mixture.laws(drawn, *found, units._replace(treatment=treated, site=torch.zeros_like(units.site)))
+        everyone = units._replace(treatment=treated, site=torch.zeros_like(units.site))
+        eta, noise = mixture.laws(drawn, logits, baseline, deviation, everyone)
         means.append(mixture.likelihood.mean(eta, noise))
     return means[1] - means[0]
 
