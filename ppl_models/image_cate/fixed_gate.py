@@ -2,12 +2,10 @@
 
 Three steps.  A ridge regression of the effect's working residual (R-learner: Nie and Wager, arXiv:1712.04912), whose
 predictions ``tau(m)`` are cut into K groups by k-means on the line.  A linear discriminant of these groups, which has
-only images to tell apart and no outcome's noise: its own groups replace those it was fitted to, until they stay
-(self-training; types that lie apart in the features are found exactly, from a ``tau`` that is right for most images).
+only images to tell apart and no outcome's noise: its own groups replace those it was fitted to, as long as that moves
+them apart (self-training; types that lie apart in the features are found exactly, from a ``tau`` that is right for most
+images, and the discriminant is as sure as they are far).
 Both rules are linear in the features.
-
-All of it is done several times with random weights on the images (the Bayesian bootstrap, Rubin 1981), and the rules
-are averaged: bagging, which steadies where k-means cuts and where self-training ends.
 """
 
 from typing import NamedTuple
@@ -15,14 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from inference.runtime.generators import generator
 from ppl_models.image_cate.ridge import RidgePath
 from ppl_models.image_cate.training import Prepared, kmeans_1d
 
 __all__ = ["FixedRules", "fixed_rules", "working_effect"]
 
-_REPLICATES = 8
-_ROUNDS = 10  # of self-training
+_ROUNDS = 10  # of self-training, at most
+_GROWTH = 1.1  # of the groups' distance, without which a further round would only drift
+_SUREST = 20.0  # root mean square of a discriminant's log odds
 _LEAST_SHARE = 0.02  # of a group, below which self-training keeps what it had
 _TINY = 1e-9
 
@@ -31,10 +29,9 @@ class FixedRules(NamedTuple):
     """Linear rules for K types.
 
     Attributes:
-        heads: weights and, last, the intercept of the log odds against the first type on features and columns, of unit
-            mean square over the rows: by ``tau`` and by the discriminant, ``(2, K - 1, F + M + 1)``.
+        heads: weights and, last, the intercept of the log odds against the first type on features and columns, ``(2, K
+            - 1, F + M + 1)``: by ``tau``, of unit mean square over the rows, and the discriminant's own.
         groups: of each image ``(S,)``, 0 to K - 1, ascending in the effect; of its first unit where columns differ.
-            Without random weights.
     """
 
     heads: Tensor
@@ -65,10 +62,10 @@ def working_effect(prepared: Prepared, propensity: Tensor) -> tuple[Tensor, Tens
 
 
 def fixed_rules(
-    features: Tensor, prepared: Prepared, propensity: Tensor, num_clusters: int, folds: Tensor, seed: int
+    features: Tensor, prepared: Prepared, propensity: Tensor, num_clusters: int, folds: Tensor
 ) -> FixedRules:
     """Rules from the images of ``prepared`` and their standardised features ``(S, F)``; penalties by ``folds``
-    ``(S,)``, random weights by ``seed``.
+    ``(S,)``.
     """
     value, weight = (x.double() for x in working_effect(prepared, propensity))
     modifiers = prepared.units.modifiers.double()
@@ -83,14 +80,10 @@ def fixed_rules(
         value = (weight * torch.where(mask, value, torch.zeros_like(value))).sum(1) / total.clamp_min(_TINY)
         weight = total
     own = folds[image]
-    regression, path = RidgePath(rows, own, weight), RidgePath(rows, own)
-    outcome = value.unsqueeze(1)
-    draws = torch.empty(_REPLICATES, len(features), dtype=rows.dtype)
-    draws = draws.exponential_(generator=generator(seed, "replicates")).to(rows)
-    pairs = [_trained(path, rows, *regression.fit(outcome, draw[image]), num_clusters)[0] for draw in draws]
-    bags = zip(*pairs, strict=True)
-    heads = [_unit(torch.stack([_unit(odds, rows) for odds in bag]).mean(0), rows) for bag in bags]
-    groups = _trained(path, rows, *regression.fit(outcome), num_clusters)[1]
+    slope, intercept = RidgePath(rows, own, weight).fit(value.unsqueeze(1))
+    rules, groups = _trained(RidgePath(rows, own), rows, slope, intercept, num_clusters)
+    sizes = [_size(odds, rows).clamp_min(_TINY) for odds in rules]
+    heads = [rules[0] / sizes[0], rules[1] * (_SUREST / sizes[1]).clamp_max(1.0)]
     of_image = groups.new_zeros(len(features))
     of_image[image.flip(0)] = groups.flip(0)
     return FixedRules(torch.stack(heads).to(features), of_image)
@@ -105,16 +98,17 @@ def _trained(
     tau = (rows @ slope + intercept)[:, 0]
     centres, groups = kmeans_1d(tau, k)
     first = _nearest(slope, intercept, centres.unsqueeze(1), torch.eye(1, dtype=rows.dtype, device=rows.device))
-    second = first
+    second, apart = first, 0.0
     for _ in range(_ROUNDS):
         found = _discriminant(path, rows, groups, k)
         if found is None:
             break
-        second, again = found
+        rule, again = found
         share = torch.bincount(again, minlength=k) / len(again)
-        if bool((share < _LEAST_SHARE).any()) or torch.equal(again, groups):
+        distance = float(_size(rule[1:] - rule[:1], rows))
+        if distance < _GROWTH * apart or bool((share < _LEAST_SHARE).any()):
             break
-        groups = again
+        second, groups, apart = rule, again, distance
     return (first[1:] - first[:1], second[1:] - second[:1]), groups
 
 
@@ -144,9 +138,6 @@ def _nearest(slope: Tensor, intercept: Tensor, means: Tensor, precision: Tensor)
     return torch.cat([turned @ slope.mT, bias.unsqueeze(1)], 1)
 
 
-def _unit(odds: Tensor, rows: Tensor) -> Tensor:
-    """The log odds with unit mean square over the rows."""
-    values = rows @ odds[:, :-1].mT + odds[:, -1]
-    scale = values.square().mean().sqrt()
-    found: Tensor = odds / torch.where(scale > _TINY, scale, torch.ones_like(scale))
-    return found
+def _size(odds: Tensor, rows: Tensor) -> Tensor:
+    """Root mean square of log odds over the rows."""
+    return (rows @ odds[:, :-1].mT + odds[:, -1]).square().mean().sqrt()

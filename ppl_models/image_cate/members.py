@@ -112,9 +112,7 @@ def fit_members(
         rows = (folds != fold).nonzero()[:, 0]
         part, labels = prepared.images_of(rows), None
         if features is not None:
-            found = fixed_rules(
-                features[rows], part, propensity[rows], k, penalty_folds[rows], derive_seed(seed, "rules", fold)
-            )
+            found = fixed_rules(features[rows], part, propensity[rows], k, penalty_folds[rows])
             heads.append(found.heads)
             labels = found.groups
         if trains:

@@ -24,7 +24,7 @@ from ppl_models.image_cate.mixture import EffectMixture
 __all__ = ["POSTERIORS", "HeadDesign", "HeadsModel", "log_odds", "mode_of_heads", "sample_heads"]
 
 POSTERIORS = ("laplace", "svi", "nuts", "sghmc")
-_WEIGHT_SCALE = 6.0  # prior scale of a rule's weight, for log odds of unit mean square
+_WEIGHT_SCALE = 3.0  # prior scale of a rule's weight, for log odds of unit mean square
 _BIAS_SCALE = 2.0  # prior standard deviation of the log odds that all images share
 _FIRST_WEIGHTS = (4.0, 0.5)  # of one rule and of the others, where the search for the mode starts: once for each
 

@@ -114,10 +114,8 @@ class RidgePath:
         outs = [folds == fold for fold in labels] if len(labels) > 1 else []
         self._parts = [(out, _Rows(x[~out], w[~out])) for out in outs if bool((w[~out] > 0).any())]
 
-    def fit(self, y: Tensor, again: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Coefficients ``(P, Q)`` and intercepts ``(Q,)`` of the outcomes ``y`` ``(N, Q)``, of one penalty; the rows'
-        weights times ``again`` ``(N,)``, if that is given, after the penalty has been chosen.
-        """
+    def fit(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Coefficients ``(P, Q)`` and intercepts ``(Q,)`` of the outcomes ``y`` ``(N, Q)``, of one penalty."""
         losses = torch.zeros_like(self._penalties)
         for out, rows in self._parts:
             turned = rows.project(y[~out])
@@ -127,7 +125,7 @@ class RidgePath:
                 guess = rows.mean(y[~out])[q] + seen @ (rows.shrink(self._penalties) * turned[:, q : q + 1])
                 losses += (weight.unsqueeze(1) * (y[out, q : q + 1] - guess).square()).sum(0)
         best = self._penalties[int(losses.argmin()) if self._parts else len(losses) // 2]
-        rows = self._whole if again is None else _Rows(self._x, self._weight * again)
+        rows = self._whole
         coefficients = rows.vectors @ (rows.shrink(best.unsqueeze(0)) * rows.project(y))
         return coefficients, rows.mean(y) - rows.shift @ coefficients
 
