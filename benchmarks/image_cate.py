@@ -239,6 +239,7 @@ def run_coverage(noises: Sequence[float], replications: int, units: int) -> list
                         "CPU seconds": seconds,
                     }
                 )
+                print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
     return rows
 
 
