@@ -1,7 +1,10 @@
 """Effects by image beside their peers: same rows, same folds, same doubly robust scores.
 
     python -m benchmarks.image_cate stripes            # the paper's simulation, noise swept
+    python -m benchmarks.image_cate coverage           # intervals of the types' effects over many trials
     python -m benchmarks.image_cate uganda             # the Uganda trial, cross-fitted by image
+    python -m benchmarks.image_cate permuted           # the same with images exchanged between sites
+    python -m benchmarks.image_cate map                # effects over the country by transport
     python -m benchmarks.image_cate scaling            # seconds against units and images
 
 A learner whose package is absent is left out and named.
@@ -25,6 +28,7 @@ from benchmarks.record import markdown_table, one_core, save, spread
 from ppl_models import ImageCATE
 from ppl_models.image_cate.baselines import fit_arm_networks
 from ppl_models.image_cate.evaluation import blp_scores
+from ppl_models.image_cate.figures import map_figure
 from ppl_models.image_cate.propensity import aipw_scores, cross_fit_outcomes, grouped_folds
 from ppl_models.image_cate.rate import rate
 from ppl_models.image_cate.simulation import stripes
@@ -79,6 +83,7 @@ def arm_networks(shared: bool) -> Learner:
 
 LEARNERS: dict[str, Learner] = {
     "ImageCATE gated": image_cate(num_clusters=2, objective="gated"),
+    "ImageCATE gated, fixed features": image_cate(num_clusters=2, objective="gated", backbone="fixed"),
     "ImageCATE marginal": image_cate(num_clusters=2, objective="marginal"),
     "TARNet, k-means": arm_networks(shared=True),
     "a network an arm, k-means": arm_networks(shared=False),
@@ -151,10 +156,14 @@ def _known_types(trial: Trial, types: torch.Tensor, where: torch.Tensor, truth: 
     return {"learner": "types known", "PEHE": error, "accuracy": 1.0, COVERAGE: None, "seconds": 0.0}
 
 
+def _data_folder() -> Path:
+    here = Path(__file__).resolve().parents[2] / "shared" / "data"
+    return Path(os.environ.get("PPL_MODELS_DATA", here)) / "uganda_yop"
+
+
 def uganda() -> tuple[Trial, torch.Tensor]:
     """The trial, and which units are used: all."""
-    folder = Path(os.environ.get("PPL_MODELS_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
-    with np.load(folder / "uganda_yop" / "uganda_yop.npz", allow_pickle=False) as held:
+    with np.load(_data_folder() / "uganda_yop.npz", allow_pickle=False) as held:
         y, t = torch.from_numpy(held["outcome"]).float(), torch.from_numpy(held["treatment"]).float()
         images = torch.from_numpy(held["images"]).float().permute(0, 3, 1, 2).contiguous()
         index = torch.from_numpy(held["image_index"]).long()
@@ -197,6 +206,92 @@ def run_uganda(learners: Sequence[str], splits: int) -> list[dict[str, Any]]:
                 )
                 print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
     return rows
+
+
+def run_coverage(noises: Sequence[float], replications: int, units: int) -> list[dict[str, Any]]:
+    """Share of trials whose 90 % intervals of the types' effects cover 0 and 2, without calibration to the average; and
+    standard deviations of these effects over those of differences in means of types that are known.
+    """
+    rows = []
+    for noise in noises:
+        for seed in range(replications):
+            data = stripes(units, noise=noise, seed=1000 + seed)
+            model = ImageCATE(backbone="fixed", num_folds=3, calibrate=False)
+            start = time.process_time()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model.fit(data.outcome, data.treatment, data.images, seed=seed, progress=False)
+            types, seconds = model.cluster_effects(), time.process_time() - start
+            for k, truth in enumerate((0.0, 2.0)):
+                own = data.types == k
+                counts = [int((own & (data.treatment == arm)).sum()) for arm in (0, 1)]
+                error = noise * (1 / counts[0] + 1 / counts[1]) ** 0.5
+                low, high = types.interval[k].tolist()
+                half = 1.6449 * float(types.gate_standard_error[k])
+                rows.append(
+                    {
+                        "noise": noise,
+                        "type": k,
+                        "posterior interval covers": float(low <= truth <= high),
+                        "doubly robust interval covers": float(abs(float(types.gate[k]) - truth) <= half),
+                        "sd over known types'": float(types.sd[k]) / error,
+                        "error": float(types.effect[k]) - truth,
+                        "CPU seconds": seconds,
+                    }
+                )
+                print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
+    return rows
+
+
+def coverage_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Means over the trials."""
+    names = [n for n in rows[0] if n not in ("noise", "type")]
+    lines: list[dict[str, object]] = []
+    for noise, kind in dict.fromkeys((row["noise"], row["type"]) for row in rows):
+        own = [row for row in rows if (row["noise"], row["type"]) == (noise, kind)]
+        means = {n: f"{statistics.mean(row[n] for row in own):.3f}" for n in names}
+        lines.append({"noise": noise, "type": kind, "trials": len(own), **means})
+    return markdown_table(lines)
+
+
+def run_permuted(repeats: int) -> list[dict[str, Any]]:
+    """QINI of the Uganda trial with images exchanged between sites, by gates of fixed features: nothing is to be
+    found."""
+    trial, _ = uganda()
+    rows = []
+    for seed in range(repeats):
+        order = torch.randperm(len(trial.images), generator=torch.Generator().manual_seed(seed))
+        model = ImageCATE(backbone="fixed", num_samples=50)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.fit(trial.outcome, trial.treatment, trial.images[order], trial.image_index, seed=seed, progress=False)
+        found = model.evaluate()
+        rows.append({"learner": "permuted", "QINI": found.qini.estimate, "QINI ratio": found.qini.ratio})
+        print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
+    return rows
+
+
+def run_map(path: Path) -> list[dict[str, Any]]:
+    """Effects over the whole country by transport from the trial, 70 x 70 pixels a tile; places unlike the trial's are
+    marked."""
+    folder = _data_folder()
+    with np.load(folder / "yop_trial_70.npz", allow_pickle=False) as held, np.load(folder / "tiles70.npz") as other:
+        y, t, index = (torch.from_numpy(held[name]) for name in ("Y", "W", "key"))
+        images, tiles = (
+            torch.from_numpy(x).float().permute(0, 3, 1, 2).contiguous() for x in (held["img70"], other["img"])
+        )
+        places = torch.from_numpy(other["lonlat"])
+    index = torch.unique(index, return_inverse=True)[1] if int(index.max()) >= len(images) else index.long()
+    model = ImageCATE()
+    start = time.perf_counter()
+    model.fit(y.float(), t.float(), images, image_index=index, seed=0, progress=False)
+    carried = model.transport(tiles, lon_lat=places)
+    seconds = time.perf_counter() - start
+    picture = map_figure(carried.lon_lat, carried.effect, "effect", carried.inside)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.savefig(path, dpi=150)
+    inside, everywhere = carried.area(), carried.area(inside_only=False)
+    return [{"tiles": len(tiles), "seconds": seconds, "inside": inside, "everywhere": everywhere}]
 
 
 def run_scaling(learners: Sequence[str], sizes: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
@@ -260,11 +355,12 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one comparison, print its table, keep its rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("stripes", "uganda", "scaling"))
+    parser.add_argument("what", choices=("stripes", "coverage", "uganda", "permuted", "map", "scaling"))
     parser.add_argument("--learners", nargs="+", default=list(LEARNERS), choices=list(LEARNERS), metavar="NAME")
     parser.add_argument("--noise", nargs="+", type=float, default=NOISES)
     parser.add_argument("--seeds", type=int, default=5, help="simulations a noise level, or splits of the trial")
     parser.add_argument("--units", type=int, default=1000, help="units to train on, and images to test on")
+    parser.add_argument("--replications", type=int, default=100, help="trials of coverage")
     parser.add_argument("--out", type=Path, default=Path("out/image_cate"))
     options = parser.parse_args(arguments)
     one_core()
@@ -274,6 +370,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         columns = ["PEHE", "accuracy", COVERAGE, "seconds"]
         print(table(rows, ["noise", "learner"], columns))
         plot(rows, options.out / "stripes.png")
+    elif options.what == "coverage":
+        rows = run_coverage(options.noise, options.replications, options.units)
+        print(coverage_table(rows))
+    elif options.what == "permuted":
+        rows = run_permuted(20)
+        print("absolute ratio above 1.96:", sum(abs(row["QINI ratio"]) > 1.96 for row in rows), "of", len(rows))
+    elif options.what == "map":
+        rows = run_map(options.out / "country.png")
+        print(rows)
     elif options.what == "uganda":
         rows = run_uganda(options.learners, options.seeds)
         columns = ["AUTOC", "AUTOC ratio", "QINI", "QINI ratio", "BLP slope", "seconds"]

@@ -1,5 +1,5 @@
-"""What turns an image into features: a small CNN, a small vision transformer, frozen random convolutions, embeddings
-made elsewhere, or a module of the user's; around them crops at several scales and sequences of images.
+"""What turns an image into features: a small CNN, a small vision transformer, fixed statistics and convolutions,
+embeddings made elsewhere, or a module of the user's; around them crops at several scales and sequences of images.
 
 All map ``(N, C, H, W)`` to ``(N, F)``; no weights are downloaded.
 """
@@ -9,9 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["AGGREGATIONS", "BACKBONES", "CNN", "ImageSequence", "MultiScale", "RandomFeatures", "ViT", "build_backbone"]
+from ppl_models.image_cate.fixed_features import FixedFeatures
 
-BACKBONES = ("cnn", "vit", "random", "embedding")
+__all__ = ["AGGREGATIONS", "BACKBONES", "CNN", "ImageSequence", "MultiScale", "ViT", "build_backbone"]
+
+BACKBONES = ("cnn", "vit", "fixed", "embedding")
 AGGREGATIONS = ("transformer", "concatenate", "difference", "variance")
 _LEAST_SIDE = 5  # pixels; the first convolution's
 
@@ -76,35 +78,6 @@ class ViT(nn.Module):
             tokens = block(tokens)
         pooled: Tensor = self.norm(tokens).mean(1)
         return pooled
-
-
-class RandomFeatures(nn.Module):
-    """Fixed random convolutions of several sizes, each pooled by its share of positive values and its maximum.
-
-    Nothing is learned, so the features of each image are made once; as the kernels of Dempster et al. (ROCKET,
-    arXiv:1910.13051) are for series.
-    """
-
-    def __init__(self, channels: int, width: int = 64, sizes: Sequence[int] = (3, 5, 7)) -> None:
-        super().__init__()
-        share = -(-width // len(sizes))
-        layers = [nn.Conv2d(channels, share, s, padding=s // 2) for s in sizes]
-        self.convolutions = nn.ModuleList(layers)
-        for layer in layers:
-            nn.init.normal_(layer.weight)
-            with torch.no_grad():
-                layer.weight -= layer.weight.mean((-2, -1), keepdim=True) * (torch.rand(share, 1, 1, 1) < 0.5)
-                layer.weight /= layer.weight.flatten(1).norm(dim=1)[:, None, None, None]
-        self.requires_grad_(False)
-        self.out_features = 2 * share * len(sizes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Features ``(N, 2 width)``."""
-        pooled = []
-        for layer in self.convolutions:
-            maps = layer(images)
-            pooled += [torch.sigmoid(4 * maps).mean((-2, -1)), maps.amax((-2, -1))]
-        return torch.cat(pooled, -1)
 
 
 class Embedding(nn.Module):
@@ -197,8 +170,12 @@ def build_backbone(
         if aggregation not in AGGREGATIONS:
             raise ValueError(f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {aggregation!r}")
         one = build_backbone(backbone, shape[1:], width=width, depth=depth, scales=scales)
+        if backbone == "fixed" and aggregation == "transformer":  # which would have to be trained
+            aggregation = "concatenate"
         return ImageSequence(one, shape[0], aggregation)
     if len(shape) == 1:
+        if backbone == "fixed":
+            return _AsTheyAre(shape[0])
         if isinstance(backbone, str) and backbone != "embedding":
             raise ValueError(
                 f"images with shape (N, {shape[0]}) are embeddings: give backbone='embedding', got {backbone!r}"
@@ -229,7 +206,13 @@ def _single(backbone: str | nn.Module, shape: tuple[int, ...], width: int, depth
         return CNN(shape[0], width, depth)
     if backbone == "vit":
         return ViT(shape[0], (shape[1], shape[2]), width=2 * width, depth=depth)
-    return RandomFeatures(shape[0], 4 * width)
+    return FixedFeatures((shape[0], shape[1], shape[2]))
+
+
+class _AsTheyAre(nn.Identity):
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.out_features = features
 
 
 class _Own(nn.Module):

@@ -1,4 +1,4 @@
-"""The steps of a fit: propensity, cross-fitted baseline and scores, networks, posterior of the last layers."""
+"""The steps of a fit: propensity, cross-fitted baseline and scores, members, posterior of effects and of the gate."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,18 +9,29 @@ import torch
 from torch import Tensor
 
 from inference.runtime.generators import derive_seed
-from ppl_models.image_cate.data import Trial, Units
-from ppl_models.image_cate.fitted import Fitted, design_of, feature_scale_of
+from ppl_models.image_cate.data import Trial
+from ppl_models.image_cate.fitted import Fitted
+from ppl_models.image_cate.fixed_features import StandardisedFeatures
 from ppl_models.image_cate.likelihoods import make_likelihood
-from ppl_models.image_cate.nuisance import Baseline, CrossFit, cross_fit_baseline, folds_of_images
-from ppl_models.image_cate.posterior import sample_heads
+from ppl_models.image_cate.members import HeldOut, Members, fit_members, make_fixed
+from ppl_models.image_cate.nuisance import (
+    Baseline,
+    CrossFit,
+    cross_fit_baseline,
+    folds_of_images,
+    what_baselines_see,
+)
+from ppl_models.image_cate.posterior import HeadDesign, HeadsModel, log_odds, mode_of_heads, sample_heads
 from ppl_models.image_cate.propensity import aipw_scores, clustered_mean, estimate
-from ppl_models.image_cate.training import Prepared, Settings, Trained, point_values, prepare, train
+from ppl_models.image_cate.towers import ImageEffectModel
+from ppl_models.image_cate.training import Prepared, Settings, build_mixture, point_effects, prepare
 
 __all__ = ["cross_fit_effects", "estimate_trial", "find_propensity"]
 
 _PROPENSITY_FLOOR = 1e-3
 _COLLAPSED = 0.02  # share of the units, below which a type is said to be lost
+_PENALTY_FOLDS = 5
+_START_WEIGHT = 2.0  # of all rules together, where the effects of the types are read off for a start
 _FEW = 20  # units of an arm in a type, below which a warning is given
 Progress = bool | Callable[[dict[str, Any]], None]
 
@@ -34,7 +45,14 @@ def image_groups(trial: Trial) -> Tensor:
     return torch.arange(trial.num_images, device=first.device)
 
 
-def find_propensity(trial: Trial, propensity: Any, settings: Settings, folds: Tensor, seed: int) -> Tensor:
+def find_propensity(
+    trial: Trial,
+    propensity: Any,
+    settings: Settings,
+    folds: Tensor,
+    seed: int,
+    fixed: StandardisedFeatures | None = None,
+) -> Tensor:
     """Propensity of each unit ``(N,)``: constant, given, ``"logistic"`` on the columns, or ``"image"``, a network on
     images and columns; the last two are cross-fitted.
 
@@ -70,7 +88,8 @@ def find_propensity(trial: Trial, propensity: Any, settings: Settings, folds: Te
             baseline_start=torch.logit(rate).unsqueeze(0),
             noise_start=rate.new_zeros(2, 0),
         )
-        offset = cross_fit_baseline(shown, settings, folds, derive_seed(seed, "propensity")).offset
+        seen = what_baselines_see(shown, settings, fixed)
+        offset = cross_fit_baseline(*seen, folds, derive_seed(seed, "propensity")).offset
         scores = torch.sigmoid(_per_unit(offset, trial))[:, 0]
     return scores.to(trial.outcome).clamp(_PROPENSITY_FLOOR, 1 - _PROPENSITY_FLOOR)
 
@@ -137,25 +156,24 @@ def estimate_trial(
 ) -> Fitted:
     """All steps in order."""
     folds = folds_of_images(image_groups(trial), num_folds, seed)
-    e = find_propensity(trial, propensity, settings, folds, seed)
+    plain = prepare(trial, settings, trial.sample_weight)
+    fixed = make_fixed(plain, settings, seed)
+    e = find_propensity(trial, propensity, settings, folds, seed, fixed)
     weight = likelihood_weights(trial, e, settings)
     prepared = with_baseline(trial, prepare(trial, settings, weight), e, None)
-    crossed = cross_fit_baseline(prepared, settings, folds, derive_seed(seed, "baselines"))
+    crossed = cross_fit_baseline(*what_baselines_see(prepared, settings, fixed), folds, derive_seed(seed, "baselines"))
     scores, mean_outcome = doubly_robust(trial, prepared, crossed, e, folds)
     offset = _per_unit(crossed.offset, trial)
-    prepared = with_baseline(trial, prepared, e, offset)
-    if settings.baseline == "joint":
-        prepared = replace(
-            prepared, units=prepared.units._replace(propensity=torch.zeros_like(prepared.units.propensity))
-        )
-    trained = train(prepared, settings, derive_seed(seed, "networks"), progress=progress, checkpoint=checkpoint)
-    scale = feature_scale_of(trained.model, prepared.images)
-    model, design, start = design_of(trained, prepared, scale, gate=settings.objective != "relaxed")
+    prepared, shares = for_members(trial, prepared, settings, e, offset)
+    members = members_of(
+        trial, prepared, settings, shares, fixed, folds, seed, progress=progress, checkpoint=checkpoint
+    )
+    model, design, start = heads_of(prepared, settings, members.held_out)
     samples, stats = sample_heads(model, design, start, posterior, num_samples, derive_seed(seed, "heads"), progress)
-    trained.model.requires_grad_(False)
     crossed.models.requires_grad_(False)
     fitted = Fitted(
-        network=trained.model,
+        network=network_of(members, prepared, settings),
+        fixed=fixed,
         baselines=crossed.models,
         columns=prepared.columns,
         samples=samples,
@@ -166,14 +184,14 @@ def estimate_trial(
         propensity=e,
         weight=weight,
         offset=offset,
+        held_out=members.held_out,
         scores=scores,
         mean_outcome=mean_outcome,
         folds=folds,
-        feature_scale=scale,
         settings=settings,
         seed=seed,
         messages=trial.messages,
-        history=trained.history,
+        histories=members.histories,
     )
     use_posterior_mean(fitted)
     found = fitted.on_units()
@@ -182,21 +200,112 @@ def estimate_trial(
         average = clustered_mean(scores, trial.groups, trial.sample_weight).estimate
         mean = found.effect.mean(0)
         fitted.shift = average - float((trial.sample_weight * mean).sum() / trial.sample_weight.sum())
-    fitted.messages = (*fitted.messages, *warnings_of_types(found.probs.mean(0)[:, fitted.order], trial))
+    fitted.messages = (*fitted.messages, *warnings_of_types(held_out_probs(fitted), trial))
     return fitted
 
 
+def for_members(
+    trial: Trial, prepared: Prepared, settings: Settings, propensity: Tensor, offset: Tensor
+) -> tuple[Prepared, Tensor]:
+    """The trial as members are fitted to it, and the propensities ``(S, U)``: a joint baseline is the outcome without
+    treatment, so that no share of the effect is in it.
+    """
+    prepared = with_baseline(trial, prepared, propensity, offset)
+    shares = prepared.units.propensity
+    if settings.baseline == "joint":
+        prepared = replace(prepared, units=prepared.units._replace(propensity=torch.zeros_like(shares)))
+    return prepared, shares
+
+
+def members_of(
+    trial: Trial,
+    prepared: Prepared,
+    settings: Settings,
+    shares: Tensor,
+    fixed: StandardisedFeatures | None,
+    folds: Tensor,
+    seed: int,
+    **options: Any,
+) -> Members:
+    """The members of a trial laid out ``for_members``."""
+    penalties = folds_of_images(image_groups(trial), _PENALTY_FOLDS, derive_seed(seed, "penalties"))
+    own = derive_seed(seed, "networks")
+    return fit_members(prepared, settings, shares, fixed, folds, penalties, own, **options)
+
+
+def with_settings(fitted: Fitted, settings: Settings) -> Fitted:
+    """Members under other settings, with the baselines and scores as they are, for ``cross_fit_effects`` alone."""
+    trial = fitted.trial
+    prepared = prepare(trial, settings, fitted.weight)
+    prepared, shares = for_members(trial, prepared, settings, fitted.propensity, fitted.offset)
+    members = members_of(trial, prepared, settings, shares, fitted.fixed, fitted.folds, fitted.seed)
+    return replace(fitted, settings=settings, held_out=members.held_out, cross_fitted=None)
+
+
+def network_of(members: Members, prepared: Prepared, settings: Settings) -> ImageEffectModel:
+    """The members as one Pyro model."""
+    mixture = build_mixture(prepared, settings, calibrated=True)
+    network = ImageEffectModel(members.gate, members.baseline, members.effects, mixture)
+    network.requires_grad_(False)
+    return network.eval()
+
+
+def heads_of(
+    prepared: Prepared, settings: Settings, held_out: HeldOut
+) -> tuple[HeadsModel, HeadDesign, dict[str, Tensor]]:
+    """The model of effects and of the gate's weights in double precision, its data, and where to start."""
+    mixture = build_mixture(prepared, settings, calibrated=True)
+    rules, baseline, deviation = (None if x is None else x.double() for x in held_out)
+    units = prepared.units._replace(
+        **{n: x.double() for n, x in prepared.units._asdict().items() if x.is_floating_point()}
+    )
+    model = HeadsModel(mixture.double())
+    design = HeadDesign(rules, units.offset if baseline is None else baseline, deviation, units)
+    start: dict[str, Tensor] = {}
+    if rules is not None:
+        count = rules.shape[-1]
+        start["gate_weight"] = rules.new_full((count,), _START_WEIGHT / count)
+        start["gate_bias"] = rules.new_zeros(settings.num_clusters - 1)
+    start["mu"] = _starting_effects(model, design, start)
+    if mixture.likelihood.num_noise:
+        start["rho"] = mixture.noise_loc.unsqueeze(-1).expand(-1, -1, settings.num_clusters).clone()
+    zero = torch.zeros_like(mixture.effect_loc)
+    start |= {"intercept": zero, "slope": zero + 1}
+    if mixture.num_sites:
+        start |= {"site_scale": zero.new_full((), 0.2), "site": zero.new_zeros(mixture.num_sites)}
+    return model, design, start
+
+
+def _starting_effects(model: HeadsModel, design: HeadDesign, start: dict[str, Tensor]) -> Tensor:
+    """Regression of the outcome's residual on the centred treatment within types, ``(K, L)``."""
+    mixture, units = model.mixture, design.units
+    probs = log_odds(design, start.get("gate_weight"), start.get("gate_bias")).softmax(-1)
+    centred = units.treatment - units.propensity
+    residual = mixture.likelihood.link(units.outcome.flatten()).unflatten(0, units.outcome.shape) - design.baseline
+    residual = residual - centred.unsqueeze(-1) * mixture.effect_loc
+    weight = (units.weight * units.mask).unsqueeze(-1) * probs
+    top = torch.einsum("suk,su,sul->kl", weight.expand(*units.mask.shape, -1), centred, residual)
+    low = torch.einsum("suk,su->k", weight.expand(*units.mask.shape, -1), centred.square())
+    move = top / (low.unsqueeze(1) + 1.0)  # one unit's worth of the average effect, should a type be empty
+    return mixture.effect_loc + move.clamp(-2 * mixture.effect_scale, 2 * mixture.effect_scale)
+
+
 def use_posterior_mean(fitted: Fitted) -> None:
-    """Put the posterior mean of the gate into the network, so that it and the draws say the same."""
-    network = fitted.network
-    if network.gate is None or "gate" not in fitted.samples:
-        return
-    mean = fitted.samples["gate"].mean((0, 1)).to(network.gate.head.weight)
-    count = fitted.feature_scale.shape[1]
-    with torch.no_grad():
-        network.gate.head.weight.copy_(mean[:, :-1])
-        network.gate.head.weight[:, :count] /= fitted.feature_scale[1]
-        network.gate.head.bias.copy_(mean[:, -1] - network.gate.head.weight[:, :count] @ fitted.feature_scale[0])
+    """Put the posterior mean of the gate's weights into the network, so that it and the draws say the same."""
+    gate = fitted.network.gate
+    if gate is not None:
+        gate.weight = fitted.samples["gate_weight"].mean((0, 1)).to(gate.weight)
+        gate.bias = fitted.samples["gate_bias"].mean((0, 1)).to(gate.bias)
+
+
+@torch.no_grad()
+def held_out_probs(fitted: Fitted) -> Tensor:
+    """Probabilities of the types ``(N, K)``, effects ascending, of each unit by the member that did not see it."""
+    trial, rules = fitted.trial, fitted.held_out.rules
+    if rules is None:
+        return fitted.scores.new_ones(trial.num_units, 1)
+    probs = fitted.network.gate.probs_of_rules(rules)
+    return _per_unit(probs.expand(-1, fitted.trial.table()[1].shape[1], -1), trial)[:, fitted.order]
 
 
 def type_effects(found: Any, weight: Tensor) -> Tensor:
@@ -226,38 +335,25 @@ def warnings_of_types(probs: Tensor, trial: Trial) -> tuple[str, ...]:
 
 
 def cross_fit_effects(fitted: Fitted) -> tuple[Tensor, Tensor]:
-    """Effect ``(N,)`` and type probabilities ``(N, K)`` of each unit, from networks that did not see its fold."""
+    """Effect ``(N,)`` and type probabilities ``(N, K)`` of each unit, from members that did not see its fold and
+    effects and weights that were estimated without it.
+    """
     trial, settings = fitted.trial, fitted.settings
-    prepared = with_baseline(trial, prepare(trial, settings, fitted.weight), fitted.propensity, fitted.offset)
-    if settings.baseline == "joint":
-        prepared = replace(
-            prepared, units=prepared.units._replace(propensity=torch.zeros_like(prepared.units.propensity))
-        )
-    shape = prepared.units.mask.shape
-    effects = prepared.images.new_zeros(shape)
-    probs = prepared.images.new_zeros(*shape, settings.num_clusters)
-    law = prepared.likelihood
+    prepared = prepare(trial, settings, fitted.weight)
+    prepared = for_members(trial, prepared, settings, fitted.propensity, fitted.offset)[0]
+    model, design, start = heads_of(prepared, settings, fitted.held_out)
+    shape = design.units.mask.shape
+    effects = design.units.outcome.new_zeros(shape)
+    probs = effects.new_zeros(*shape, settings.num_clusters)
     for fold in range(int(fitted.folds.max()) + 1):
-        rest = (fitted.folds == fold).nonzero()[:, 0]
-        own = derive_seed(fitted.seed, "cross-fit", fold)
-        trained = train(prepared.images_of((fitted.folds != fold).nonzero()[:, 0]), settings, own)
-        part = prepared.images_of(rest)
-        pi, effect = _point_effects(trained, part, law)
+        out = (fitted.folds == fold).nonzero()[:, 0]
+        rest = (fitted.folds != fold).nonzero()[:, 0]
+        mode = mode_of_heads(model, design.of(rest), start, derive_seed(fitted.seed, "mode", fold))
+        part = design.of(out)
+        logits = log_odds(part, mode.get("gate_weight"), mode.get("gate_bias"))
+        pi, found = logits.softmax(-1), (logits, part.baseline, part.deviation)
+        effect = point_effects(model.mixture, mode, found, part.units)
         order = effect.mean((0, 1)).argsort()
-        probs[rest] = pi[..., order].expand(-1, shape[1], -1)
-        effects[rest] = (pi * effect).sum(-1).expand(-1, shape[1])
-    return _per_unit(effects, trial), _per_unit(probs, trial)
-
-
-@torch.no_grad()
-def _point_effects(trained: Trained, part: Prepared, law: Any) -> tuple[Tensor, Tensor]:
-    """Probabilities ``(B, U or 1, K)`` and effects of the types in outcome units, at the guide's medians."""
-    found = trained.model.predictions(part.images, part.units)
-    drawn = point_values(trained.guide, *found, part.units)
-    eta0, noise0 = trained.model.mixture.laws(drawn, *found, _all(part.units, 0.0))
-    eta1, noise1 = trained.model.mixture.laws(drawn, *found, _all(part.units, 1.0))
-    return found.logits.softmax(-1), law.mean(eta1, noise1) - law.mean(eta0, noise0)
-
-
-def _all(units: Units, treatment: float) -> Units:
-    return units._replace(treatment=torch.full_like(units.treatment, treatment), site=torch.zeros_like(units.site))
+        probs[out] = pi[..., order].expand(-1, shape[1], -1)
+        effects[out] = (pi * effect).sum(-1).expand(-1, shape[1])
+    return _per_unit(effects, trial).to(trial.outcome), _per_unit(probs, trial).to(trial.outcome)

@@ -160,6 +160,7 @@ def evaluate(
     seed: int = 0,
     num_bootstrap: int = 200,
     num_permutations: int = 999,
+    folds: Any = None,
 ) -> Evaluation:
     """Every check of this module on one set of scores and cross-fitted predictions.
 
@@ -171,13 +172,21 @@ def evaluate(
         seed: of half-samples and permutations.
         num_bootstrap: half-samples.
         num_permutations: permutations.
+        folds: fold of each unit whose predictions one model made ``(N,)``. A fold with small effects leaves large ones
+            to the model of the others, so that levels of predictions oppose those of effects between folds: with
+            ``folds``, each fold's predictions are moved to a common mean, but for the policy.
 
     Raises:
         ValueError: NaN, shapes that differ, memberships that do not sum to 1.
     """
     scores = as_vector("scores", scores)
     n, device = len(scores), scores.device
-    effect = as_vector("effect", effect, n, device)
+    given = effect = as_vector("effect", effect, n, device)
+    if folds is not None:
+        fold = index_groups(folds, n, device)
+        effect = (
+            effect + effect.mean() - (group_sums(effect, fold) / group_sums(torch.ones_like(effect), fold))[fold.index]
+        )
     check_count("num_permutations", num_permutations)
     return Evaluation(
         ate=clustered_mean(scores, groups),
@@ -186,7 +195,7 @@ def evaluate(
         permutation_p_value=permutation_test(scores, effect, "autoc", groups, num_permutations, seed),
         calibration=blp_scores(scores, effect, groups),
         gate=gate(scores, cluster_probs, groups),
-        policy=policy_value(scores, effect > 0, groups=groups),
+        policy=policy_value(scores, given > 0, groups=groups),
         num_units=n,
         num_groups=index_groups(groups, n).count,
     )

@@ -6,9 +6,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from ppl_models.image_cate.data import Trial
+from ppl_models.image_cate.ensemble import GateEnsemble, MeanTower
 from ppl_models.image_cate.fitted import Fitted
-from ppl_models.image_cate.nuisance import Baseline
-from ppl_models.image_cate.training import Columns, Settings, build_networks, prepare
+from ppl_models.image_cate.fixed_features import StandardisedFeatures
+from ppl_models.image_cate.members import HeldOut, make_fixed
+from ppl_models.image_cate.nuisance import Baseline, what_baselines_see
+from ppl_models.image_cate.towers import ImageEffectModel
+from ppl_models.image_cate.training import Prepared, Settings, build_mixture, build_networks, prepare
 
 __all__ = ["pack", "unpack"]
 
@@ -16,9 +20,9 @@ _TENSORS = (
     "images", "outcome", "treatment", "image_index", "groups", "modifiers", "controls", "sample_weight", "rows",
     "image_rows",
 )  # fmt: skip
+_TOWERS = ("gate", "baseline", "effects")
 _AS_THEY_ARE = (
     "samples", "sample_stats", "order", "propensity", "weight", "offset", "scores", "mean_outcome", "folds",
-    "feature_scale",
 )  # fmt: skip
 
 
@@ -26,6 +30,8 @@ def pack(state: Fitted) -> dict[str, Any]:
     """What a file holds of a fit."""
     return {name: getattr(state, name) for name in _AS_THEY_ARE} | {
         "network": dict(state.network.state_dict()),
+        "fixed": None if state.fixed is None else dict(state.fixed.state_dict()),
+        "held_out": list(state.held_out),
         "baselines": dict(state.baselines.state_dict()),
         "columns": {f"{i}": dict(m.state_dict()) for i, m in enumerate(state.columns)},
         "trial": {n: getattr(state.trial, n) for n in _TENSORS},
@@ -40,17 +46,27 @@ def pack(state: Fitted) -> dict[str, Any]:
 def unpack(held: Mapping[str, Any], settings: Settings) -> Fitted:
     """The fit that was packed."""
     trial = Trial(**held["trial"], dropped=tuple(held["dropped"]), messages=())
-    count = len({name.split(".")[0] for name in held["baselines"]})
-    network, baselines, columns = _networks(trial, settings, held["weight"], count)
+    prepared = prepare(trial, settings, held["weight"])
+    fixed = make_fixed(prepared, settings, 0)
+    if fixed is not None:
+        fixed.load_state_dict(held["fixed"])
+    network = _network(prepared, settings, fixed, held["network"]).requires_grad_(False).eval()
     network.load_state_dict(held["network"])
+    count = len({name.split(".")[0] for name in held["baselines"]})
+    seen = what_baselines_see(prepared, settings, fixed)
+    baselines = nn.ModuleList([Baseline(*seen, 0) for _ in range(count)]).requires_grad_(False).eval()
+    for model in baselines:
+        model._data = ()  # type: ignore[assignment]
     baselines.load_state_dict(held["baselines"])
-    for i, module in enumerate(columns):
+    for i, module in enumerate(prepared.columns):
         module.load_state_dict(held["columns"][f"{i}"])
     crossed = held["cross_fitted"]
     return Fitted(
-        network=network.requires_grad_(False),
-        baselines=baselines.requires_grad_(False),
-        columns=columns,
+        network=network,
+        fixed=fixed,
+        baselines=baselines,
+        columns=prepared.columns,
+        held_out=HeldOut(*held["held_out"]),
         shift=held["shift"],
         trial=trial,
         settings=settings,
@@ -61,13 +77,19 @@ def unpack(held: Mapping[str, Any], settings: Settings) -> Fitted:
     )
 
 
-def _networks(
-    trial: Trial, settings: Settings, weight: Tensor, num_baselines: int
-) -> tuple[Any, nn.ModuleList, Columns]:
-    """Networks of the shapes of a fit, to load parameters into."""
-    prepared = prepare(trial, settings, weight)
-    network = build_networks(prepared, settings, 0)
-    baselines = nn.ModuleList([Baseline(prepared, settings, 0) for _ in range(num_baselines)])
-    for model in baselines:
-        model._data = ()  # type: ignore[assignment]
-    return network.eval(), baselines.eval(), prepared.columns
+def _network(
+    prepared: Prepared, settings: Settings, fixed: StandardisedFeatures | None, state: Mapping[str, Tensor]
+) -> ImageEffectModel:
+    """A network of the shapes of a file's, to load parameters into."""
+    heads = state.get("gate.heads")
+    gate: GateEnsemble | None = None
+    folds = [len({n.split(".")[2] for n in state if n.startswith(f"{part}.towers.")}) for part in _TOWERS]
+    towers = [[build_networks(prepared, settings, 0) for _ in range(count)] for count in folds]
+    if heads is not None:
+        own = [model.gate for model in towers[0]]
+        gate = GateEnsemble(fixed if heads.shape[1] else None, heads, own, state.get("gate.kernel_scale"))
+    baseline, effects = (
+        MeanTower([getattr(model, part) for model in models]) if models else None
+        for part, models in zip(_TOWERS[1:], towers[1:], strict=True)
+    )
+    return ImageEffectModel(gate, baseline, effects, build_mixture(prepared, settings, calibrated=True))

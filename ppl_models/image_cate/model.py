@@ -19,7 +19,7 @@ from ppl_models.image_cate import salience as saliences
 from ppl_models.image_cate.backbones import AGGREGATIONS
 from ppl_models.image_cate.covariates import check_covariates
 from ppl_models.image_cate.data import MISSING, Trial, Units, check_images, make_trial
-from ppl_models.image_cate.estimation import cross_fit_effects, estimate_trial, type_effects
+from ppl_models.image_cate.estimation import cross_fit_effects, estimate_trial, held_out_probs, type_effects
 from ppl_models.image_cate.evaluation import Evaluation, evaluate, gate
 from ppl_models.image_cate.files import pack, unpack
 from ppl_models.image_cate.fitted import AtImages, Fitted
@@ -44,7 +44,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "aggregation": AGGREGATIONS,
     "missing": MISSING,
 }
-_COUNTS = ("num_clusters", "width", "depth", "num_steps", "batch_size", "num_samples")
+_COUNTS = ("num_clusters", "width", "depth", "num_steps", "batch_size", "num_samples", "num_restarts")
 
 
 class ImageCATE(Model):
@@ -52,15 +52,17 @@ class ImageCATE(Model):
 
     Jerzak, Johansson and Daoud, CLeaR 2023, arXiv 2206.06417.
 
-    A gate network gives each image its probabilities of the types, each type has an effect, and a baseline network
-    takes up what images say about the outcome itself:
+    A gate gives each image its probabilities of the types, each type has an effect, and a baseline takes up what images
+    say about the outcome itself:
 
         Y = f0(M) + T mu_Z + noise,   Z | M ~ Categorical(pi(M)),   effect at an image tau(M) = sum_k pi_k(M) mu_k.
 
-    After ``fit``, calling the object with standardised images and ``Units`` runs its Pyro model.  ``fit`` trains the
-    networks by the exact ELBO (types summed out), then takes the joint posterior of effects, noise scales and the
-    gate's last layer with the features held.  Estimates follow scikit-learn's conventions (``get_params``,
-    ``set_params``, ``sklearn.base.clone``).
+    After ``fit``, calling the object with standardised images and ``Units`` runs its Pyro model.  For each fold of the
+    images, ``fit`` makes a gate from the others: rules on fixed features in closed form, and a network trained by the
+    exact ELBO (types summed out).  Effects, noise scales and the weights of these rules get their joint posterior from
+    what each gate says of the images that it did not see: a network counts for as much as it foretells, and types that
+    had to be searched for are not favoured.  At other images the gates' probabilities are averaged.  Estimates follow
+    scikit-learn's conventions (``get_params``, ``set_params``, ``sklearn.base.clone``).
 
     What data cannot tell: the spread of effects inside a type from noise of the treated arm; and, where memberships are
     neither 0 nor 1, more extreme effects with softer memberships from milder ones with harder, beyond what the shape of
@@ -72,16 +74,20 @@ class ImageCATE(Model):
             types of units whose shares depend on the image; ``"relaxed"``, the paper's sampled relaxation, to
             reproduce it.
         outcome: law of the outcome: normal, student_t, lognormal, bernoulli, hurdle, poisson or negative_binomial.
-        backbone: ``"cnn"``, ``"vit"``, ``"random"`` (frozen convolutions), ``"embedding"`` (images are given as
-            features ``(N, F)``), or a ``torch.nn.Module`` from ``(N, C, H, W)`` to ``(N, F)``, which is copied.
+        backbone: of the trained gate: ``"cnn"``, ``"vit"``, ``"embedding"`` (images are given as features ``(N, F)``),
+            or a ``torch.nn.Module`` from ``(N, C, H, W)`` to ``(N, F)``, which is copied; ``"fixed"``: none is trained,
+            fixed features alone, in a second.
+        fixed_features: beside the trained gate, rules on statistics of texture and on random convolutions (or on the
+            embeddings as they are), and baselines on them too; without, all is left to the backbone.
         effects: ``"cluster"``, one effect a type; ``"network"``, each type's effect is a network of the image.
         baseline: ``"crossfit"``: fitted on other folds beforehand, with a centred treatment, so that its mistakes do
             not move effects; ``"joint"``: trained with the rest, as in the paper.
-        posterior: of the last layers: ``"laplace"``, ``"svi"`` (multivariate normal guide), ``"nuts"`` or ``"sghmc"``.
+        posterior: of effects and weights: ``"laplace"``, ``"svi"`` (multivariate normal guide), ``"nuts"`` or
+            ``"sghmc"``.
         num_samples: posterior draws.
-        num_folds: folds, by group, of all cross-fitting.
-        num_restarts: starts of which the best by held-out loss is kept; by default 1, and 3 with more than two types.
-        num_steps: updates of the networks.
+        num_folds: folds, by group, of all cross-fitting: as many gates.
+        num_restarts: starts of each network, of which the best by held-out loss is kept.
+        num_steps: updates of each network.
         batch_size: units in an update, on average; whole images are drawn.
         lr, weight_decay: of AdamW, with one rise and fall of the rate.
         width, depth: of the backbone.
@@ -129,12 +135,13 @@ class ImageCATE(Model):
         outcome: str = "normal",
         backbone: Any = "cnn",
         *,
+        fixed_features: bool = True,
         effects: str = "cluster",
         baseline: str = "crossfit",
         posterior: str = "laplace",
         num_samples: int = 500,
         num_folds: int = 5,
-        num_restarts: int | None = None,
+        num_restarts: int = 1,
         num_steps: int = 200,
         batch_size: int = 100,
         lr: float = 3e-3,
@@ -200,9 +207,12 @@ class ImageCATE(Model):
         for name in _COUNTS:
             check_count(name, p[name])
         check_count("num_folds", p["num_folds"], 2)
-        restarts = p["num_restarts"]
-        if restarts is not None:
-            check_count("num_restarts", restarts)
+        if isinstance(p["backbone"], str) and p["backbone"] == "fixed":
+            asked = [n for n, v in (("effects", "network"), ("baseline", "joint")) if p[n] == v]
+            asked += ["bayesian_layers"] if p["bayesian_layers"] else []
+            asked += [] if p["fixed_features"] else ["fixed_features"]
+            if asked:
+                raise ValueError(f"backbone='fixed' trains no network, so {asked[0]}={p[asked[0]]!r} needs another one")
         for name in ("lr", "weight_decay"):
             if isinstance(p[name], bool) or not isinstance(p[name], int | float):
                 raise TypeError(f"{name} must be a number, got {p[name]!r}")
@@ -219,7 +229,7 @@ class ImageCATE(Model):
             lr=p["lr"],
             weight_decay=p["weight_decay"],
             baseline_steps=p["num_steps"],
-            num_restarts=(3 if several else 1) if restarts is None else restarts,
+            fixed_features=bool(p["fixed_features"]),
             warm_start=several,
             noise_pooling=0.1 if p["objective"] == "marginal" else 0.3,
         )
@@ -261,7 +271,7 @@ class ImageCATE(Model):
             sample_weight: ``(N,)``.
             lon_lat: place of each row of ``images`` in degrees, ``(S, 2)``, for exemplars and the report's map.
             progress: progress bar, or a function that receives its fields.
-            checkpoint: file to resume the networks' training from.
+            checkpoint: path to resume the networks' training from; each fold's has its number behind it.
 
         Raises:
             TypeError, ValueError: data that do not fit together, one arm only, a covariate that is the treatment.
@@ -378,13 +388,12 @@ class ImageCATE(Model):
     def cluster_effects(self, alpha: float = 0.1) -> ClusterEffects:
         """Effect of each type: posterior, and by doubly robust scores with an error that is robust to clusters.
 
-        Scores are cross-fitted; memberships are this fit's own, so that effects of types that the fit had to search for
-        are favourable.  ``evaluate().gate`` has memberships of networks that did not see the units.
+        Both rest on memberships by gates that did not see the unit.
         """
         state = self._fitted("cluster_effects")
         found = state.on_units()
         draws = type_effects(found, state.trial.sample_weight)[:, state.order]
-        probs = found.probs.mean(0)[:, state.order]
+        probs = held_out_probs(state)
         groups = gate(state.scores, probs, state.trial.groups)
         return ClusterEffects(
             effect=draws.mean(0),
@@ -455,8 +464,8 @@ class ImageCATE(Model):
 
     # ------------------------------------------------------------------ checks
     def cross_fitted(self) -> tuple[Tensor, Tensor]:
-        """Effect ``(N,)`` and type probabilities ``(N, K)`` of the trial's units, from networks that did not see their
-        fold; trained at the first call.
+        """Effect ``(N,)`` and type probabilities ``(N, K)`` of the trial's units, from gates that did not see their
+        fold and effects estimated without it.
         """
         state = self._fitted("cross_fitted")
         if state.cross_fitted is None:
@@ -467,7 +476,8 @@ class ImageCATE(Model):
         """Whether the effects are there: RATE, calibration, effects by type, policy value, of cross-fitted effects."""
         state = self._fitted("evaluate")
         effect, probs = self.cross_fitted()
-        return evaluate(state.scores, effect, probs, state.trial.groups, seed)
+        folds = state.folds[state.trial.image_index]
+        return evaluate(state.scores, effect, probs, state.trial.groups, seed, folds=folds)
 
     def refute(self, methods: Sequence[str] = METHODS, num_repeats: int = 1, seed: int = 0) -> tuple[Refutation, ...]:
         """Refit with data in which nothing may be found, or little may change; see ``refute.refute``."""

@@ -1,7 +1,8 @@
-"""The posterior of effects, scales and last layers, with the networks' features held: by Laplace's method, a
-variational fit, NUTS or stochastic-gradient HMC of the shared engines.
+"""The posterior of effects, scales and the weights of the gate's rules, with what the rules say of every image held:
+by Laplace's method, a variational fit, NUTS or stochastic-gradient HMC of the shared engines.
 
-Features cost nothing then, so that the joint law, which mean-field guides understate, takes seconds.
+Rules come from members that did not see the image.  Networks cost nothing then, so that the joint law, which mean-field
+guides understate, takes seconds.
 """
 
 import math
@@ -10,43 +11,49 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
-from pyro.distributions import Normal
+from pyro.distributions import HalfNormal, Normal
 from pyro.infer.autoguide import AutoMultivariateNormal, init_to_value
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from inference import ELBO, MCMC, NUTS, SGHMC, CurvatureError, Laplace, SamplerWarning, fit
+from inference import ELBO, MCMC, NUTS, SGHMC, CurvatureError, Laplace, LaplaceResult, SamplerWarning, fit
 from inference.runtime.generators import derive_seed, scoped_seed
 from ppl_models.image_cate.data import Units
 from ppl_models.image_cate.mixture import EffectMixture
 
-__all__ = ["POSTERIORS", "HeadDesign", "HeadsModel", "sample_heads"]
+__all__ = ["POSTERIORS", "HeadDesign", "HeadsModel", "log_odds", "mode_of_heads", "sample_heads"]
 
 POSTERIORS = ("laplace", "svi", "nuts", "sghmc")
-_GATE_SCALE = 6.0  # prior standard deviation of the gate's logits, over standardised features
-_BASELINE_SCALE = 1.0  # of all weights of the baseline together, in standard deviations of the outcome
+_WEIGHT_SCALE = 3.0  # prior scale of a rule's weight, for log odds of unit mean square
+_BIAS_SCALE = 2.0  # prior standard deviation of the log odds that all images share
+_FIRST_WEIGHTS = (4.0, 0.5)  # of one rule and of the others, where the search for the mode starts: once for each
 
 
 class HeadDesign(NamedTuple):
-    """What the last layers see, for the S images and their units.
+    """What the posterior is taken from, for S images and their units.
 
     Attributes:
-        gate: standardised features, columns and a one, ``(S, U or 1, F)``; None where the gate is held.
-        logits: of the types, where the gate is held, ``(S, U or 1, K)``.
-        baseline: design of the baseline's last layer ``(S, U or 1, F0)``; None where it is cross-fitted.
+        rules: log odds of the types by each rule, from members that did not see the image, ``(S, U or 1, K - 1, C)``;
+            None with one type.
+        baseline: predictors, from networks that did not see the image, ``(S, U or 1, L)``.
         deviation: of effect networks, ``(S, U or 1, K, L)``, or None.
         units: the units.
     """
 
-    gate: Tensor | None
-    logits: Tensor | None
-    baseline: Tensor | None
+    rules: Tensor | None
+    baseline: Tensor
     deviation: Tensor | None
     units: Units
 
+    def of(self, rows: Tensor) -> "HeadDesign":
+        """Of some images."""
+        rules, deviation = (None if x is None else x[rows] for x in (self.rules, self.deviation))
+        return HeadDesign(rules, self.baseline[rows], deviation, Units(*(x[rows] for x in self.units)))
+
 
 class HeadsModel(PyroModule):
-    """The mixture with last layers as latent sites ``gate`` ``(K - 1, F)`` and ``baseline`` ``(L, F0)``.
+    """The mixture with the weights of the gate's rules as latent sites: ``gate_weight`` ``(C,)``, not negative, and
+    ``gate_bias`` ``(K - 1,)``.
 
     Args:
         mixture: the rest of the model, in double precision.
@@ -58,24 +65,25 @@ class HeadsModel(PyroModule):
 
     def forward(self, design: HeadDesign) -> None:
         """Run the Pyro model, with the types summed out."""
-        units, k = design.units, self.mixture.num_clusters
-        if design.gate is not None:
-            shape = (k - 1, design.gate.shape[-1])
-            scale = _GATE_SCALE / math.sqrt(shape[1])
-            weight = pyro.sample("gate", Normal(units.outcome.new_zeros(shape), scale).to_event(2))
-            logits = nn.functional.pad(design.gate @ weight.mT, (1, 0))
-        else:
-            assert design.logits is not None
-            logits = design.logits
-        baseline = units.offset
-        if design.baseline is not None:
-            shape = (self.mixture.likelihood.num_predictors, design.baseline.shape[-1])
-            scale = _BASELINE_SCALE / math.sqrt(shape[1])
-            spread = units.outcome.new_full((shape[1],), scale)
-            spread = torch.cat([spread[:-1], torch.ones_like(spread[:1])])
-            weight = pyro.sample("baseline", Normal(units.outcome.new_zeros(shape), spread).to_event(2))
-            baseline = design.baseline @ weight.mT
-        self.mixture(logits, baseline, design.deviation, units, summed=True)
+        units, rules = design.units, design.rules
+        weight = bias = None
+        if rules is not None:
+            zero = units.outcome.new_zeros(())
+            weight = pyro.sample("gate_weight", HalfNormal(zero + _WEIGHT_SCALE).expand(rules.shape[-1:]).to_event(1))
+            bias = pyro.sample("gate_bias", Normal(zero, _BIAS_SCALE).expand(rules.shape[-2:-1]).to_event(1))
+        self.mixture(log_odds(design, weight, bias), design.baseline, design.deviation, units, summed=True)
+
+
+def log_odds(design: HeadDesign, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Of the types against the first, ``(S, U or 1, K)``."""
+    if design.rules is None or weight is None or bias is None:
+        return design.units.outcome.new_zeros(len(design.units.mask), 1, 1)
+    return nn.functional.pad(design.rules @ weight + bias, (1, 0))
+
+
+def mode_of_heads(model: HeadsModel, design: HeadDesign, start: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """The most probable values of the sites."""
+    return _found(model, design, start, seed)[0].mode
 
 
 def sample_heads(
@@ -114,23 +122,35 @@ def sample_heads(
     return mcmc.get_samples(group_by_chain=True), dict(mcmc.sample_stats)
 
 
-def _laplace(
-    model: HeadsModel, design: HeadDesign, start: dict[str, Tensor], num_samples: int, seed: int
-) -> dict[str, Tensor]:
+def _found(
+    model: HeadsModel, design: HeadDesign, start: dict[str, Tensor], seed: int
+) -> tuple[LaplaceResult, dict[str, Tensor]]:
+    """Laplace's approximation from a start for each of the gate's rules, and what was held."""
     # The scale of site effects is at its mode's edge at zero: held where it was learned, as empirical Bayes has it.
     held = {"site_scale": start["site_scale"]} if "site_scale" in start else {}
     conditioned = pyro.poutine.condition(model, held) if held else model
-    first = {n: v.unsqueeze(0) for n, v in start.items() if n not in held}
+    count = len(start["gate_weight"]) if "gate_weight" in start else 1
+    first = {n: v.expand(count, *v.shape) for n, v in start.items() if n not in held}
+    if "gate_weight" in first:
+        chosen = torch.eye(count, dtype=torch.bool, device=design.units.outcome.device)
+        high, low = (design.units.outcome.new_tensor(v).log() for v in _FIRST_WEIGHTS)
+        first["gate_weight"] = torch.where(chosen, high, low)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SamplerWarning)
         try:
             found = Laplace(conditioned, initial_params=first, seed=seed).run(design)
         except CurvatureError:
             # A gate that is sure of every image leaves directions flat; those are then held.
-            subset = [n for n in first if n != "gate"]
+            subset = [n for n in first if not n.startswith("gate")]
             found = Laplace(conditioned, initial_params=first, seed=seed, subset=subset).run(design)
-    draws = found.get_samples(num_samples, seed)
-    return {**draws, **{n: v.expand(num_samples) for n, v in held.items()}}
+    return found, held
+
+
+def _laplace(
+    model: HeadsModel, design: HeadDesign, start: dict[str, Tensor], num_samples: int, seed: int
+) -> dict[str, Tensor]:
+    found, held = _found(model, design, start, seed)
+    return {**found.get_samples(num_samples, seed), **{n: v.expand(num_samples) for n, v in held.items()}}
 
 
 def _svi(

@@ -49,9 +49,11 @@ class ImageCATEResult:
 
     Attributes:
         samples: posterior draws ``(chain, draw, ...)``, types by effect, ascending: ``mu`` effects on the predictors'
-            scale, ``rho`` raw noise, ``gate`` the gate's last layer and more, see ``EffectMixture`` and ``HeadsModel``.
+            scale, ``rho`` raw noise, ``gate_weight`` of the gate's rules (on fixed features, the effect's regression
+            and the discriminant; the trained network), ``gate_bias`` of the types, centred; see ``EffectMixture``.
         sample_stats: the sampler's, with NUTS and SGHMC.
-        losses: negative ELBO a unit at each step, ``(num_steps,)``.
+        losses: negative ELBO a unit at each step, mean over the folds' networks, ``(num_steps,)``; empty where nothing
+            was trained.
         seconds: wall time of the networks' training.
         messages: warnings of the data and the fit.
         dropped: rows that were left out.
@@ -81,9 +83,9 @@ class ImageCATEResult:
     def summary(self) -> str:
         """One line on how it went."""
         effects = ", ".join(f"{v:.4g}" for v in self.type_effects.mean((0, 1)).tolist())
-        tail = (
-            self.losses[-max(1, len(self.losses) // 10) :].double().mean().item() if len(self.losses) else float("nan")
-        )
+        if not len(self.losses):
+            return f"types' effects {effects}; nothing was trained"
+        tail = self.losses[-max(1, len(self.losses) // 10) :].double().mean().item()
         return f"types' effects {effects}; {len(self.losses)} steps in {self.seconds:.3g} s, loss a unit {tail:.4g}"
 
 
@@ -93,16 +95,16 @@ def result_of(fitted: Fitted, type_effects: Tensor) -> ImageCATEResult:
     samples["mu"] = samples["mu"][..., fitted.order, :]
     if "rho" in samples:
         samples["rho"] = samples["rho"][..., fitted.order]
-    if "gate" in samples:
-        # Logits are pinned at the fit's first type; of all K, centred ones name none.
-        full = torch.nn.functional.pad(samples["gate"], (0, 0, 1, 0))[..., fitted.order, :]
-        samples["gate"] = full - full.mean(-2, keepdim=True)
-    history = fitted.history
+    if "gate_bias" in samples:
+        # Log odds are against the fit's first type; of all K, centred ones name none.
+        full = torch.nn.functional.pad(samples["gate_bias"], (1, 0))[..., fitted.order]
+        samples["gate_bias"] = full - full.mean(-1, keepdim=True)
+    losses = [history.losses for history in fitted.histories]
     return ImageCATEResult(
         samples=samples,
         sample_stats=fitted.sample_stats,
-        losses=torch.empty(0) if history is None else history.losses,
-        seconds=0.0 if history is None else history.seconds,
+        losses=torch.stack(losses).mean(0) if losses else torch.empty(0),
+        seconds=sum(history.seconds for history in fitted.histories),
         messages=fitted.messages,
         dropped=fitted.trial.dropped,
         type_effects=type_effects.unflatten(0, samples["mu"].shape[:2]),

@@ -1,13 +1,13 @@
-"""Ridge regressions for nuisance functions: linear with a cross-validated penalty, and logistic.
+"""Ridge regressions: linear with a cross-validated penalty, and logistic.
 
-They are what is needed beside a model of images, and no more: a few columns, a few thousand units, no loop over
+They are what is needed beside a model of images, and no more: some columns, some thousand units, no loop over
 penalties.
 """
 
 import torch
 from torch import Tensor
 
-__all__ = ["LogisticRidge", "Ridge"]
+__all__ = ["LogisticRidge", "Ridge", "RidgePath"]
 
 _PENALTIES = tuple(10.0 ** (k / 2) for k in range(-6, 11))  # per unit of mean squared standardised column
 
@@ -36,21 +36,12 @@ class Ridge:
 
     def __init__(self, x: Tensor, y: Tensor, folds: Tensor) -> None:
         self._standard = _Standard(x)
-        z = self._standard(x)
-        self._mean = y.mean()
-        penalties = torch.tensor(_PENALTIES, dtype=y.dtype, device=y.device)
-        losses = torch.zeros_like(penalties)
-        labels = folds.unique().tolist()
-        for fold in labels if len(labels) > 1 else ():
-            out = folds == fold
-            path, mean = _ridge_path(z[~out], y[~out], penalties)
-            losses += (y[out].unsqueeze(1) - mean - z[out] @ path).square().sum(0)
-        best = penalties[int(losses.argmin()) if len(labels) > 1 else len(penalties) // 2]
-        self._coefficients = _ridge_path(z, y, best.unsqueeze(0))[0][:, 0]
+        coefficients, intercept = RidgePath(self._standard(x), folds).fit(y.unsqueeze(1))
+        self._coefficients, self._intercept = coefficients[:, 0], intercept[0]
 
     def predict(self, x: Tensor) -> Tensor:
         """Predicted outcomes ``(M,)``."""
-        return self._mean + self._standard(x) @ self._coefficients
+        return self._intercept + self._standard(x) @ self._coefficients
 
 
 class LogisticRidge:
@@ -102,12 +93,61 @@ class LogisticRidge:
         return torch.cat([z.new_ones(len(z), 1), z], 1)
 
 
-def _ridge_path(z: Tensor, y: Tensor, penalties: Tensor) -> tuple[Tensor, Tensor]:
-    """Coefficients ``(P, L)`` of L penalties, each times N, from one singular value decomposition, and the intercept's
-    part ``(L,)`` for columns that are not centred.
+class RidgePath:
+    """Ridge regressions on the same rows, for any outcomes; each takes the penalty of the least squared error over
+    folds.
+
+    The decompositions are made once, so that a further outcome costs products alone.
+
+    Args:
+        x: ``(N, P)``, float64, columns of about unit spread.
+        folds: fold of each row ``(N,)``, int64; rows that are alike share one.
+        weight: ``(N,)``; None: equal.
     """
-    shift, mean = z.mean(0), y.mean()
-    u, s, vh = torch.linalg.svd(z - shift, full_matrices=False)
-    shrink = s.unsqueeze(1) / (s.square().unsqueeze(1) + penalties * len(z)).clamp_min(torch.finfo(z.dtype).tiny)
-    path = vh.mT @ (shrink * (u.mT @ (y - mean)).unsqueeze(1))
-    return path, mean - shift @ path
+
+    def __init__(self, x: Tensor, folds: Tensor, weight: Tensor | None = None) -> None:
+        w = x.new_ones(len(x)) if weight is None else weight
+        self._x, self._weight = x, w
+        self._penalties = torch.tensor(_PENALTIES, dtype=x.dtype, device=x.device)
+        self._whole = _Rows(x, w)
+        labels = folds.unique().tolist()
+        outs = [folds == fold for fold in labels] if len(labels) > 1 else []
+        self._parts = [(out, _Rows(x[~out], w[~out])) for out in outs if bool((w[~out] > 0).any())]
+
+    def fit(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Coefficients ``(P, Q)`` and intercepts ``(Q,)`` of the outcomes ``y`` ``(N, Q)``, of one penalty."""
+        losses = torch.zeros_like(self._penalties)
+        for out, rows in self._parts:
+            turned = rows.project(y[~out])
+            seen = (self._x[out] - rows.shift) @ rows.vectors
+            weight = self._weight[out]
+            for q in range(y.shape[1]):
+                guess = rows.mean(y[~out])[q] + seen @ (rows.shrink(self._penalties) * turned[:, q : q + 1])
+                losses += (weight.unsqueeze(1) * (y[out, q : q + 1] - guess).square()).sum(0)
+        best = self._penalties[int(losses.argmin()) if self._parts else len(losses) // 2]
+        rows = self._whole
+        coefficients = rows.vectors @ (rows.shrink(best.unsqueeze(0)) * rows.project(y))
+        return coefficients, rows.mean(y) - rows.shift @ coefficients
+
+
+class _Rows:
+    """Eigenvectors of the weighted second moments of rows about their mean."""
+
+    def __init__(self, x: Tensor, weight: Tensor) -> None:
+        self._share = weight / weight.sum()
+        self.shift = self._share @ x
+        self._centred = x - self.shift
+        values, self.vectors = torch.linalg.eigh(self._centred.mT @ (self._share.unsqueeze(1) * self._centred))
+        self._values = values.clamp_min(0)
+
+    def mean(self, y: Tensor) -> Tensor:
+        return self._share @ y
+
+    def project(self, y: Tensor) -> Tensor:
+        moments = self._centred.mT @ (self._share.unsqueeze(1) * (y - self.mean(y)))
+        turned: Tensor = self.vectors.mT @ moments
+        return turned
+
+    def shrink(self, penalties: Tensor) -> Tensor:
+        found: Tensor = 1 / (self._values.unsqueeze(1) + penalties)
+        return found

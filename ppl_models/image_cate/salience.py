@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from inference.results.brief import brief
-from ppl_models.image_cate.fitted import Fitted, gate_design
+from ppl_models.image_cate.fitted import Fitted
 
 __all__ = ["Exemplars", "exemplars", "salience", "smooth"]
 
@@ -47,13 +47,7 @@ def salience(fitted: Fitted, images: Tensor, kind: str, cluster: int) -> Tensor:
     with torch.enable_grad():
         x = fitted.columns.pixels(leaf)
         m = fitted.columns.modifiers(fitted.average_columns(len(images))[0]).unsqueeze(1)
-        draws = {n: v.flatten(0, 1) for n, v in fitted.samples.items()}
-        if "gate" in draws:
-            design = gate_design(network, x, m, fitted.feature_scale)[:, 0]
-            weight = draws["gate"].to(design.dtype)
-            probs = nn.functional.pad(torch.einsum("nf,dkf->dnk", design, weight), (1, 0)).softmax(-1)
-        else:
-            probs = network.types(x, m)[:, 0].softmax(-1).unsqueeze(0)
+        probs = fitted.probs(x, m)
         if kind == "type":
             p = probs.mean(0)[:, fitted.order[cluster]]
             mixed = (1 - _SMOOTHING) * p + _SMOOTHING / k
@@ -64,7 +58,7 @@ def salience(fitted: Fitted, images: Tensor, kind: str, cluster: int) -> Tensor:
             target = (probs * effects).sum(-1).mean(0).sum()
             deviation = network.deviations(x, m)
             if deviation is not None:
-                part = network.mixture.likelihood.scale * deviation[:, 0, :, 0]
+                part = (network.mixture.likelihood.scale * deviation[:, 0, :, 0]).to(probs.dtype)
                 target = target + (probs.mean(0) * (part - part.detach())).sum()
         if not target.requires_grad:
             return torch.zeros_like(images)

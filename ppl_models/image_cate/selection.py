@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from inference.results.brief import brief
-from ppl_models.image_cate.estimation import cross_fit_effects
+from ppl_models.image_cate.estimation import cross_fit_effects, with_settings
 from ppl_models.image_cate.fitted import Fitted
 from ppl_models.image_cate.model import ImageCATE
 from ppl_models.image_cate.propensity import clustered_mean
@@ -61,9 +61,9 @@ def choose_num_clusters(
         if state is None:  # baseline, propensity and folds are the same for all
             one.fit(outcome, treatment, images, *args, **{**kwargs, "seed": seed, "progress": False})
             state = one._fitted("choose_num_clusters")
-        state.settings = one.settings()
-        tau = cross_fit_effects(state)[0]
-        rows.append(_r_loss(state, tau))
+        else:
+            state = with_settings(state, one.settings())
+        rows.append(_r_loss(state, cross_fit_effects(state)[0]))
     assert state is not None
     weight, groups = state.trial.sample_weight, state.trial.groups
     losses = torch.stack([(weight * row).sum() / weight.sum() for row in rows])

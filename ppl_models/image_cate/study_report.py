@@ -89,8 +89,9 @@ def write_study(cate: "ImageCATE", state: Fitted, places: Tensor | None, path: s
         sections.append(
             Section("Map", [Picture(figures.map_figure(places, effect, "effect"), "Effects at the study's images.")])
         )
-    if state.history is not None:
-        picture = Picture(figures.history_figure({"loss": state.history.losses}), "Negative ELBO a unit.")
+    if state.histories:
+        losses = {f"without fold {i + 1}": history.losses for i, history in enumerate(state.histories)}
+        picture = Picture(figures.history_figure(losses), "Negative ELBO a unit.")
         sections.append(Section("Training", [picture]))
     write_report(
         path,

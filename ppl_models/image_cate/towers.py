@@ -4,7 +4,7 @@ The gate gives ``pi(m) = softmax(0, g_2(m), ..., g_K(m))``, the baseline ``f0(m)
 Johansson and Daoud, CLeaR 2023, arXiv 2206.06417).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pyro.nn import PyroModule
@@ -90,9 +90,9 @@ class ImageEffectModel(PyroModule):
     of a third tower.
 
     Args:
-        gate: tower with K - 1 outputs; None if K is 1.
-        baseline: tower with L outputs; None if the baseline is the units' offset.
-        effects: tower with K L outputs, or None.
+        gate: images and columns to K - 1 outputs, a tower in training and an ensemble after it; None if K is 1.
+        baseline: the same to L outputs; None if the baseline is the units' offset.
+        effects: the same to K L outputs, or None.
         mixture: the rest of the model.
 
     Attributes:
@@ -101,9 +101,7 @@ class ImageEffectModel(PyroModule):
 
     kernel_scale: Tensor | None
 
-    def __init__(
-        self, gate: Tower | None, baseline: Tower | None, effects: Tower | None, mixture: EffectMixture
-    ) -> None:
+    def __init__(self, gate: Any, baseline: Any, effects: Any, mixture: EffectMixture) -> None:
         super().__init__()
         self.gate, self.baseline, self.effects, self.mixture = gate, baseline, effects, mixture
         self.register_buffer("kernel_scale", None)

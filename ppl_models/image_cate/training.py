@@ -19,14 +19,24 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from inference import ELBO, FitResult, fit
 from inference.runtime.generators import derive_seed, generator, scoped_seed
 from ppl_models.base import Standardiser
-from ppl_models.image_cate.backbones import RandomFeatures, build_backbone
+from ppl_models.image_cate.backbones import build_backbone
 from ppl_models.image_cate.bayesian import BayesianObjective, kernel_names
 from ppl_models.image_cate.data import Trial, Units
 from ppl_models.image_cate.likelihoods import Likelihood, make_likelihood
 from ppl_models.image_cate.mixture import EffectMixture, TypeGuide, type_log_likelihood
 from ppl_models.image_cate.towers import ImageEffectModel, PixelScale, Tower
 
-__all__ = ["Prepared", "Settings", "Trained", "build_networks", "make_backbone", "one_cycle", "prepare", "train"]
+__all__ = [
+    "Prepared",
+    "Settings",
+    "Trained",
+    "build_mixture",
+    "build_networks",
+    "make_backbone",
+    "one_cycle",
+    "prepare",
+    "train",
+]
 
 _GUIDE_RATE = 10.0  # rate of the guide's parameters relative to the networks': effects move by standard deviations
 _SPREAD = 0.5  # of the starting effects around the average, in standard deviations of the outcome
@@ -43,6 +53,7 @@ class Settings:
     objective: str = "gated"
     outcome: str = "normal"
     backbone: str | nn.Module = "cnn"
+    fixed_features: bool = True
     effects: str = "cluster"
     baseline: str = "crossfit"
     width: int = 16
@@ -182,18 +193,7 @@ def build_networks(prepared: Prepared, settings: Settings, seed: int) -> ImageEf
     joint = settings.baseline == "joint"
     baseline = tower("baseline", modifiers + controls, predictors) if joint else None
     effects = tower("effects", modifiers, k * predictors) if settings.effects == "network" else None
-    mixture = EffectMixture(
-        prepared.likelihood,
-        k,
-        settings.objective,
-        prepared.average_effect,
-        prepared.noise_start,
-        effect_scale=settings.effect_scale,
-        noise_pooling=settings.noise_pooling,
-        calibrated=not joint,
-        num_sites=prepared.num_sites if settings.site_effect else 0,
-        num_images=len(prepared.images),
-    )
+    mixture = build_mixture(prepared, settings, calibrated=not joint)
     with torch.no_grad():
         if baseline is not None:
             baseline.head.bias.copy_(prepared.baseline_start)
@@ -205,6 +205,22 @@ def build_networks(prepared: Prepared, settings: Settings, seed: int) -> ImageEf
         own = dict(gate.backbone.named_parameters())
         model.kernel_scale = prepared.images.new_zeros(sum(own[n].numel() for n in names))
     return model
+
+
+def build_mixture(prepared: Prepared, settings: Settings, calibrated: bool) -> EffectMixture:
+    """The mixture; ``calibrated`` if the baseline comes from other folds."""
+    return EffectMixture(
+        prepared.likelihood,
+        settings.num_clusters,
+        settings.objective,
+        prepared.average_effect,
+        prepared.noise_start,
+        effect_scale=settings.effect_scale,
+        noise_pooling=settings.noise_pooling,
+        calibrated=calibrated,
+        num_sites=prepared.num_sites if settings.site_effect else 0,
+        num_images=len(prepared.images),
+    )
 
 
 class EffectObjective(nn.Module):
@@ -292,10 +308,19 @@ def train(
     settings: Settings,
     seed: int,
     *,
+    labels: Tensor | None = None,
     progress: Progress = False,
     checkpoint: str | Path | None = None,
 ) -> Trained:
     """Train networks and guide; the best of several starts by the held-out objective, if there are several.
+
+    Args:
+        prepared: the trial.
+        settings: of the fit.
+        seed: of starts and batches.
+        labels: types ``(S,)`` that a warm start sets out from; None: those of a regression of the effect.
+        progress: as in ``inference.fit``.
+        checkpoint: file to resume from.
 
     Raises:
         NonFiniteError: the loss became NaN or infinite.
@@ -309,12 +334,13 @@ def train(
         scores = []
         for start in range(settings.num_restarts):
             chosen = replace(settings, warm_start=settings.warm_start if start % 2 == 0 else not settings.warm_start)
-            found = _once(part, chosen, derive_seed(seed, "restart", start), False, None)
+            own = None if labels is None else labels[order[held:]]
+            found = _once(part, chosen, derive_seed(seed, "restart", start), own, False, None)
             scores.append(held_out_loss(found, rest, seed))
         best = min(range(len(scores)), key=lambda i: scores[i])
         settings = replace(settings, warm_start=settings.warm_start if best % 2 == 0 else not settings.warm_start)
         seed = derive_seed(seed, "restart", best)
-    return _once(prepared, settings, seed, progress, checkpoint)
+    return _once(prepared, settings, seed, labels, progress, checkpoint)
 
 
 @torch.no_grad()
@@ -341,8 +367,35 @@ def point_values(guide: TypeGuide, *args: Any) -> dict[str, Tensor]:
     return drawn
 
 
+@torch.no_grad()
+def point_effects(mixture: EffectMixture, drawn: dict[str, Tensor], found: Any, units: Units) -> Tensor:
+    """Effects of the types in outcome units ``(B, U or 1, K)`` at values of the sites, without site effects.
+
+    Args:
+        mixture: the model.
+        drawn: values of its sites.
+        found: logits, baseline and deviations of the units.
+        units: the units.
+    """
+    drawn = {**drawn, "site": mixture.effect_loc.new_zeros(max(mixture.num_sites, 1))}
+    drawn.setdefault("rho", mixture.effect_loc.new_zeros(2, 0, mixture.num_clusters))
+    means = []
+    logits, baseline, deviation = found
+    for arm in (0.0, 1.0):
+        treated = torch.full_like(units.treatment, arm)
+        everyone = units._replace(treatment=treated, site=torch.zeros_like(units.site))
+        eta, noise = mixture.laws(drawn, logits, baseline, deviation, everyone)
+        means.append(mixture.likelihood.mean(eta, noise))
+    return means[1] - means[0]
+
+
 def _once(
-    prepared: Prepared, settings: Settings, seed: int, progress: Progress, checkpoint: str | Path | None
+    prepared: Prepared,
+    settings: Settings,
+    seed: int,
+    labels: Tensor | None,
+    progress: Progress,
+    checkpoint: str | Path | None,
 ) -> Trained:
     model = build_networks(prepared, settings, seed)
     k = settings.num_clusters
@@ -351,7 +404,7 @@ def _once(
     if steps is not None:
         centres += _SPREAD * steps.unsqueeze(-1)
     if settings.warm_start and k > 1:
-        centres = _warm(model, prepared, settings, seed, centres)
+        centres = _warm(model, prepared, settings, seed, centres, labels)
     values = {"mu": centres}
     if prepared.likelihood.num_noise:
         values["rho"] = prepared.noise_start.unsqueeze(-1).expand(-1, -1, k).clone()
@@ -372,29 +425,26 @@ def _once(
     return Trained(model, guide, history)
 
 
-def _warm(model: ImageEffectModel, prepared: Prepared, settings: Settings, seed: int, centres: Tensor) -> Tensor:
-    """Start the towers at a regression of the effect, the types at one-dimensional k-means of it."""
-    regression = EffectRegression(model, prepared, settings, seed)
+def _warm(
+    model: ImageEffectModel, prepared: Prepared, settings: Settings, seed: int, centres: Tensor, labels: Tensor | None
+) -> Tensor:
+    """Start the gate at given types, or its backbone at a regression of the effect and the types at one-dimensional
+    k-means of that; the effects at the types' own.
+    """
     steps = math.ceil(_WARM_SHARE * settings.num_steps)
-    _fit(regression, prepared, settings, steps, derive_seed(seed, "warm"), False, None)
-    regression.eval()
-    with torch.no_grad():
-        tau = regression.effect(prepared.images, prepared.units.modifiers)[..., 0]
-        tau = tau.expand(prepared.units.mask.shape)
-        each = (tau * prepared.units.mask).sum(1) / prepared.units.mask.sum(1)
-        means, labels = kmeans_1d(each, settings.num_clusters)
-    regression.train()
-    _fit(
-        GateLabels(model, prepared, labels),
-        prepared,
-        settings,
-        max(1, steps // 2),
-        derive_seed(seed, "gate"),
-        False,
-        None,
-    )
     shifted = centres.clone()
-    shifted[:, 0] = means
+    if labels is None:
+        regression = EffectRegression(model, prepared, settings, seed)
+        _fit(regression, prepared, settings, steps, derive_seed(seed, "warm"), False, None)
+        regression.eval()
+        with torch.no_grad():
+            tau = regression.effect(prepared.images, prepared.units.modifiers)[..., 0]
+            tau = tau.expand(prepared.units.mask.shape)
+            each = (tau * prepared.units.mask).sum(1) / prepared.units.mask.sum(1)
+            shifted[:, 0], labels = kmeans_1d(each, settings.num_clusters)
+        regression.train()
+    objective = GateLabels(model, prepared, labels)
+    _fit(objective, prepared, settings, max(1, steps // 2), derive_seed(seed, "gate"), False, None)
     return shifted
 
 
@@ -414,12 +464,11 @@ def one_cycle(
     objective: nn.Module, settings: Settings, num_steps: int
 ) -> tuple[Callable[[Iterable[Parameter]], Optimizer], Callable[[Optimizer], LRScheduler]]:
     """AdamW with weight decay on networks, at a rate that rises and falls once; what is frozen is left out."""
-    frozen = {id(p) for m in objective.modules() if isinstance(m, RandomFeatures) for p in m.parameters()}
     fast = {id(p) for m in objective.modules() if isinstance(m, TypeGuide) for p in m.parameters()}
     rates = [settings.lr, _GUIDE_RATE * settings.lr]
 
     def optimizer(parameters: Iterable[Parameter]) -> Optimizer:
-        listed = [p for p in parameters if id(p) not in frozen]
+        listed = [p for p in parameters if p.requires_grad]
         slow = {"params": [p for p in listed if id(p) not in fast], "weight_decay": settings.weight_decay}
         quick = {"params": [p for p in listed if id(p) in fast], "weight_decay": 0.0}
         groups = [group for group in (slow, quick) if group["params"]]

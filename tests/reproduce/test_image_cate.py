@@ -55,13 +55,31 @@ def test_pehe_at_noise_two_on_average() -> None:
     assert statistics.mean(_stripes(2.0, seed)["pehe"] for seed in range(5)) <= 0.15
 
 
-def test_type_intervals_cover() -> None:
-    """S4: n = 600, noise 1, 40 trials: at least 31 of 40 intervals of each type cover; widths are the sampling
-    error's."""
+@pytest.mark.parametrize("noise", [3.0, 4.0])
+def test_low_signal(noise: float) -> None:
+    """Where effects are half and a third of the noise, the error of effects is within 1.5 of that with known types."""
+    ratios = []
+    for seed in range(3):
+        train = stripes(1000, noise=noise, seed=seed)
+        floors = []
+        for k, truth in enumerate((0.0, 2.0)):
+            arms = [train.outcome[(train.types == k) & (train.treatment == arm)].mean() for arm in (0, 1)]
+            floors.append((float(arms[1] - arms[0]) - truth) ** 2)
+        ratios.append(_stripes(noise, seed)["pehe"] / statistics.mean(floors) ** 0.5)
+    print(noise, ratios)
+    assert statistics.median(ratios) <= 1.5
+
+
+@pytest.mark.parametrize("noise", [1.0, 3.0])
+def test_type_intervals_cover(noise: float) -> None:
+    """S4: n = 600, 100 trials: 90 % intervals of each type's effect cover in 85 to 95; widths are the sampling error's.
+
+    A right method covers in 85 to 95 of 100 with probability 0.93 a type: gates are those of fixed features.
+    """
     covered, ratios = torch.zeros(2), []
-    for seed in range(40):
-        trial = stripes(600, noise=1.0, seed=100 + seed)
-        model = ImageCATE(num_folds=2, calibrate=False)
+    for seed in range(100):
+        trial = stripes(600, noise=noise, seed=1000 + seed)
+        model = ImageCATE(backbone="fixed", num_folds=3, calibrate=False)
         model.fit(trial.outcome, trial.treatment, trial.images, seed=seed, progress=False)
         types = model.cluster_effects()
         truth = torch.tensor([0.0, 2.0], dtype=torch.float64)
@@ -69,10 +87,52 @@ def test_type_intervals_cover() -> None:
         for k in (0, 1):
             own = trial.types == k
             n1, n0 = (int((own & (trial.treatment == arm)).sum()) for arm in (1, 0))
-            ratios.append(types.sd[k].item() / (1 / n1 + 1 / n0) ** 0.5)
-    print("covered of 40:", covered.tolist(), "mean ratio of sd:", statistics.mean(ratios))
-    assert bool((covered >= 31).all())
+            ratios.append(types.sd[k].item() / noise / (1 / n1 + 1 / n0) ** 0.5)
+    print("covered of 100:", covered.tolist(), "mean ratio of sd:", statistics.mean(ratios))
+    assert bool(((covered >= 85) & (covered <= 95)).all())
     assert 0.8 <= statistics.mean(ratios) <= 1.3
+
+
+def test_soft_types() -> None:
+    """S2: an effect of 4 with probability 0.25 or 0.75 by the image: types of units, and types of images."""
+    marginal, gated, shares = [], [], []
+    for seed in range(5):
+        trial = stripes(2000, noise=0.5, effects=(0.0, 0.0), seed=seed)
+        g = torch.Generator().manual_seed(seed)
+        gains = torch.rand(2000, generator=g) < torch.tensor([0.25, 0.75])[trial.types]
+        outcome = trial.outcome + 4.0 * gains * trial.treatment
+        units = ImageCATE(objective="marginal", calibrate=False)
+        units.fit(outcome, trial.treatment, trial.images, seed=seed, progress=False)
+        marginal.append(units.cluster_effects().effect.tolist())
+        probs = units.cluster_probs(trial.images)[:, 1]
+        shares.append([float(probs[trial.types == k].mean()) for k in (0, 1)])
+        images = ImageCATE(backbone="fixed", calibrate=False)
+        images.fit(outcome, trial.treatment, trial.images, seed=seed, progress=False)
+        gated.append(images.cluster_effects().effect.tolist())
+    print("marginal:", marginal, "shares:", shares, "gated:", gated)
+    assert (torch.tensor(marginal) - torch.tensor([0.0, 4.0])).abs().max() < 0.25
+    assert (torch.tensor(shares) - torch.tensor([0.25, 0.75])).abs().max() < 0.07
+    assert (torch.tensor(gated) - torch.tensor([1.0, 3.0])).abs().max() < 0.25
+
+
+def test_confounded_images() -> None:
+    """S5: a confounder that only images show: the doubly robust average is right to 0.2, the naive one is 1.97 off."""
+    naive, tabular, both = [], [], []
+    for seed in range(5):
+        g = torch.Generator().manual_seed(seed)
+        c, x = torch.randn(1000, generator=g), torch.randn(1000, 2, generator=g)
+        images = c[:, None, None, None] + 0.5 * torch.randn(1000, 1, 12, 12, generator=g)
+        t = (torch.rand(1000, generator=g) < torch.sigmoid(c + x.sum(1))).float()
+        y = 2 * t + c + x.sum(1) + torch.randn(1000, generator=g)
+        naive.append(float(y[t == 1].mean() - y[t == 0].mean()) - 2)
+        for propensity, found in (("logistic", tabular), ("image", both)):
+            seen = images if propensity == "image" else torch.randn(1000, 1, 12, 12, generator=g)
+            model = ImageCATE(num_clusters=1, backbone="fixed")
+            model.fit(y, t, seen, controls=x, propensity=propensity, seed=seed, progress=False)
+            found.append(model.ate() - 2)
+    print("naive:", naive, "columns alone:", tabular, "images and columns:", both)
+    assert abs(statistics.mean(both)) < 0.2
+    assert statistics.mean(tabular) > 0.6 and statistics.mean(naive) > 1.7
 
 
 def test_number_of_types() -> None:
@@ -80,15 +140,27 @@ def test_number_of_types() -> None:
     ones = threes = 0
     for seed in range(5):
         same = stripes(1000, noise=1.0, effects=(1.0, 1.0), seed=seed)
-        ones += choose_num_clusters(ImageCATE(), same.outcome, same.treatment, same.images, seed=seed).num_clusters == 1
+        model = ImageCATE(backbone="fixed")
+        ones += choose_num_clusters(model, same.outcome, same.treatment, same.images, seed=seed).num_clusters == 1
         three = stripes(2000, noise=0.5, effects=(0.0, 1.5, 3.0), seed=seed)
-        model = ImageCATE(num_steps=400)
         found = choose_num_clusters(
             model, three.outcome, three.treatment, three.images, candidates=(1, 2, 3, 4), seed=seed
         )
         threes += found.num_clusters == 3
     print("one:", ones, "three:", threes)
     assert ones >= 4 and threes >= 4
+
+
+def test_three_textures() -> None:
+    """S3: with three types, effects within 0.3 and accuracy 0.9, by the default gate."""
+    train = stripes(2000, noise=0.5, effects=(0.0, 1.5, 3.0), seed=0)
+    test = stripes(1000, noise=0.5, effects=(0.0, 1.5, 3.0), seed=1000)
+    model = ImageCATE(num_clusters=3)
+    model.fit(train.outcome, train.treatment, train.images, seed=0, progress=False)
+    effects = model.cluster_effects().effect
+    accuracy = (model.cluster_probs(test.images).argmax(1) == test.types).float().mean()
+    print(effects.tolist(), float(accuracy))
+    assert (effects - torch.tensor([0.0, 1.5, 3.0])).abs().max() < 0.3 and accuracy >= 0.9
 
 
 def _uganda(data_dir: Path) -> dict[str, Any]:
@@ -115,12 +187,12 @@ def test_uganda(data_dir: Path) -> None:
 
 
 def test_uganda_with_images_exchanged_between_sites(data_dir: Path) -> None:
-    """R3: nothing may be found: an absolute ratio above 1.96 in at most 3 of 20."""
+    """R3: nothing may be found: an absolute ratio above 1.96 in at most 3 of 20, by gates of fixed features."""
     data = _uganda(data_dir)
     found = 0
     for seed in range(20):
         order = np.random.default_rng(seed).permutation(len(data["images"]))
-        model = ImageCATE(num_samples=50)
+        model = ImageCATE(backbone="fixed", num_samples=50)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model.fit(

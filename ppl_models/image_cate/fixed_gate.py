@@ -1,0 +1,143 @@
+"""Image types read off fixed features, in closed form.
+
+Three steps.  A ridge regression of the effect's working residual (R-learner: Nie and Wager, arXiv:1712.04912), whose
+predictions ``tau(m)`` are cut into K groups by k-means on the line.  A linear discriminant of these groups, which has
+only images to tell apart and no outcome's noise: its own groups replace those it was fitted to, as long as that moves
+them apart (self-training; types that lie apart in the features are found exactly, from a ``tau`` that is right for most
+images, and the discriminant is as sure as they are far).
+Both rules are linear in the features.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ppl_models.image_cate.ridge import RidgePath
+from ppl_models.image_cate.training import Prepared, kmeans_1d
+
+__all__ = ["FixedRules", "fixed_rules", "working_effect"]
+
+_ROUNDS = 10  # of self-training, at most
+_GROWTH = 1.1  # of the groups' distance, without which a further round would only drift
+_SUREST = 20.0  # root mean square of a discriminant's log odds
+_LEAST_SHARE = 0.02  # of a group, below which self-training keeps what it had
+_TINY = 1e-9
+
+
+class FixedRules(NamedTuple):
+    """Linear rules for K types.
+
+    Attributes:
+        heads: weights and, last, the intercept of the log odds against the first type on features and columns, ``(2, K
+            - 1, F + M + 1)``: by ``tau``, of unit mean square over the rows, and the discriminant's own.
+        groups: of each image ``(S,)``, 0 to K - 1, ascending in the effect; of its first unit where columns differ.
+    """
+
+    heads: Tensor
+    groups: Tensor
+
+
+def working_effect(prepared: Prepared, propensity: Tensor) -> tuple[Tensor, Tensor]:
+    """Working effect and weight of each unit ``(S, U)``: what a ridge regression on features is to predict.
+
+    With the normal law the R-learner's ``(Y - b - (T - e) tau) / (T - e)`` and ``(T - e)^2`` at the average effect tau;
+    with others the slope of the log-likelihood stands for the residual, as in a first step of boosting.
+    """
+    units, law = prepared.units, prepared.likelihood
+    centred = units.treatment - propensity
+    eta = units.offset + centred.unsqueeze(-1) * prepared.average_effect
+    treated = units.treatment.unsqueeze(-1)
+    noise = (1 - treated) * prepared.noise_start[0] + treated * prepared.noise_start[1]
+    with torch.enable_grad():
+        leaf = eta.detach().requires_grad_()
+        each = law.law(leaf, noise).log_prob(units.outcome)
+        slope = torch.autograd.grad(torch.where(units.mask, each, torch.zeros_like(each)).sum(), leaf)[0]
+    weight = units.weight * units.mask
+    total = weight.sum()
+    scale = ((weight.unsqueeze(-1) * slope.square()).sum((0, 1)) / total).sqrt().clamp_min(_TINY)
+    residual = (slope / scale).sum(-1)
+    safe = torch.where(units.mask, centred, torch.ones_like(centred))
+    return residual / safe, weight * safe.square()
+
+
+def fixed_rules(
+    features: Tensor, prepared: Prepared, propensity: Tensor, num_clusters: int, folds: Tensor
+) -> FixedRules:
+    """Rules from the images of ``prepared`` and their standardised features ``(S, F)``; penalties by ``folds``
+    ``(S,)``.
+    """
+    value, weight = (x.double() for x in working_effect(prepared, propensity))
+    modifiers = prepared.units.modifiers.double()
+    mask = prepared.units.mask
+    if modifiers.shape[-1]:  # a row for each unit
+        image = torch.arange(len(features), device=features.device).unsqueeze(1).expand_as(mask)[mask]
+        rows = torch.cat([features.double()[image], modifiers[mask]], 1)
+        value, weight = value[mask], weight[mask]
+    else:  # a row for each image
+        image = torch.arange(len(features), device=features.device)
+        rows, total = features.double(), weight.sum(1)
+        value = (weight * torch.where(mask, value, torch.zeros_like(value))).sum(1) / total.clamp_min(_TINY)
+        weight = total
+    own = folds[image]
+    slope, intercept = RidgePath(rows, own, weight).fit(value.unsqueeze(1))
+    rules, groups = _trained(RidgePath(rows, own), rows, slope, intercept, num_clusters)
+    sizes = [_size(odds, rows).clamp_min(_TINY) for odds in rules]
+    heads = [rules[0] / sizes[0], rules[1] * (_SUREST / sizes[1]).clamp_max(1.0)]
+    of_image = groups.new_zeros(len(features))
+    of_image[image.flip(0)] = groups.flip(0)
+    return FixedRules(torch.stack(heads).to(features), of_image)
+
+
+def _trained(
+    path: RidgePath, rows: Tensor, slope: Tensor, intercept: Tensor, k: int
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Log odds ``(K - 1, P + 1)`` by a regression of the effect and by the discriminant that follows from it, and the
+    latter's groups.
+    """
+    tau = (rows @ slope + intercept)[:, 0]
+    centres, groups = kmeans_1d(tau, k)
+    first = _nearest(slope, intercept, centres.unsqueeze(1), torch.eye(1, dtype=rows.dtype, device=rows.device))
+    second, apart = first, 0.0
+    for _ in range(_ROUNDS):
+        found = _discriminant(path, rows, groups, k)
+        if found is None:
+            break
+        rule, again = found
+        share = torch.bincount(again, minlength=k) / len(again)
+        distance = float(_size(rule[1:] - rule[:1], rows))
+        if distance < _GROWTH * apart or bool((share < _LEAST_SHARE).any()):
+            break
+        second, groups, apart = rule, again, distance
+    return (first[1:] - first[:1], second[1:] - second[:1]), groups
+
+
+def _discriminant(path: RidgePath, rows: Tensor, groups: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+    """The linear discriminant rule ``(K, P + 1)`` of the groups by optimal scoring (Hastie, Buja and Tibshirani 1995),
+    and the groups that it makes; None if a group is empty.
+    """
+    member = nn.functional.one_hot(groups, k).to(rows.dtype)
+    count = member.sum(0)
+    if bool((count < 1).any()):
+        return None
+    slope, intercept = path.fit(member[:, 1:])
+    fitted = rows @ slope + intercept
+    means = (member.mT @ fitted) / count.unsqueeze(1)
+    within = fitted - member @ means
+    spread = within.mT @ within / len(rows)
+    jitter = 1e-6 * fitted.var(0, correction=0).mean() + _TINY
+    precision = torch.linalg.inv(spread + jitter * torch.eye(k - 1, dtype=rows.dtype, device=rows.device))
+    rule = _nearest(slope, intercept, means, precision)
+    return rule, (rows @ rule[:, :-1].mT + rule[:, -1]).argmax(1)
+
+
+def _nearest(slope: Tensor, intercept: Tensor, means: Tensor, precision: Tensor) -> Tensor:
+    """Weights and intercepts ``(K, P + 1)`` of ``z' A m_k - m_k' A m_k / 2`` with ``z = slope' x + intercept``."""
+    turned = means @ precision  # (K, Q)
+    bias = turned @ intercept - 0.5 * (turned * means).sum(1)
+    return torch.cat([turned @ slope.mT, bias.unsqueeze(1)], 1)
+
+
+def _size(odds: Tensor, rows: Tensor) -> Tensor:
+    """Root mean square of log odds over the rows."""
+    return (rows @ odds[:, :-1].mT + odds[:, -1]).square().mean().sqrt()

@@ -1,0 +1,222 @@
+"""Gates of fixed features: what the features see, closed forms against their definitions, and that what is said of an
+image comes from those who did not see it."""
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ppl_models import ImageCATE
+from ppl_models.image_cate.data import make_trial
+from ppl_models.image_cate.evaluation import evaluate
+from ppl_models.image_cate.fixed_features import FixedFeatures, StandardisedFeatures, TextureStatistics
+from ppl_models.image_cate.fixed_gate import fixed_rules, working_effect
+from ppl_models.image_cate.likelihoods import positive
+from ppl_models.image_cate.members import fit_members, make_fixed
+from ppl_models.image_cate.ridge import RidgePath
+from ppl_models.image_cate.selection import choose_num_clusters
+from ppl_models.image_cate.simulation import stripes
+from ppl_models.image_cate.training import Prepared, Settings, prepare
+
+
+def blobs(n: int, noise: float, seed: int, width: int = 20) -> dict[str, Tensor]:
+    """Features of which the first two lie in two clusters, whose effects are 0 and 2."""
+    g = torch.Generator().manual_seed(seed)
+    types = torch.randint(2, (n,), generator=g)
+    x = torch.randn(n, width, generator=g)
+    x[:, :2] = 0.4 * x[:, :2] + torch.tensor([[-1.0, 1.0], [1.0, -1.0]])[types]
+    treatment = (torch.rand(n, generator=g) < 0.5).float()
+    outcome = 2.0 * treatment * types + noise * torch.randn(n, generator=g)
+    return {"outcome": outcome, "treatment": treatment, "images": x, "types": types}
+
+
+def laid_out(data: dict[str, Tensor], settings: Settings) -> tuple[Prepared, Tensor]:
+    """The trial as members see it, with the mean outcome for a baseline, and propensities of a half."""
+    trial = make_trial(data["outcome"], data["treatment"], data["images"])
+    prepared = prepare(trial, settings, trial.sample_weight)
+    half = torch.full_like(prepared.units.treatment, 0.5)
+    return replace(prepared, units=prepared.units._replace(propensity=half)), half
+
+
+def fit_of(data: dict[str, Tensor], seed: int = 0, **options: Any) -> ImageCATE:
+    model = ImageCATE(**{"backbone": "fixed", "num_folds": 2, "num_steps": 40, "num_samples": 100, **options})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        model.fit(data["outcome"], data["treatment"], data["images"], seed=seed, progress=False)
+    return model
+
+
+def test_statistics_are_those_of_their_definitions() -> None:
+    images = torch.randn(3, 2, 7, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = TextureStatistics((2, 7, 9))(images)
+    assert found.shape == (3, TextureStatistics((2, 7, 9)).out_features)
+    plane = images[1, 1]
+    centred, power = plane - plane.mean(), plane.var(correction=0)
+    by_hand = [
+        plane.flatten().quantile(0.25),
+        plane.mean(),
+        power.sqrt(),
+        (centred[:, 1:] * centred[:, :-1]).mean() / power,
+        (centred[1:] * centred[:-1]).mean() / power,
+        (centred[1:, 1:] * centred[:-1, :-1]).mean() / power,
+        (centred[1:, :-1] * centred[:-1, 1:]).mean() / power,
+    ]
+    for value in by_hand:
+        assert (found[1] - value).abs().min() < 1e-9
+
+
+@pytest.mark.parametrize("side", [2, 3, 5, 12, 24])
+def test_small_images_have_features_and_slopes(side: int) -> None:
+    with torch.random.fork_rng():
+        features = StandardisedFeatures(FixedFeatures((1, side, side)))
+    images = torch.randn(6, 1, side, side, generator=torch.Generator().manual_seed(0))
+    images[0] = 1.0  # blank
+    features.learn(images)
+    leaf = images.requires_grad_()
+    found = features(leaf)
+    assert found.shape == (6, features.out_features) and bool(torch.isfinite(found).all())
+    found.square().sum().backward()
+    assert leaf.grad is not None and bool(torch.isfinite(leaf.grad).all())
+
+
+def test_stripes_lie_apart_in_the_statistics() -> None:
+    trial = stripes(200, seed=0)
+    found = TextureStatistics((1, 24, 24))(trial.images)
+    ratio = [(found[trial.types == 0, j].mean() - found[trial.types == 1, j].mean()).abs() / found[:, j].std(0)
+             for j in range(found.shape[1])]  # fmt: skip
+    assert max(ratio) > 1.5
+
+
+def test_ridge_is_the_weighted_least_squares_with_the_penalty_of_the_folds() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 5, generator=g, dtype=torch.float64)
+    y = x[:, :2] @ torch.tensor([[1.0, 0.0], [0.5, 2.0]], dtype=torch.float64)
+    y = y + 0.8 * torch.randn(60, 2, generator=g, dtype=torch.float64)
+    weight = torch.rand(60, generator=g, dtype=torch.float64) + 0.1
+    folds = torch.arange(60) % 3
+
+    def solve(rows: Tensor, penalty: float, w: Tensor) -> tuple[Tensor, Tensor]:
+        share = w[rows] / w[rows].sum()
+        mean_x, mean_y = share @ x[rows], share @ y[rows]
+        a, b = x[rows] - mean_x, y[rows] - mean_y
+        moments = a.mT @ (share[:, None] * a) + penalty * torch.eye(5, dtype=torch.float64)
+        slope = torch.linalg.solve(moments, a.mT @ (share[:, None] * b))
+        return slope, mean_y - mean_x @ slope
+
+    losses = {}
+    for penalty in (10.0 ** (k / 2) for k in range(-6, 11)):
+        losses[penalty] = 0.0
+        for fold in range(3):
+            slope, level = solve(folds != fold, penalty, weight)
+            out = folds == fold
+            losses[penalty] += float((weight[out, None] * (y[out] - level - x[out] @ slope).square()).sum())
+    best = min(losses, key=lambda p: losses[p])
+    path, everyone = RidgePath(x, folds, weight), torch.ones(60, dtype=torch.bool)
+    for found, truth in zip(path.fit(y), solve(everyone, best, weight), strict=True):
+        torch.testing.assert_close(found, truth)
+
+
+def test_working_effect_of_the_normal_law_is_the_r_learners() -> None:
+    data = blobs(50, 1.0, seed=0)
+    prepared, half = laid_out(data, Settings(backbone="fixed"))
+    value, weight = working_effect(prepared, half)
+    units, tau = prepared.units, prepared.average_effect
+    centred = units.treatment - 0.5
+    sd = positive(prepared.noise_start[:, 0])
+    residual = (units.outcome - centred * tau) / sd[units.treatment.long()] ** 2
+    expected = residual / residual.square().mean().sqrt() / centred
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(weight, centred.square())
+
+
+def test_self_training_finds_clusters_that_the_regression_blurs() -> None:
+    """At noise 4 the regression of the effect puts a tenth of the images on the wrong side; the discriminant none."""
+    data = blobs(600, 4.0, seed=1)
+    prepared, half = laid_out(data, Settings(backbone="fixed"))
+    features = prepared.images
+    rules = fixed_rules(features, prepared, half, 2, torch.arange(600) % 5)
+    design = torch.cat([features, torch.ones(600, 1)], 1)
+    right = [float(((design @ head[0] > 0).long() == data["types"]).float().mean()) for head in rules.heads]
+    assert right[0] < 0.99 <= right[1]
+    assert float((rules.groups == data["types"]).float().mean()) >= 0.99
+    sizes = (rules.heads[:, 0] @ design.mT).square().mean(1).sqrt()
+    assert float(sizes[0]) == pytest.approx(1.0, abs=1e-4) and float(sizes[1]) > 5.0  # clusters are told apart surely
+
+
+def test_rules_of_an_image_do_not_know_its_outcome() -> None:
+    data = blobs(80, 1.0, seed=2)
+    settings = Settings(backbone="fixed")
+    folds = torch.arange(80) % 2
+    penalties = torch.arange(80) % 5
+
+    def rules(shift: float) -> Tensor:
+        prepared, half = laid_out(data, settings)
+        moved = prepared.units.outcome + shift * (folds == 0).unsqueeze(1) * prepared.units.treatment
+        prepared = replace(prepared, units=prepared.units._replace(outcome=moved))
+        fixed = make_fixed(prepared, settings, 0)
+        found = fit_members(prepared, settings, half, fixed, folds, penalties, 0).held_out.rules
+        assert found is not None
+        return found
+
+    first, second = rules(0.0), rules(3.0)
+    assert torch.equal(first[folds == 0], second[folds == 0])
+    assert not torch.equal(first[folds == 1], second[folds == 1])
+
+
+def test_types_without_effects_get_none() -> None:
+    """Where effects are all alike, they differ by held-out type no more than their errors say: search is not rewarded,
+    as it is with rules that saw the outcomes.
+    """
+    settings = Settings(backbone="fixed")
+    folds, penalties = torch.arange(200) % 2, torch.arange(200) % 5
+    honest, seen = [], []
+    for seed in range(20):
+        data = blobs(200, 1.0, seed=seed)
+        g = torch.Generator().manual_seed(100 + seed)
+        prepared, half = laid_out({**data, "outcome": torch.randn(200, generator=g)}, settings)
+        scores = 4 * ((prepared.units.treatment - 0.5) * prepared.units.outcome)[:, 0]
+        fixed = make_fixed(prepared, settings, 0)
+        rules = fit_members(prepared, settings, half, fixed, folds, penalties, seed).held_out.rules
+        assert rules is not None and fixed is not None
+        own = fixed_rules(fixed(prepared.images), prepared, half, 2, penalties).groups
+        for found, high in ((honest, rules[:, 0, 0, 0] > 0), (seen, own == 1)):
+            error = (scores[high].var() / high.sum() + scores[~high].var() / (~high).sum()).sqrt()
+            found.append(float((scores[high].mean() - scores[~high].mean()) / error))
+    # The mean of twenty standard normals is within 0.6 with probability 0.99.
+    assert abs(sum(honest) / 20) < 0.6 < sum(seen) / 20
+
+
+def test_ranking_is_within_folds() -> None:
+    """Levels of folds that oppose the effects leave the ranking alone, with folds; without, they spoil it."""
+    g = torch.Generator().manual_seed(0)
+    effect = torch.randn(300, generator=g, dtype=torch.float64)
+    scores = effect + torch.randn(300, generator=g, dtype=torch.float64)
+    fold, probs = torch.arange(300) % 3, torch.ones(300, 1, dtype=torch.float64)
+    shifted = effect + 50.0 * fold
+    options: dict[str, Any] = {"num_bootstrap": 20, "num_permutations": 19}
+    apart = evaluate(scores, shifted, probs, folds=fold, **options)
+    centred = effect - torch.stack([effect[fold == f].mean() for f in range(3)])[fold]
+    assert apart.qini.estimate == pytest.approx(evaluate(scores, centred, probs, **options).qini.estimate)
+    assert apart.qini.estimate > 3 * abs(evaluate(scores, shifted, probs, **options).qini.estimate)
+
+
+def test_number_of_types() -> None:
+    """S3 in small: two clusters with different effects are two types, and with the same effect one."""
+    model = ImageCATE(backbone="fixed", num_folds=2, num_steps=40)
+    data = blobs(200, 0.5, seed=3)
+    two = choose_num_clusters(model, data["outcome"], data["treatment"], data["images"], candidates=(2, 3))
+    assert two.num_clusters == 2 and two.candidates == (1, 2, 3)
+    g = torch.Generator().manual_seed(0)
+    same = data["treatment"] + 0.5 * torch.randn(200, generator=g)
+    assert choose_num_clusters(model, same, data["treatment"], data["images"], candidates=(2,)).num_clusters == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"effects": "network"}, {"baseline": "joint"}, {"bayesian_layers": True}, {"fixed_features": False}]
+)
+def test_nothing_is_trained_on_fixed_features(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="backbone='fixed' trains no network"):
+        ImageCATE(backbone="fixed", **options).settings()
