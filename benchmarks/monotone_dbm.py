@@ -6,7 +6,8 @@
 torchdeq's solvers on the published map, and Newton-CG at 1e-3 beside three dense passes.  ``updates``: residuals of the
 competing updates, on a monotone and an unconstrained machine.  ``marginals``: error of mean field, its correction and
 loopy belief propagation against enumeration.  ``cost``: products against the stiffness and the size.  ``images``:
-Fashion-MNIST at equal wall time.  Peers that are not installed are left out and named.
+Fashion-MNIST at equal time.  Peers that are not installed are left out; pgmax goes in with ``pip install --no-deps
+pgmax`` beside jax, since what it declares drags in a documentation tool and TensorFlow.
 """
 
 import argparse
