@@ -307,7 +307,7 @@ def _simulate(
             nodes: dict[str, Any] = poutine.trace(model).get_trace(*args, **kwargs).nodes
             return {name: nodes[name]["value"] for name in drawn}
 
-        return over_draws(one, {}, size, None, counted, stacklevel=4)
+        return over_draws(one, {}, size, None, counted, seed=derive_seed(seed, "prior"), stacklevel=4)
 
 
 def _likelihood(
@@ -340,7 +340,7 @@ def _evaluate(functions: dict[str, Quantity], values: Draws, data: Draws, model:
     with scope(0, False, (flat, data), (model,)):
         with CountBytes() as counted:
             one({name: value[0] for name, value in flat.items()})
-        found = over_draws(one, flat, len(index), None, counted, stacklevel=4)
+        found = over_draws(one, flat, len(index), None, counted, seed=0, stacklevel=4)
     return {name: value.unflatten(0, (replications, draws)) for name, value in found.items()}
 
 

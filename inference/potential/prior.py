@@ -75,4 +75,4 @@ def _positions(density: LogDensity, samples: Draws, num: int, seed: int) -> Tens
         first = {name: value.select(0, 0) for name, value in samples.items()}
         with noting("in the run of the model on the first draw"), CountBytes() as counted:
             one(first)
-        return over_draws(one, samples, num, None, counted, stacklevel=6)["position"]
+        return over_draws(one, samples, num, None, counted, seed=seed, stacklevel=6)["position"]

@@ -41,7 +41,7 @@ def over_draws(
     chunk_size: int | None,
     counted: "CountBytes",
     *,
-    seed: int = 0,
+    seed: int,
     kept: int | None = None,
     stacklevel: int,
 ) -> Draws:

@@ -266,7 +266,7 @@ def log_likelihood(
             nesting = plate_nesting(trace)
             one = MarginalLikelihood(model, args, kwargs, nesting, observed, _site_log_prob, first)
         del trace
-        found = over_draws(one, samples, leading.numel(), chunk_size, counted, kept=kept, stacklevel=3)
+        found = over_draws(one, samples, leading.numel(), chunk_size, counted, seed=0, kept=kept, stacklevel=3)
     return {name: value.reshape(*leading, *value.shape[1:]) for name, value in found.items()}
 
 
