@@ -33,7 +33,7 @@ from ppl_models.compositional_ebm.methods import (
     relative,
 )
 from ppl_models.compositional_ebm.networks import EnergyNetwork
-from ppl_models.compositional_ebm.noise import as_noise, without_noise
+from ppl_models.compositional_ebm.noise import as_noise, refuse_outside, without_noise
 from ppl_models.compositional_ebm.normaliser import estimate, importance
 from ppl_models.compositional_ebm.sampling import sample
 
@@ -207,6 +207,8 @@ class EnergyModel(Model):
         if noise is None and self._base is None:
             raise ValueError("an improper model (base=None) has no law to draw noise from: give noise='auto' or a law")
         found = as_noise(noise, x, self._support, seed)
+        if held_out is not None:
+            refuse_outside(found, held_out, "valid")
         for name in ("num_steps", "step_size"):
             if f"langevin_{name}" in options:
                 options[name] = options.pop(f"langevin_{name}")

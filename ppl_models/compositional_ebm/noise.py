@@ -41,6 +41,8 @@ __all__ = [
     "as_noise",
     "auto_noise",
     "covering_mixture",
+    "refuse_outside",
+    "without_noise",
 ]
 
 _FEW = 3  # dimensions that one inflated normal still covers well
@@ -168,15 +170,20 @@ def as_noise(noise: Any, x: Tensor, support: Any = None, seed: int = 0) -> Noise
     if not discrete and is_discrete(found.support):
         raise ValueError("the data are continuous and the noise is discrete: give continuous noise")
     found.to(device=x.device, dtype=x.dtype if x.is_floating_point() else None)
+    refuse_outside(found, x, "data")
+    return found
+
+
+def refuse_outside(noise: Noise, x: Tensor, name: str) -> None:
+    """Refuse rows that the noise cannot draw: there the model would get no weight."""
     with torch.no_grad():
-        values = torch.cat([found.log_prob(part) for part in x.split(4096)])
+        values = torch.cat([noise.log_prob(part) for part in x.split(4096)])
     outside = ~torch.isfinite(values)
     if bool(outside.any()):
         raise ValueError(
-            f"{int(outside.sum())} of {len(x)} rows of data lie outside the noise's support (the first is row "
+            f"{int(outside.sum())} of {len(x)} rows of {name} lie outside the noise's support (the first is row "
             f"{int(outside.nonzero()[0])}): the noise must be able to draw whatever the data may be"
         )
-    return found
 
 
 def without_noise(state: dict[str, Any], prefix: str) -> dict[str, Any]:

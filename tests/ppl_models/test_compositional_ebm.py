@@ -438,6 +438,8 @@ def test_bad_input_of_the_density() -> None:
         ebm.fit(x, noise="gaussian")
     with pytest.raises(ValueError, match="outside the noise's support"):
         ebm.fit(x, noise=dist.Uniform(-torch.ones(2), torch.ones(2)).to_event(1))
+    with pytest.raises(ValueError, match="of 60 rows of valid lie outside the noise's support"):
+        ebm.fit(x / 10, valid=x, noise=dist.Uniform(-torch.ones(2), torch.ones(2)).to_event(1))
     with pytest.raises(ValueError, match="batch shape"):
         ebm.fit(x, noise=dist.Normal(torch.zeros(2), 5.0))
     with pytest.raises(ValueError, match="whole numbers and the noise is continuous"):
