@@ -45,8 +45,8 @@ class MaskedCompletion(nn.Module):
 
     Args:
         conditionals: module ``(values, context) -> log p(x_j = k | x_S)`` ``(B, D, K)``; its parameters are learned.
-        singles: what data say of every variable given nothing, and given one other: its loss, times the number of
-            variables, is added in training, since random subsets are seldom so small.
+        singles: what data say of every variable given nothing, and given one other.  Its loss is added in training as
+            often as it is met on average, without the noise: random subsets are seldom so small.
 
     Example:
         >>> objective = MaskedCompletion(conditionals)  # doctest: +SKIP
@@ -63,5 +63,5 @@ class MaskedCompletion(nn.Module):
         revealed = random_ranks(values) < depth.unsqueeze(1)
         loss = completion_loss(self.conditionals(hide(values, revealed), context), values, revealed).mean()
         if self.singles is not None and self.training:
-            loss = loss + values.shape[1] * self.singles(self.conditionals)
+            loss = loss + 2.0 * self.singles(self.conditionals)
         return loss

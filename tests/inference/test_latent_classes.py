@@ -11,10 +11,10 @@ from tests.ppl_models.marginalization_cases import BernoulliMixture, hide_some
 MIXED = [2, 3, 1, 4]
 
 
-def rows_of(count: int, seed: int = 0) -> torch.Tensor:
+def rows_of(count: int, seed: int = 0, share: float = 0.4) -> torch.Tensor:
     """Two clusters."""
     g = torch.Generator().manual_seed(seed)
-    low = torch.rand(count, 1, generator=g) < 0.4
+    low = torch.rand(count, 1, generator=g) < share
     u = torch.rand(count, 4, generator=g)
     return torch.where(low, u**2, u**0.5).mul(torch.tensor(MIXED)).long()
 
@@ -45,6 +45,15 @@ def test_em_recovers_a_mixture_also_from_what_is_left_of_it() -> None:
         mixture.learn(rows, generator=torch.Generator().manual_seed(0))
         found = float(mixture(test).mean())
         assert best - margin < found <= best + 0.02 and found > float(independent.mean()) + 0.2
+
+
+def test_em_ends_where_weights_are_the_mean_posterior() -> None:
+    x = rows_of(3000, share=0.1)
+    mixture = LatentClasses(MIXED, 2)
+    mixture.learn(x, iterations=300, generator=torch.Generator().manual_seed(0))
+    hot = torch.nn.functional.one_hot(x, 4).float().flatten(1)
+    posterior = (mixture.log_weights + hot @ mixture.log_theta.flatten(0, 1)).softmax(1)
+    assert torch.allclose(posterior.mean(0), mixture.log_weights.exp(), atol=2e-3)
 
 
 def test_more_iterations_are_no_worse_and_few_rows_make_few_classes() -> None:
