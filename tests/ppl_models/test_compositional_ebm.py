@@ -430,7 +430,7 @@ def test_bad_input_of_the_density() -> None:
         ebm.fit(torch.full((5, 2), math.nan))
     with pytest.raises(ValueError, match="method must be one of"):
         ebm.fit(x, method="magic")
-    with pytest.raises(ValueError, match="batch_size=100 is larger"):
+    with pytest.raises(ValueError, match="batch_size = 100 is larger"):
         ebm.fit(x, batch_size=100)
     with pytest.raises(TypeError, match="num_steps must be an integer"):
         ebm.fit(x, num_steps=1.5)
