@@ -182,7 +182,11 @@ plt.figure(figsize=(6.5, 2.4))
 for name, colour in (("brownian", ORANGE), ("fractional", BLUE)):
     path = found[name][0].predict(fine, num_samples=50)
     middle, half = path.mean.flatten(), 2 * path.std.flatten()
-    plt.fill_between(fine, middle - half, middle + half, color=colour, alpha=0.25, lw=0, label=f"{name}, 2 sd")
+    if name == "fractional":
+        plt.fill_between(fine, middle - half, middle + half, color=colour, alpha=0.25, lw=0, label="fractional, 2 sd")
+    else:
+        plt.plot(fine, middle - half, color=colour, lw=1, label="Brownian, 2 sd")
+        plt.plot(fine, middle + half, color=colour, lw=1)
 plt.plot(clock[5:26], seen[0, 5:26, 0], ".", color=GREY, label="observed")
 plt.xlabel("time")
 plt.ylabel("log-volatility")
