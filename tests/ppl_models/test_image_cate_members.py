@@ -172,7 +172,8 @@ def test_types_without_effects_get_none() -> None:
     """
     settings = Settings(backbone="fixed")
     folds, penalties = torch.arange(200) % 2, torch.arange(200) % 5
-    honest, seen = [], []
+    honest: list[float] = []
+    seen: list[float] = []
     for seed in range(20):
         data = blobs(200, 1.0, seed=seed)
         g = torch.Generator().manual_seed(100 + seed)

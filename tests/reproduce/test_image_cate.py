@@ -117,7 +117,9 @@ def test_soft_types() -> None:
 
 def test_confounded_images() -> None:
     """S5: a confounder that only images show: the doubly robust average is right to 0.2, the naive one is 1.97 off."""
-    naive, tabular, both = [], [], []
+    naive: list[float] = []
+    tabular: list[float] = []
+    both: list[float] = []
     for seed in range(5):
         g = torch.Generator().manual_seed(seed)
         c, x = torch.randn(1000, generator=g), torch.randn(1000, 2, generator=g)
