@@ -47,7 +47,7 @@ LINKS = {  # of pages that stand at the root of the repository
 }
 
 
-_LINK = re.compile(r"(?<=\]\()([^)\s#:]+\.(?:py|md))(?=[)#])")
+_LINK = re.compile(r"(?<=\]\()([^)\s#:]+\.(?:py|md|png))(?=[)#])")
 
 
 def public_names(package: str) -> list[str]:

@@ -36,7 +36,7 @@ def run(out: Path, quick: bool) -> list[Row]:
         low, high = draws.quantile(torch.tensor([0.05, 0.95], dtype=draws.dtype), 0)
         ax.fill_between(1870 + ahead, low, high, color="#0072B2", alpha=0.2, lw=0, label="90% of paths")
         ax.plot(1870 + times, path, color="#666666", lw=1, label="cumulated flow")
-        ax.set(xlabel="year", ylabel="cumulated deviation (standard deviations)")
+        ax.set(xlabel="year", ylabel="sum of standardised flows")
         ax.legend(fontsize=8, frameon=False)
         figure.savefig(out / "nile.png", dpi=200)
     return [
