@@ -131,9 +131,11 @@ def page_of(file: str) -> str | None:
         return LINKS[file]
     if file.startswith("docs/"):
         return file.removeprefix("docs/")
+    if not file.endswith(".py"):
+        return None
     if file.startswith("tutorials/"):
         return file.removesuffix(".py") + ".md"
-    return f"source/{file.removesuffix('.py')}.md" if file.endswith(".py") and (ROOT / file).is_file() else None
+    return f"source/{file.removesuffix('.py')}.md" if (ROOT / file).is_file() else None
 
 
 def linked_code() -> list[str]:
