@@ -221,7 +221,7 @@ def speed() -> None:
         for name, marker in (("NCE", "s"), ("compositional", "o"), ("ratio", "^"), ("relative", "v")):
             ax.plot([c[key] for c in own], [c[2][name] for c in own], marker=marker, label=name)
         ax.set(xscale="log", xlabel=label, ylim=(0, None))
-        places = sorted({c[key] for c in own})
+        places = sorted({int(c[key]) for c in own})  # type: ignore[arg-type]
         ax.set_xticks(places, [str(p) for p in places])
         ax.minorticks_off()
     axes[0].set_ylabel("CPU ms a step")
