@@ -309,22 +309,22 @@ def test_gradients_are_counted() -> None:
 # ---------------------------------------------------------------------- resume, seeds, devices
 def test_resume_is_exact(tmp_path: Any) -> None:
     options: dict[str, Any] = {"num_chains": 4, "progress": False, "seed": 5}
-    whole = MCMC(NUTS(gaussian), 25, 25, **options).run().get_samples()["x"]
+    whole = MCMC(NUTS(gaussian), 25, 75, **options).run().get_samples()["x"]
 
     stopped = 0
 
     def interrupt(fields: dict[str, Any]) -> None:
         nonlocal stopped
         stopped += 1
-        if fields["step"] >= 25:
+        if fields["step"] >= 75:
             raise KeyboardInterrupt
 
     cut = MCMC(
-        NUTS(gaussian), 25, 25, num_chains=4, seed=5, checkpoint=tmp_path, checkpoint_every=0.0, progress=interrupt
+        NUTS(gaussian), 25, 75, num_chains=4, seed=5, checkpoint=tmp_path, checkpoint_every=0.0, progress=interrupt
     )
     with pytest.warns(UserWarning, match="interrupted"):
         cut.run()
-    resumed = MCMC(NUTS(gaussian), 25, 25, checkpoint=tmp_path, **options).run()
+    resumed = MCMC(NUTS(gaussian), 25, 75, checkpoint=tmp_path, **options).run()
     assert torch.equal(resumed.get_samples()["x"], whole)
 
 
