@@ -26,6 +26,7 @@ __all__ = ["POSTERIORS", "HeadDesign", "HeadsModel", "log_odds", "mode_of_heads"
 POSTERIORS = ("laplace", "svi", "nuts", "sghmc")
 _WEIGHT_SCALE = 3.0  # prior scale of a rule's weight, for log odds of unit mean square
 _BIAS_SCALE = 2.0  # prior standard deviation of the log odds that all images share
+_WIDER = 2.0  # distance between types of units, where the search also starts, by that between types of images
 _FIRST_WEIGHTS = (4.0, 0.5)  # of one rule and of the others, where the search for the mode starts: once for each
 
 
@@ -125,7 +126,11 @@ def sample_heads(
 def _found(
     model: HeadsModel, design: HeadDesign, start: dict[str, Tensor], seed: int
 ) -> tuple[LaplaceResult, dict[str, Tensor]]:
-    """Laplace's approximation from a start for each of the gate's rules, and what was held."""
+    """Laplace's approximation from a start for each of the gate's rules, and what was held.
+
+    Units may be of other types than the image's likeliest: the marginal objective is also started with types of units
+    that lie further apart than those of images, under a gate that is less sure.
+    """
     # The scale of site effects is at its mode's edge at zero: held where it was learned, as empirical Bayes has it.
     held = {"site_scale": start["site_scale"]} if "site_scale" in start else {}
     conditioned = pyro.poutine.condition(model, held) if held else model
@@ -135,6 +140,11 @@ def _found(
         chosen = torch.eye(count, dtype=torch.bool, device=design.units.outcome.device)
         high, low = (design.units.outcome.new_tensor(v).log() for v in _FIRST_WEIGHTS)
         first["gate_weight"] = torch.where(chosen, high, low)
+        if model.mixture.objective == "marginal":
+            wide = {**first, "gate_weight": first["gate_weight"] - math.log(_FIRST_WEIGHTS[0])}
+            middle = start["mu"].mean(0)
+            wide["mu"] = (middle + _WIDER * (start["mu"] - middle)).expand_as(first["mu"])
+            first = {n: torch.cat([v, wide[n]]) for n, v in first.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SamplerWarning)
         try:

@@ -69,7 +69,7 @@ class Guard:
         running = sums[0].square() / sums[1] / counts
         low = (running < LEAST_ESS).double()
         runs = low.unfold(0, PATIENCE, 1).sum(1) == PATIENCE
-        if not bool(runs.any()):
+        if not bool(runs.any()) or bool(running[-1] >= LEAST_ESS):  # what has come back is no collapse
             return
         step = first + int(runs.nonzero()[0]) + PATIENCE
         message = (
