@@ -106,8 +106,8 @@ def test_truncated_gaussian(seed: int) -> None:
     grid = torch.linspace(0, 12, 40_001, dtype=torch.float64)
     weight = (grid[1] - grid[0]).log().expand_as(grid)
     best, _ = newton(powers(1, 2), grid, weight, powers(1, 2)(x).mean(0), torch.tensor([0.0, -0.5]).double())
-    print(f"S2, seed {seed}: largest error of theta {float((model.theta - best).abs().max()):.4f}")
-    assert float((model.theta - best).abs().max()) < 0.03
+    print(f"S2, seed {seed}: largest error of theta {float((model.theta.detach() - best).abs().max()):.4f}")
+    assert float((model.theta.detach() - best).abs().max()) < 0.03
     assert abs(log_u - float(torch.logsumexp(powers(1, 2)(grid) @ last + weight, 0))) < 0.02
 
 
@@ -216,6 +216,7 @@ class Wells(torch.nn.Module):
         return self.a * 2 * (x.square() - 1).square().sum(1)
 
 
+@pytest.mark.filterwarnings("ignore:the noise weights have Pareto:inference.SamplerWarning")  # the fit's own log Z
 @pytest.mark.parametrize(("dim", "within"), [(2, 0.12), (10, 0.3)])
 def test_annealed_importance_sampling(dim: int, within: float) -> None:
     """S7: 500 chains, 200 temperatures, from N(0, 1.5^2); the annealed draws' second moment is 0.8521."""
