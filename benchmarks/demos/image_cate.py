@@ -31,7 +31,9 @@ def run(out: Path, quick: bool) -> list[Row]:
         figure = Figure(figsize=(4.2, 3), layout="constrained")
         ax = figure.subplots()
         groups = {"plain, true effect 0": (~striped, "#D55E00"), "striped, true effect 2": (striped, "#0072B2")}
-        edges = [0.05 * k for k in range(-10, 51)]  # of all bars: where types are sure, effects hardly differ within one
+        edges = [
+            0.05 * k for k in range(-10, 51)
+        ]  # of all bars: where types are sure, effects hardly differ within one
         for name, (rows, colour) in groups.items():
             ax.hist(effect[rows].numpy(), bins=edges, color=colour, alpha=0.6, label=name)
         ax.set(xlabel="estimated effect", ylabel="images")
