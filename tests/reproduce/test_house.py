@@ -42,10 +42,10 @@ def model(x, y):
         pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
 if kind == "fit":
     net = Net()
-    result = fit(net, (x, y), num_steps=20000, batch_size=32, checkpoint_every=50, **quiet)
+    result = fit(net, (x, y), num_steps=60000, batch_size=32, checkpoint_every=50, **quiet)
     torch.save([*net.state_dict().values(), result.losses], folder + "/answer.pt")
 else:
-    mcmc = MCMC(HMC(model, num_steps=3), 12000, 500, num_chains=4, checkpoint_every=0.0, compile=False, **quiet)
+    mcmc = MCMC(HMC(model, num_steps=3), 36000, 500, num_chains=4, checkpoint_every=0.0, compile=False, **quiet)
     mcmc.run(x, y)
     samples = mcmc.get_samples(group_by_chain=True)
     torch.save([*samples.values(), *mcmc.sample_stats.values()], folder + "/answer.pt")
@@ -66,7 +66,7 @@ def test_twenty_five_kills_at_random_times(kind: str, tmp_path: Path) -> None:
     while kills < 25 and not (cut / "answer.pt").exists():
         process = subprocess.Popen([*command, str(cut)], env=environment)
         try:
-            process.wait(timeout=length * dice.uniform(0.1, 0.6))
+            process.wait(timeout=dice.uniform(3.0, 8.0))  # with the seconds that a process takes to come to its run
         except subprocess.TimeoutExpired:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
