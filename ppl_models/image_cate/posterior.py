@@ -26,7 +26,7 @@ __all__ = ["POSTERIORS", "HeadDesign", "HeadsModel", "log_odds", "mode_of_heads"
 POSTERIORS = ("laplace", "svi", "nuts", "sghmc")
 _WEIGHT_SCALE = 3.0  # prior scale of a rule's weight, for log odds of unit mean square
 _BIAS_SCALE = 2.0  # prior standard deviation of the log odds that all images share
-_WIDER = 2.0  # distance between types of units, where the search also starts, by that between types of images
+_WIDER = (2.0, 4.0)  # distances between types of units, where the search also starts, by that between types of images
 _FIRST_WEIGHTS = (4.0, 0.5)  # of one rule and of the others, where the search for the mode starts: once for each
 
 
@@ -96,7 +96,8 @@ def sample_heads(
     seed: int,
     progress: Any = False,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Draws ``(chain, draw, ...)`` of the sites, from ``start``, and the sampler's statistics.
+    """Draws ``(chain, draw, ...)`` of the sites, and the sampler's statistics; all methods go from the mode, which is
+    searched from ``start``.
 
     Raises:
         ValueError: an unknown method.
@@ -105,6 +106,7 @@ def sample_heads(
         raise ValueError(f"posterior must be one of {', '.join(POSTERIORS)}, got {method!r}")
     if method == "laplace":
         return {n: v.unsqueeze(0) for n, v in _laplace(model, design, start, num_samples, seed).items()}, {}
+    start = {**start, **mode_of_heads(model, design, start, seed)}
     if method == "svi":
         return {n: v.unsqueeze(0) for n, v in _svi(model, design, start, num_samples, seed).items()}, {}
     chains = 2
@@ -141,10 +143,11 @@ def _found(
         high, low = (design.units.outcome.new_tensor(v).log() for v in _FIRST_WEIGHTS)
         first["gate_weight"] = torch.where(chosen, high, low)
         if model.mixture.objective == "marginal":
-            wide = {**first, "gate_weight": first["gate_weight"] - math.log(_FIRST_WEIGHTS[0])}
             middle = start["mu"].mean(0)
-            wide["mu"] = (middle + _WIDER * (start["mu"] - middle)).expand_as(first["mu"])
-            first = {n: torch.cat([v, wide[n]]) for n, v in first.items()}
+            unsure = {**first, "gate_weight": first["gate_weight"] - math.log(_FIRST_WEIGHTS[0])}
+            further = [(middle + by * (start["mu"] - middle)).expand_as(first["mu"]) for by in _WIDER]
+            starts = [first, *({**unsure, "mu": mu} for mu in further)]
+            first = {n: torch.cat([one[n] for one in starts]) for n in first}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SamplerWarning)
         try:

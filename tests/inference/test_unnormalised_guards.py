@@ -34,6 +34,8 @@ def test_batches_of_few_draws_are_judged_together() -> None:
     short = torch.where((torch.arange(400) >= 100) & (torch.arange(400) < 149), 0.009, 0.5)
     guard.look(even, short, 1024)  # 49 steps in a row are not 50
     Guard("ignore").look(rare, share, 4)
+    passed = torch.where((torch.arange(400) >= 100) & (torch.arange(400) < 200), 0.009, 0.5)
+    guard.look(even, passed, 1024)  # the noise has found the model again
 
 
 def test_a_lag_and_a_tail_are_named() -> None:

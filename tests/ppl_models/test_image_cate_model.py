@@ -406,3 +406,16 @@ def test_few_units_in_a_type_are_told() -> None:
     trial = tabular_trial(40)
     with pytest.warns(UserWarning, match="fewer than 20"):
         fit_tabular(embedding_model(num_steps=20), trial)
+
+
+def test_the_marginal_objective_finds_types_of_units_that_images_do_not_decide() -> None:
+    """Effects 0 and 4 with odds of one to three by the image; types of images have 1 and 3, where the search starts."""
+    trial = stripes(1000, noise=0.5, effects=(0.0, 0.0), seed=0)
+    gains = torch.rand(1000, generator=torch.Generator().manual_seed(0)) < torch.tensor([0.25, 0.75])[trial.types]
+    outcome = trial.outcome + 4.0 * gains * trial.treatment
+    model = ImageCATE(objective="marginal", backbone="fixed", calibrate=False, num_folds=2)
+    model.fit(outcome, trial.treatment, trial.images, seed=0, progress=False)
+    effects, probs = model.cluster_effects().effect, model.cluster_probs(trial.images)[:, 1]
+    assert (effects - torch.tensor([0.0, 4.0])).abs().max() < 0.25
+    shares = torch.stack([probs[trial.types == k].mean() for k in (0, 1)])
+    assert (shares - torch.tensor([0.25, 0.75])).abs().max() < 0.1

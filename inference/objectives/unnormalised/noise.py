@@ -94,8 +94,12 @@ class Noise(PyroModule):
         return 0
 
     def transport(self, u: Tensor) -> Tensor:
-        """Draws ``(num, *event)`` from uniform numbers ``(num, uniforms)`` in float64, smoothly where it can be."""
-        raise NotImplementedError
+        """Draws ``(num, *event)`` from uniform numbers ``(num, uniforms)`` in float64, smoothly where it can be.
+
+        Raises:
+            NotImplementedError: ``uniforms`` is 0.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is not drawn from uniform numbers")
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-density of ``x`` ``(row, *event)``: ``(row,)``."""
