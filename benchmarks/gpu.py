@@ -213,7 +213,12 @@ def sample(
         whole = time.perf_counter() - begun
     found: dict[str, Any] = {"sampling_seconds": rounded(mcmc.seconds or whole), "seconds": rounded(whole)}
     found["chain_gradients_per_second"] = rounded(mcmc.num_gradients / found["sampling_seconds"])
-    found |= {"compiled": mcmc.compiled, "interrupted": mcmc.interrupted or not mcmc.num_gradients}
+    launched = any(type(p.advance).__name__ == "_Replay" for p in mcmc._programs)
+    found |= {
+        "compiled": mcmc.compiled,
+        "one_launch": launched,
+        "interrupted": mcmc.interrupted or not mcmc.num_gradients,
+    }
     try:
         values = mcmc.get_samples(group_by_chain=True)
     except RuntimeError:
@@ -359,8 +364,9 @@ def main() -> None:
             if not options.no_tests:
                 limit = min(45.0, max(10.0, 0.3 * budget.left()))
                 budget.run("tests", partial(tests, limit), limit + 5)
-            work = partial(sample, "HMC", "schools", 1024, device, 50, 40.0, compile=True)
-            budget.run("sampler", work, 60, sampler="HMC", model="schools", chains=1024, compile=True)
+            for kernel in ("NUTS", "SGHMC"):
+                work = partial(sample, kernel, "logistic", 1024, device, 400, 40.0, compile=True)
+                budget.run("sampler", work, 60, sampler=kernel, model="logistic", chains=1024, compile=True)
     say("end", seconds=rounded(time.perf_counter() - STARTED))
 
 

@@ -186,7 +186,7 @@ class Kernel(Citable, ABC):
                 advance = program.bind(moving, memory)
             else:
                 _fill(memory, drawn)
-                _overwrite(moving.state, state)
+                overwrite(moving.state, state)
             moving.clock.zero_()
             for _ in range(start, stop):
                 advance()
@@ -249,13 +249,14 @@ def _copied(state: Any) -> Any:
     return type(state)(*(_copied(part) for part in state))
 
 
-def _overwrite(target: Any, source: Any) -> None:
+def overwrite(target: Any, source: Any) -> None:
+    """Put what ``source`` holds, a tree of named tuples of tensors, into the memory of ``target``."""
     if isinstance(target, Tensor):
         if target is not source:
             target.copy_(source)
         return
     for part, value in zip(target, source, strict=True):
-        _overwrite(part, value)
+        overwrite(part, value)
 
 
 def per_chain_norm(x: Tensor) -> Tensor:

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from inference.citation import Paper
 from inference.kernels.adaptation import DualAverage, Moments
-from inference.kernels.base import Info, Lift, Noise, StepInputs, Transition
+from inference.kernels.base import Info, Lift, Noise, StepInputs, Transition, overwrite
 from inference.kernels.hamiltonian import DIVERGENCE, Hamiltonian, leapfrog
 from inference.kernels.mass_matrix import FullMass
 from inference.potential import Potential, Program
+from inference.runtime.generators import ChainGenerators
 from inference.runtime.streams import Streams
 
 __all__ = ["NUTS", "NUTSState"]
@@ -119,6 +120,27 @@ class Tree(NamedTuple):
     leaves: Tensor
     average: DualAverage
     kept: Tensor
+
+
+class Memory(NamedTuple):
+    """What a tick reads and writes, at one place throughout a run, since a bound program knows places alone.
+
+    Attributes:
+        tree: where the chains are.
+        uniforms: ``(tick, chain, 3)``: to draw within the subtree, to draw between tree and subtree, for the
+            direction.
+        momenta: of the block's transitions, ``(row, chain, dim)``.
+        factor: the mass matrix's.
+        length: transitions of the block, 0-dim.
+        warm: 1 if step sizes adapt, else 0; 0-dim.
+    """
+
+    tree: Tree
+    uniforms: Tensor
+    momenta: Tensor
+    factor: Tensor
+    length: Tensor
+    warm: Tensor
 
 
 _Group = TypeVar("_Group", End, Point, DualAverage)
@@ -227,6 +249,7 @@ class NUTS(Hamiltonian):
     ) -> Callable[[NUTSState, int, int, int], Iterator[Transition]]:
         """Blocks of transitions, each advanced tick by tick until all chains have completed it."""
         tick = lift(functools.partial(self._tick, potential), _TREE)
+        held: list[Memory] = []
 
         def run(state: NUTSState, start: int, stop: int, warmup_steps: int) -> Iterator[Transition]:
             rows = _rows(potential.dim)
@@ -234,10 +257,7 @@ class NUTS(Hamiltonian):
                 last = min(stop, first + rows)
                 collect = self.controls(first, last, warmup_steps)["collect"]
                 adapting = first < warmup_steps and self.adapt_step_size
-                average, positions, ends, records, ticks = self._block(
-                    tick, state, first, last - first, adapting, streams
-                )
-                state = NUTSState(*ends, average, state.moments, state.mass_factor, ticks)
+                state, positions, records = self._block(tick, held, state, first, last - first, adapting, streams)
                 if collect[0]:
                     state = state._replace(moments=state.moments.update(positions.flatten(0, 1)))
                 columns = dict(zip(_RECORD, records.unbind(-1), strict=True))
@@ -249,43 +269,71 @@ class NUTS(Hamiltonian):
 
     # ------------------------------------------------------------------ a block
     def _block(
-        self, tick: Program, state: NUTSState, first: int, length: int, adapting: bool, streams: Streams
-    ) -> tuple[DualAverage, Tensor, tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
-        """Run ``length`` transitions of each chain.
+        self,
+        tick: Program,
+        held: list[Memory],
+        state: NUTSState,
+        first: int,
+        length: int,
+        adapting: bool,
+        streams: Streams,
+    ) -> tuple[NUTSState, Tensor, Tensor]:
+        """Run ``length`` transitions of each chain in the memory that ``held`` has, or is given by the first block.
 
         Returns:
-            The step sizes' averages; positions ``(length, chain, dim)``; position, U and gradient at the end; records
-            ``(length, chain, len(_RECORD))``; the run's ticks.
+            The state at the end; positions ``(length, chain, dim)``; records ``(length, chain, len(_RECORD))``.
         """
         position = state.position
-        momenta = position.new_zeros((_rows(position.shape[1]), *position.shape))
-        momenta[:length] = streams.noise(length)["normal"]
         generators = streams.fresh("tree", first)
-        uniforms = generators.uniform(_TICKS, 3, position.dtype)
-        tree = self._first_tree(state, momenta[0], uniforms[0, :, 2], adapting)
-        done = torch.full((), length, device=position.device)
-        warm = torch.full((), float(adapting), dtype=position.dtype, device=position.device)
-        bind = functools.partial(tick.bind, tree, uniforms, momenta, state.mass_factor, done, warm)
+        begun = self._begun(state, streams.noise(length)["normal"], generators, adapting)
         ticks = int(state.ticks)
-        step = bind(called=ticks)
+        if not held:
+            held.append(begun)
+            tick.bind(*begun, called=ticks)
+        else:
+            overwrite(held[0], begun)
+        tree, uniforms = held[0].tree, held[0].uniforms
         remaining, used = length, 1
         while remaining:
             if tick.outgrown(ticks):
-                step = bind(called=ticks)
+                tick.bind(*held[0], called=ticks)
             # Each transition takes one tick at least.
             for _ in range(max(4, remaining)):
                 if used == _TICKS:
                     uniforms.copy_(generators.uniform(_TICKS, 3, position.dtype))
                     tree.clock.zero_()
                     used = 0
-                step()
+                tick.advance()
                 used += 1
             ticks += max(4, remaining)
             remaining = length - int(tree.drawn.min())
         dim = position.shape[1]
+        # What the next block writes into stays here.
         positions, records = tree.kept[:length, :, :dim], tree.kept[:length, :, dim:]
-        ends = (tree.chosen.z, tree.chosen.energy, tree.chosen.gradient)
-        return tree.average, positions, ends, records, torch.full_like(state.ticks, ticks)
+        chosen = tree.chosen
+        state = state._replace(
+            position=chosen.z,
+            potential=chosen.energy,
+            gradient=chosen.gradient,
+            average=tree.average,
+            ticks=torch.full_like(state.ticks, ticks),
+        )
+        return state, positions, records
+
+    def _begun(self, state: NUTSState, momenta: Tensor, generators: ChainGenerators, adapting: bool) -> Memory:
+        """A block of as many transitions as there are momenta, its first tick not taken."""
+        position = state.position
+        rows = position.new_zeros((_rows(position.shape[1]), *position.shape))
+        rows[: len(momenta)] = momenta
+        uniforms = generators.uniform(_TICKS, 3, position.dtype)
+        return Memory(
+            self._first_tree(state, rows[0], uniforms[0, :, 2], adapting),
+            uniforms.contiguous(),
+            rows,
+            state.mass_factor.contiguous(),
+            torch.full((), len(momenta), device=position.device),
+            torch.full((), float(adapting), dtype=position.dtype, device=position.device),
+        )
 
     def _first_tree(self, state: NUTSState, p: Tensor, uniform: Tensor, adapting: bool) -> Tree:
         z, gradient, energy = state.position, state.gradient, state.potential
@@ -334,13 +382,7 @@ class NUTS(Hamiltonian):
 
         Args:
             potential: U.
-            tree: where the chains are.
-            uniforms: ``(tick, chain, 3)``: to draw within the subtree, to draw between tree and subtree, for the
-                direction.
-            momenta: of the block's transitions, ``(row, chain, dim)``.
-            factor: the mass matrix's.
-            length: transitions of the block.
-            warm: 1 if step sizes adapt, else 0.
+            tree, uniforms, momenta, factor, length, warm: as in ``Memory``.
         """
         uniform = uniforms.index_select(0, tree.clock[None])[0]
         active = tree.drawn < length

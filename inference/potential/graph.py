@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from inference._errors import CaptureWarning
+from inference.potential.cuda_graph import Launched, step_in_place
 from inference.potential.recorder import CaptureError, is_random, record
 from inference.potential.replay import replay
 
@@ -212,6 +213,7 @@ class Program:
 
     Attributes:
         compiled: whether a graph of it was compiled.
+        advance: the step in place that was bound last.
     """
 
     def __init__(
@@ -224,6 +226,7 @@ class Program:
         self._recorded: dict[Any, tuple[Callable[..., Any], Any]] = {}
         self._last: tuple[Any, Callable[..., Any], Any] | None = None
         self._bound: Callable[..., Any] | None = None
+        self.advance: Callable[[], Any] = _unbound
 
     @property
     def recordings(self) -> int:
@@ -238,7 +241,8 @@ class Program:
         key = tuple([x.shape for x in flat])
         if self._last is None or self._last[0] != key:
             if key not in self._recorded:
-                self._recorded[key] = self._record(flat, args)
+                run, structure = self._record(flat, args)
+                self._recorded[key] = Launched(run) if flat and flat[0].is_cuda else run, structure
             self._last = (key, *self._recorded[key])
         _, run, structure = self._last
         # Compiled code reads memory as it lay when it was compiled, and checks nothing.
@@ -260,7 +264,8 @@ class Program:
         flat: list[Tensor] = []
         _flatten(state, flat)
         if not self.record:
-            return lambda: _overwrite(flat, self.function(state, *args))
+            self.advance = lambda: _overwrite(flat, self.function(state, *args))
+            return self.advance
         updated = len(flat)
         _flatten(args, flat)
         if not all(x.is_contiguous() for x in flat):
@@ -273,16 +278,17 @@ class Program:
             self._bound = self._compiled(self._bound, [x.clone() for x in flat])
             self._recorded[key] = self._bound, structure
         run = self._bound
-        if isinstance(run, _Compiled):
+        with torch.no_grad():
+            step = step_in_place(run, flat[:updated], flat[updated:])
+        if step is None and isinstance(run, _Compiled):
             step = replay(run.code, flat[:updated], [*flat[updated:], *run.constants])
-            if step is not None:
-                return step
 
         def call() -> None:
             with torch.no_grad():
                 run(*flat)
 
-        return call
+        self.advance = step or call
+        return self.advance
 
     def outgrown(self, called: int) -> bool:
         """Whether the bound step runs uncompiled under ``compile="auto"`` and has been called so often that its
@@ -340,6 +346,10 @@ class Program:
                 stacklevel=3,
             )
             return lambda *inputs: graph(*inputs, *constants)
+
+
+def _unbound() -> None:
+    raise RuntimeError("no step has been bound")
 
 
 def _pays(graph: fx.GraphModule, calls: int) -> bool:

@@ -3,7 +3,8 @@
 In torch, ``randn(4, n)`` and the first rows of ``randn(8, n)`` differ at one seed, so a chain that draws from a shared
 generator changes when a chain is added beside it.  Here every chain owns a generator whose seed is a hash of ``(seed,
 purpose, chain)``; a block of ``T`` steps is drawn in one call per chain, so the cost per step vanishes.  Chain ``i`` is
-then the same alone, in a batch, resumed, or on another process.
+then the same alone, in a batch, resumed, or on another process.  On an accelerator one counter-based generator makes the
+streams of all chains in one pass (``philox.py``).
 """
 
 import hashlib
@@ -13,7 +14,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from inference.runtime.philox import PhiloxStreams
+
 __all__ = ["ChainGenerators", "derive_seed", "generator", "reseed", "scoped_seed"]
+
+_KEYS = 1 << 25  # random keys of minibatches that are held at once
 
 
 def derive_seed(seed: int, *stream: int | str) -> int:
@@ -69,42 +74,55 @@ class ChainGenerators:
         self, seed: int, chains: Sequence[int], device: torch.device | str = "cpu", stream: str = "noise"
     ) -> None:
         self.device = torch.device(device)
-        self._generators = [generator(seed, stream, chain, device=self.device) for chain in chains]
-
-    def __len__(self) -> int:
-        return len(self._generators)
+        seeds = [derive_seed(seed, stream, chain) for chain in chains]
+        self._philox = None if self.device.type == "cpu" else PhiloxStreams(seeds, self.device)
+        self._generators = [] if self._philox else [torch.Generator().manual_seed(s) for s in seeds]
+        self._identity = seed, stream, list(chains)
 
     def normal(self, steps: int, size: int, dtype: torch.dtype) -> Tensor:
         """Standard normals, ``(steps, chain, size)``."""
-        return self._stack(lambda g: torch.randn(steps, size, generator=g, device=self.device, dtype=dtype))
+        if self._philox is not None:
+            return self._philox.normal(steps, size, dtype)
+        return self._stack(lambda g: torch.randn(steps, size, generator=g, dtype=dtype))
 
     def uniform(self, steps: int, size: int, dtype: torch.dtype) -> Tensor:
         """Uniforms on [0, 1), ``(steps, chain, size)``."""
-        return self._stack(lambda g: torch.rand(steps, size, generator=g, device=self.device, dtype=dtype))
+        if self._philox is not None:
+            return self._philox.uniform(steps, size, dtype)
+        return self._stack(lambda g: torch.rand(steps, size, generator=g, dtype=dtype))
 
     def gamma(self, steps: int, concentration: Tensor) -> Tensor:
         """Standard gamma draws of the given ``(size,)`` concentrations, ``(steps, chain, size)``."""
+        if self._philox is not None and not self._generators:  # made where they are needed: one draw each is a launch
+            seed, stream, chains = self._identity
+            self._generators = [generator(seed, stream, "gamma", c, device=self.device) for c in chains]
         rows = concentration.expand(steps, -1)
         return self._stack(lambda g: torch._standard_gamma(rows, generator=g))
 
     def indices(self, steps: int, size: int, batch_size: int) -> Tensor:
         """Uniform random subsets of ``range(size)`` without replacement, ``(steps, chain, batch_size)``."""
-
-        def draw(g: torch.Generator) -> Tensor:
-            keys = torch.rand(steps, size, generator=g, device=self.device)
-            return keys.topk(batch_size, dim=-1, sorted=False).indices
-
-        return self._stack(draw)
+        if self._philox is None:
+            return self._stack(lambda g: torch.rand(steps, size, generator=g).topk(batch_size, sorted=False).indices)
+        # Whole blocks of words a step: how many steps share a pass must not move the stream.
+        padded = size + -size % 4
+        rows = max(1, _KEYS // (len(self._identity[2]) * padded))
+        parts = [min(rows, steps - first) for first in range(0, steps, rows)]
+        keys = (self._philox.uniform(part, padded, torch.float32)[:, :, :size] for part in parts)
+        return torch.cat([k.topk(batch_size, sorted=False).indices for k in keys])
 
     def _stack(self, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
         drawn = [draw(g) for g in self._generators]
         return drawn[0].unsqueeze(1) if len(drawn) == 1 else torch.stack(drawn, dim=1)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The generators' states, one byte tensor a chain."""
-        return {str(i): g.get_state() for i, g in enumerate(self._generators)}
+        """Where the streams are: a generator's state as a byte tensor for each chain, and what all have drawn."""
+        state = {str(i): g.get_state() for i, g in enumerate(self._generators)}
+        return state if self._philox is None else {**state, "drawn": torch.tensor(self._philox.drawn)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Put the generators back to a saved state."""
+        """Put the streams back to a saved state."""
+        if self._philox is not None:
+            self._philox.drawn = int(state["drawn"])
+            self._generators = [torch.Generator(self.device) for _ in range(len(state) - 1)]
         for i, g in enumerate(self._generators):
             g.set_state(state[str(i)])

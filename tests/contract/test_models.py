@@ -321,3 +321,24 @@ def test_bad_input_is_refused_before_any_work(case: ModelCase) -> None:
         with pytest.raises(bad.error, match=bad.message):
             bad.call(case.build())
             pytest.fail(f"{bad.label} was accepted")
+
+
+@every_model
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_fits_and_answers_on_the_accelerator_as_on_the_processor(case: ModelCase) -> None:
+    """Data on the device are all that it takes; what the fitted model answers there, its copy answers on the CPU."""
+    moved = tree_map_only(Tensor, lambda x: x.to("cuda"), case.data(torch.float32))
+    model = case.build()
+    settings: dict[str, Any] = {"seed": 0, "progress": False, **case.fit}
+    model.fit(**moved, **settings)  # type: ignore[operator]
+    assert any(x.is_cuda for x in (*model.parameters(), *model.buffers()))
+    if case.rows is None:
+        return
+    rows = case.rows(torch.float32)
+    there = {name: query(model, rows.to("cuda")) for name, query in case.rowwise.items()}
+    assert all(x.is_cuda for x in there.values())
+    here = copy.deepcopy(model).to("cpu")
+    for name, query in case.rowwise.items():
+        torch.testing.assert_close(
+            there[name].cpu(), query(here, rows), rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+        )
