@@ -3,7 +3,7 @@
 In torch, ``randn(4, n)`` and the first rows of ``randn(8, n)`` differ at one seed, so a chain that draws from a shared
 generator changes when a chain is added beside it.  Here every chain owns a generator whose seed is a hash of ``(seed,
 purpose, chain)``; a block of ``T`` steps is drawn in one call per chain, so the cost per step vanishes.  Chain ``i`` is
-then the same alone, in a batch, resumed, or on another process.  On an accelerator one counter-based generator makes the
+then the same alone, in a batch, resumed, or on another process.  On an accelerator a counter-based generator makes the
 streams of all chains in one pass (``philox.py``).
 """
 
