@@ -228,6 +228,39 @@ def sample(
     return {**found, "draws": drawn, "ess": rounded(ess), "ess_per_second": rounded(ess / found["seconds"])}
 
 
+def race(sampler: str, model: str, chains: int, device: torch.device) -> dict[str, Any]:
+    """400 + 400 draws a chain on the device by one of ours or a peer: wall seconds of a first run in the process and of
+    a second with another seed, and effective draws a second of the second.
+
+    ``sampler`` as in ``benchmarks.samplers``; of ours "compiled" may follow.
+    """
+    import inference
+    from benchmarks import samplers
+
+    found: dict[str, Any] = {}
+    name, compiled = sampler.removesuffix(" compiled"), sampler.endswith(" compiled")
+    short = {"eight schools": "schools", "logistic 1000x10": "logistic", "small network": "network"}[model]
+
+    def ours(seed: int) -> dict[str, Any]:
+        text, arguments = models(device)[short]
+        kernel = getattr(inference, name.removeprefix("inference "))(text)
+        options: dict[str, Any] = {"num_chains": chains, "seed": seed, "progress": False, "compile": compiled or "auto"}
+        mcmc = inference.MCMC(kernel, 400, 400, **options)
+        mcmc.run(*arguments)
+        found["compiled"] = mcmc.compiled
+        return {n: v.cpu().numpy() for n, v in mcmc.get_samples(group_by_chain=True).items()}
+
+    run = ours if name.startswith("inference") else samplers.SAMPLERS[name](model, chains, 400, 400)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for label, seed in (("cold", 0), ("warm", 1)):
+            start = time.perf_counter()
+            draws = run(seed)
+            found[f"{label}_seconds"] = rounded(time.perf_counter() - start)
+    ess = samplers.least_ess(model, draws)
+    return {**found, "ess": rounded(ess), "ess_per_second": rounded(ess / found["warm_seconds"])}
+
+
 def least_ess(values: dict[str, Tensor], name: str) -> float:
     """The smallest bulk ESS of all scalars."""
     from inference.results.diagnostics import ess_bulk
@@ -331,10 +364,18 @@ def main() -> None:
     parser.add_argument("--kernels", nargs="+", default=["HMC", "NUTS", "SGHMC", "ChEES"])
     parser.add_argument("--row-seconds", type=float, default=6.0, help="most seconds of one sampler on one device")
     parser.add_argument("--no-tests", action="store_true")
+    parser.add_argument("--race", action="store_true", help="nothing but the comparison with peers on the device")
     options = parser.parse_args()
     device, cpu = torch.device(options.device), torch.device("cpu")
     budget = Budget(options.seconds)
     budget.run("environment", lambda: environment(device), 20)
+    if options.race:
+        for model in ("eight schools", "logistic 1000x10"):
+            for chains in options.chains:
+                for sampler in ("inference NUTS", "inference NUTS compiled", "numpyro NUTS, vectorised"):
+                    fields = {"sampler": sampler, "model": model, "chains": chains}
+                    budget.run("race", partial(race, sampler, model, chains, device), options.row_seconds, **fields)
+        return
     names = ("schools", "logistic", "network")
     # Once without an alarm: one that rings within an import leaves modules half imported.
     sample("NUTS", "schools", 2, cpu, 4, 1e6)

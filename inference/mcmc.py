@@ -506,13 +506,13 @@ class MCMC(Citable):
 
     def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> dict[str, Tensor]:
         """The draws by site, ``(num_chains * draws, *shape)``, or ``(num_chains, draws, *shape)`` with
-        ``group_by_chain``.
+        ``group_by_chain``; on the device that the run was on.
 
         With ``num_samples`` that many are drawn from them with replacement, as in Pyro.
         """
-        if self._samples is None:
-            raise RuntimeError("there are no draws yet; call run(...) first")
-        samples = self._samples
+        samples = self._drawn()
+        if self.potential is not None:
+            samples = {n: v.to(self.potential.device) for n, v in samples.items()}
         if num_samples is not None:
             first = next(iter(samples.values()))
             size = first.shape[1] if group_by_chain else first.shape[0] * first.shape[1]
@@ -522,10 +522,16 @@ class MCMC(Citable):
             return {n: v[:, rows] if group_by_chain else v.flatten(0, 1)[rows] for n, v in samples.items()}
         return dict(samples) if group_by_chain else {n: v.flatten(0, 1) for n, v in samples.items()}
 
+    def _drawn(self) -> dict[str, Tensor]:
+        """The draws by chain where the run has put them, on the CPU."""
+        if self._samples is None:
+            raise RuntimeError("there are no draws yet; call run(...) first")
+        return self._samples
+
     def summary(self, prob: float = 0.9) -> "_diagnostics.Summary":
         """Print and return mean, sd, median, interval, effective sample sizes and R-hat of every scalar."""
         self._refuse_pooling()
-        table = _diagnostics.summary(self.get_samples(group_by_chain=True), prob=prob)
+        table = _diagnostics.summary(self._drawn(), prob=prob)
         if not distributed.is_main():
             return table
         print(table)
@@ -537,7 +543,7 @@ class MCMC(Citable):
         """As in Pyro: ``n_eff`` and ``r_hat`` by site; by chain the divergent draws and the mean acceptance rate."""
         self._refuse_pooling()
         result: dict[str, Any] = {}
-        for name, value in self.get_samples(group_by_chain=True).items():
+        for name, value in self._drawn().items():
             result[name] = {"n_eff": _diagnostics.ess_bulk(value), "r_hat": _diagnostics.rhat(value)}
         if "diverging" in self.sample_stats:
             flags = self.sample_stats["diverging"]

@@ -9,7 +9,7 @@ and the posterior starts at the linear optimum and may shrink the steps' noise, 
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path as FilePath
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import pyro
 import pyro.distributions as dist
@@ -534,6 +534,13 @@ class FractionalSDE(PathModel):
             ValueError: times that are unsorted, repeated or beyond the horizon.
         """
         return self._prior_paths(times, num_samples, seed)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        result: FractionalSDEResult | None = getattr(self, "result", None)
+        if result is not None:
+            result.samples.update({n: fn(v).to(v.dtype) for n, v in result.samples.items()})
+        return self
 
     # ------------------------------------------------------------------ files
     def _extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,6 +1,7 @@
 """What the two models on fractional paths share: the prior SDE, its horizon and solver grid, bounds, prior paths."""
 
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -115,6 +116,13 @@ class PathModel(Model):
         self.to(device=data.values.device, dtype=data.values.dtype)
         self.system.noise.set_horizon(horizon)
         self._data, self._max_step, self._shared = data, max_step, data.shared
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        data = getattr(self, "_data", None)
+        if data is not None:
+            self._data = data._replace(values=fn(data.values).to(data.values.dtype), mask=fn(data.mask))
+        return self
 
     def _grid(self, times: Tensor, wanted: Tensor | None = None, checkpoint: int | str | None = None) -> SolverGrid:
         """Solver times that meet ``times`` (whose states are kept) or, if given, ``wanted`` as well (kept instead)."""

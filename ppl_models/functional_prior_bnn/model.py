@@ -8,7 +8,7 @@ prior until the network's functions look like that process's, and sample the pos
 import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -352,6 +352,14 @@ class FunctionalPriorBNN(BayesianNetwork):
                 f"{query} needs a posterior: call fit(x_train, y_train) first (match_prior drops an earlier fit)"
             )
         return self.result
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if self.result is not None and self.result.model is self:
+            self.result.move(fn)
+        elif self.result is not None:
+            self.result.model._apply(fn)
+        return self
 
     # ------------------------------------------------------------------ files
     def save(self, path: str | Path) -> None:

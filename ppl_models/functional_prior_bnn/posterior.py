@@ -1,7 +1,7 @@
 """Draws from a network's posterior and what can be asked of them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,14 @@ class Posterior(Citable):
         self.samples, self.sample_stats = dict(samples), dict(sample_stats)
         self.x_train, self.y_train = x_train, y_train
         self.info = dict(info)
+
+    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Apply to its tensors what the model applies to its parameters: another device or dtype."""
+        self.samples = {n: fn(v) for n, v in self.samples.items()}
+        self.sample_stats = {n: fn(v) for n, v in self.sample_stats.items()}
+        self.x_train, self.y_train = fn(self.x_train), fn(self.y_train)
+        for cached in ("weights", "rhat"):
+            vars(self).pop(cached, None)
 
     @property
     def num_chains(self) -> int:

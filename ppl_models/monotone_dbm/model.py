@@ -214,7 +214,9 @@ class BoltzmannModel(PairwiseModel):
         """
         if objective not in _OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(_OBJECTIVES)}, got {objective!r}")
-        query = self._query(to_tensor("observed", observed), mask)
+        states = to_tensor("observed", observed)
+        self.to(states.device)
+        query = self._query(states, mask)
         visible = query.mask.any(0).nonzero()[:, 0]
         if not len(visible):
             raise ValueError("mask marks nothing as data: there is nothing to learn from")

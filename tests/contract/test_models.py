@@ -331,7 +331,7 @@ def test_fits_and_answers_on_the_accelerator_as_on_the_processor(case: ModelCase
     model = case.build()
     settings: dict[str, Any] = {"seed": 0, "progress": False, **case.fit}
     model.fit(**moved, **settings)  # type: ignore[operator]
-    assert any(x.is_cuda for x in (*model.parameters(), *model.buffers()))
+    assert not [n for n, x in (*model.named_parameters(), *model.named_buffers()) if not x.is_cuda]
     if case.rows is None:
         return
     rows = case.rows(torch.float32)
@@ -342,3 +342,11 @@ def test_fits_and_answers_on_the_accelerator_as_on_the_processor(case: ModelCase
         torch.testing.assert_close(
             there[name].cpu(), query(here, rows), rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@every_model
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_fitted_model_moves_to_the_accelerator(case: ModelCase) -> None:
+    model = copy.deepcopy(fitted(case.name)[0]).to("cuda")
+    for name, answer in case.answers(model).items():
+        assert answer.is_cuda and bool(torch.isfinite(answer).all()), name

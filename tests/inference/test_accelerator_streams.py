@@ -128,9 +128,12 @@ def test_what_cannot_be_put_into_a_graph_runs_as_it_is() -> None:
 @pytest.mark.parametrize("kernel", ["nuts", "sghmc"])
 def test_samplers_on_the_accelerator_in_one_launch_a_step(kernel: str) -> None:
     data = SCHOOLS_Y.to("cuda"), SCHOOLS_SE.to("cuda")
-    made = NUTS(eight_schools) if kernel == "nuts" else SGHMC(eight_schools, step_size=0.05, friction=1.0)
-    mcmc = MCMC(made, 200, 200, num_chains=64, seed=0, progress=False)
+    made = NUTS(eight_schools) if kernel == "nuts" else SGHMC(eight_schools, step_size=0.3, friction=1.0)
+    mcmc = MCMC(made, 600, 300, num_chains=64, seed=0, progress=False)
     mcmc.run(*data)
     assert any(type(p.advance).__name__ == "_Replay" for p in mcmc._programs)
     draws = mcmc.get_samples()
-    assert abs(float(draws["mu"].mean()) - 4.4) < 0.3
+    assert draws["mu"].is_cuda
+    assert abs(float(draws["mu"].mean()) - 4.4) < 0.5
+    assert mcmc.summary()["mu"]["mean"] == pytest.approx(float(draws["mu"].mean()))
+    mcmc.to_arviz()  # it evaluates the log-likelihood where the data are

@@ -435,3 +435,15 @@ def test_a_program_tells_equal_inputs_apart():
     program = Program(lambda a, b: a - b, compile=False)
     assert torch.equal(program(x, x), torch.zeros(2))
     assert torch.equal(program(x, y), torch.full((2,), -2.0))
+
+
+@pytest.mark.parametrize(("chains", "first"), [(1, "data"), (4, "chains")])
+def test_products_of_data_and_the_weights_of_chains_have_the_chains_as_rows(chains: int, first: str) -> None:
+    """As columns, few of them fill no vector register in what follows; one chain has the product with a vector."""
+    drawn = torch.randn(7 + chains, 3, dtype=zoo.F64, generator=torch.Generator().manual_seed(0))
+    x, w = drawn[:7], drawn[7:]
+    found = trace(lambda w: torch.vmap(lambda v: (x @ v).tanh())(w), w)
+    (product,) = [n for n in found.graph.nodes if n.target is torch.ops.aten.mm.default]
+    assert product.args[0].op == ("get_attr" if first == "data" else "placeholder")
+    torch.testing.assert_close(found(w), (w @ x.T).tanh())
+    assert found(w).is_contiguous()
