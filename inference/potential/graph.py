@@ -146,7 +146,7 @@ def _chains_before_rows(graph: fx.Graph) -> None:
     turned = torch.ops.aten.permute.default
 
     def turns(node: Any) -> bool:
-        return isinstance(node, fx.Node) and node.target is turned and list(node.args[1]) == [1, 0]
+        return isinstance(node, fx.Node) and node.target is turned and node.args[1] == [1, 0]
 
     for node in list(graph.nodes):
         if node.target is not torch.ops.aten.mm.default or not turns(node.args[1]):

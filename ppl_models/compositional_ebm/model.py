@@ -5,6 +5,7 @@ Jiang, Qin, Wu, Chen, Yang and Zhang, "Learning Unnormalized Statistical Models 
 correction of the running log Z; noise that adapts; guards; and log Z with its error.
 """
 
+import itertools
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -280,6 +281,8 @@ class EnergyModel(Model):
         """
         self._fitted("log_prob")
         law, x = self._law(self.log_z), self._check(x, "x")
+        placed = next(itertools.chain(self.energy.parameters(), self.energy.buffers()), x)
+        x = x.to(placed.device)
         return torch.cat([law.log_prob(part) for part in x.split(_ROWS_AT_ONCE)])
 
     def log_partition(
