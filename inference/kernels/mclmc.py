@@ -218,10 +218,12 @@ class MCLMC(Kernel):
     def controls(self, start: int, stop: int, warmup_steps: int) -> dict[str, Sequence[float]]:
         """Whether velocities are drawn anew, whether this step adapts, and its lag in the correlation (or -1)."""
         steps = range(start, stop)
+        first, lags = self._stage(warmup_steps)
+        place = {first + lag: float(k) for k, lag in enumerate(lags)}
         return {
             "start": [float(t == 0) for t in steps],
             "warmup": [float(t < warmup_steps) for t in steps],
-            "lag": [float(self._lag(t, warmup_steps)) for t in steps],
+            "lag": [place.get(t, -1.0) for t in steps],
         }
 
     def boundaries(self, warmup_steps: int) -> list[int]:
@@ -253,16 +255,16 @@ class MCLMC(Kernel):
 
     # ------------------------------------------------------------------ adaptation
     @staticmethod
-    def _stage(warmup_steps: int) -> tuple[int, int]:
-        """First step of the warm-up's last stage, whose scales are final, and its steps per lag."""
+    def _stage(warmup_steps: int) -> tuple[int, list[int]]:
+        """First step of the warm-up's last stage, whose scales are final, and the lags whose correlation it sees: each
+        of the first ones, then further and further apart, for a correlation of few steps or of hundreds.
+        """
         ends = mass_ends(warmup_steps)
         first = ends[-1] + WINDOW if ends else warmup_steps
-        return first, max(1, (warmup_steps - first) // _LAGS)
-
-    def _lag(self, step: int, warmup_steps: int) -> int:
-        first, stride = self._stage(warmup_steps)
-        lag, rest = divmod(step - first, stride)
-        return lag if first <= step < warmup_steps and not rest and lag < _LAGS else -1
+        last = warmup_steps - 1 - first
+        if last < _LAGS:
+            return first, list(range(last + 1))
+        return first, sorted({0, *(round(last ** (k / (_LAGS - 2))) for k in range(_LAGS - 1))})
 
     def _with_scales(self, state: MCLMCState, *, first: bool, potential: Potential) -> MCLMCState:
         mean, scale = state.moments.scale(state.scale)
@@ -275,17 +277,17 @@ class MCLMC(Kernel):
         return self._with_reasonable_step(state, potential)
 
     def _with_length(self, state: MCLMCState, warmup_steps: int) -> MCLMCState:
-        """L from the autocorrelation of the whitened positions, its mean over coordinates and chains: summed over pairs
-        of lags while these are positive (Geyer 1992).
+        """L from the autocorrelation of the whitened positions, its mean over coordinates and chains: twice its integral
+        up to its first zero.
         """
-        first, stride = self._stage(warmup_steps)
-        recorded = min(_LAGS, (warmup_steps - first + stride - 1) // stride) if warmup_steps > first else 0
-        if recorded < 4:
+        _, lags = self._stage(warmup_steps)
+        if len(lags) < 4:
             return state
         (lagged,) = pool(state.lagged)
-        rho = lagged[: recorded // 2 * 2] / lagged[0]
-        pairs = rho.unflatten(0, (-1, 2)).sum(1)
-        time = stride * (2 * (pairs * (pairs > 0).cumprod(0)).sum() - 1).clamp(min=1.0)
+        rho = lagged[: len(lags)] / lagged[0]
+        rho = rho * (rho > 0).cumprod(0)
+        gaps = torch.tensor(lags, dtype=rho.dtype, device=rho.device).diff()
+        time = (gaps * (rho[1:] + rho[:-1])).sum().clamp(min=1.0)
         return state._replace(trajectory_length=_L_PER_CORRELATION * state.step_size * time)
 
     def _with_reasonable_step(self, state: MCLMCState, potential: Potential) -> MCLMCState:

@@ -13,10 +13,11 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from inference._errors import CaptureWarning
 from inference.potential.cuda_graph import Launched, step_in_place
@@ -25,13 +26,24 @@ from inference.potential.replay import replay
 
 __all__ = ["CaptureError", "Program", "trace"]
 
-# A node of an uncompiled graph costs about this on a CPU; compilation costs about BASE + PER_NODE.  Only their ratio
-# to a run's length matters, and
-# they are constants rather than timings so that the same run makes the same choice, and hence the same bits, every
-# time.
-_SECONDS_PER_NODE = 5e-6
-_COMPILE_SECONDS = 3.0
-_COMPILE_SECONDS_PER_NODE = 0.01
+
+
+class _Costs(NamedTuple):
+    """Seconds that a node of an uncompiled graph takes, and each number that it gives; that compilation takes, and for
+    each node.
+
+    Only their ratio to a run's length matters, and they are constants rather than timings so that the same run makes
+    the same choice, and hence the same bits, every time.
+    """
+
+    node: float
+    number: float
+    compilation: float
+    compilation_of_node: float
+
+
+_CPU = _Costs(5e-6, 5e-10, 3.0, 0.01)
+_ACCELERATOR = _Costs(3e-6, 2e-12, 5.0, 0.05)  # with the launches of a step as one
 
 # Compiled programs of this process by the text of their graph and the layout of their inputs, the last used at the end.
 _COMPILED: dict[Any, Callable[[list[Tensor]], Any]] = {}
@@ -92,7 +104,9 @@ def _clean(graph: fx.Graph) -> None:
     # Draws that nothing uses are dropped as well: by default fx keeps them.
     graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure(impure_random=False))
     for node in graph.nodes:
+        given = [x for x in tree_leaves(node.meta.get("val")) if isinstance(x, Tensor)]
         node.meta.clear()  # it holds what every operation gave
+        node.meta |= {"numbers": sum(x.numel() for x in given), "cpu": all(x.device.type == "cpu" for x in given)}
 
 
 def _nan_where_factorisation_failed(graph: fx.Graph) -> None:
@@ -382,8 +396,11 @@ def _unbound() -> None:
 
 def _pays(graph: fx.GraphModule, calls: int) -> bool:
     """Whether so many calls of the graph cost more than its compilation."""
-    nodes = sum(n.op == "call_function" for n in graph.graph.nodes)
-    return calls * nodes * _SECONDS_PER_NODE > _COMPILE_SECONDS + nodes * _COMPILE_SECONDS_PER_NODE
+    calculated = [n for n in graph.graph.nodes if n.op == "call_function"]
+    costs = _CPU if all(n.meta.get("cpu", True) for n in calculated) else _ACCELERATOR
+    numbers = sum(n.meta.get("numbers", 0) for n in calculated)
+    seconds = len(calculated) * costs.node + numbers * costs.number
+    return calls * seconds > costs.compilation + len(calculated) * costs.compilation_of_node
 
 
 def _overwrite(tensors: list[Tensor], tree: Any) -> None:
