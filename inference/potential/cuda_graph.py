@@ -3,19 +3,40 @@
 A small program's kernels take less time than their launches: some hundred launches of 5 us each.  Recorded once into
 a CUDA graph, they are one launch.  A graph works on fixed memory: a step in place has that already, and the arguments
 of a function are copied to where the graph reads them.
+
+Only what is known beforehand to be recordable is tried: a recording that breaks off leaves torch's default generator
+waiting for its end.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["Launched", "step_in_place"]
+__all__ = ["Launched", "is_recordable", "step_in_place"]
 
 _CALLS_BEFORE = 3  # of a function whose layout may not come again
 _MOST_BYTES = 1 << 28  # of arguments: beyond, their copies cost more than the launches
+
+
+# Their libraries may wait for the device.
+_FACTORISATIONS = ("linalg", "chol", "lu_", "triangular", "eig", "svd", "qr", "logdet", "pinverse")
+_HARMLESS = {torch.ops.aten.linalg_vector_norm.default, torch.ops.aten.linalg_cross.default}
+_READ_BACK = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+
+
+def is_recordable(node: fx.Node) -> bool:
+    """Whether the operation, with its arguments' values in ``meta``, launches kernels and does nothing else."""
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or target in _HARMLESS:
+        return True
+    if target in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default):
+        indices = [i.meta.get("val") for i in node.args[1] if isinstance(i, fx.Node)]  # type: ignore[union-attr]
+        return all(isinstance(i, Tensor) and i.dtype != torch.bool for i in indices)
+    name = target.name().removeprefix("aten::")
+    return not _READ_BACK & set(target.tags) and not any(part in name for part in _FACTORISATIONS)
 
 
 def step_in_place(run: Callable[..., Any], state: list[Tensor], others: list[Tensor]) -> Callable[[], None] | None:
@@ -95,12 +116,15 @@ class Launched:
 def _recorded(call: Callable[[], Any]) -> Any:
     """The kernels that a call launches, as a graph; ``None`` where one of them cannot be recorded."""
     graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    place = generator.get_state()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             call()
     except RuntimeError:
-        torch.cuda.synchronize()
+        fresh = torch.Generator(generator.device)
+        fresh.set_state(place)
+        generator.graphsafe_set_state(fresh.graphsafe_get_state())
         return None
     return graph
 

@@ -20,12 +20,11 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from inference._errors import CaptureWarning
-from inference.potential.cuda_graph import Launched, step_in_place
+from inference.potential.cuda_graph import Launched, is_recordable, step_in_place
 from inference.potential.recorder import CaptureError, is_random, record
 from inference.potential.replay import replay
 
 __all__ = ["CaptureError", "Program", "trace"]
-
 
 
 class _Costs(NamedTuple):
@@ -103,10 +102,12 @@ def _clean(graph: fx.Graph) -> None:
     _merge_repeated(graph)
     # Draws that nothing uses are dropped as well: by default fx keeps them.
     graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure(impure_random=False))
-    for node in graph.nodes:
+    one_launch = [is_recordable(node) for node in graph.nodes]
+    for node, recordable in zip(graph.nodes, one_launch, strict=True):
         given = [x for x in tree_leaves(node.meta.get("val")) if isinstance(x, Tensor)]
         node.meta.clear()  # it holds what every operation gave
         node.meta |= {"numbers": sum(x.numel() for x in given), "cpu": all(x.device.type == "cpu" for x in given)}
+        node.meta["one_launch"] = recordable
 
 
 def _nan_where_factorisation_failed(graph: fx.Graph) -> None:
@@ -230,10 +231,11 @@ def _attribute(module: fx.GraphModule, target: str) -> Any:
 
 @dataclass(frozen=True)
 class _Compiled:
-    """Compiled code and the constants that are its last inputs."""
+    """Compiled code, the constants that are its last inputs, and whether it launches kernels and does nothing else."""
 
     code: Callable[[list[Tensor]], Any]
     constants: list[Tensor]
+    one_launch: bool
 
     def __call__(self, *inputs: Tensor) -> Any:
         return self.code([*inputs, *self.constants])
@@ -284,7 +286,7 @@ class Program:
         if self._last is None or self._last[0] != key:
             if key not in self._recorded:
                 run, structure = self._record(flat, args)
-                self._recorded[key] = Launched(run) if flat and flat[0].is_cuda else run, structure
+                self._recorded[key] = Launched(run) if _is_one_launch(run) and flat[0].is_cuda else run, structure
             self._last = (key, *self._recorded[key])
         _, run, structure = self._last
         # Compiled code reads memory as it lay when it was compiled, and checks nothing.
@@ -320,8 +322,10 @@ class Program:
             self._bound = self._compiled(self._bound, [x.clone() for x in flat])
             self._recorded[key] = self._bound, structure
         run = self._bound
-        with torch.no_grad():
-            step = step_in_place(run, flat[:updated], flat[updated:])
+        step: Callable[[], Any] | None = None
+        if _is_one_launch(run):
+            with torch.no_grad():
+                step = step_in_place(run, flat[:updated], flat[updated:])
         if step is None and isinstance(run, _Compiled):
             step = replay(run.code, flat[:updated], [*flat[updated:], *run.constants])
 
@@ -364,6 +368,7 @@ class Program:
         return graph, structure[0]
 
     def _compiled(self, graph: fx.GraphModule, flat: list[Tensor]) -> Callable[..., Any]:
+        one_launch = _is_one_launch(graph)
         constants = _lift_constants(graph)
         inputs = [*flat, *constants]
         # A second run of a model differs in its constants alone.
@@ -377,7 +382,7 @@ class Program:
             while len(_COMPILED) > _MOST_COMPILED:
                 del _COMPILED[next(iter(_COMPILED))]
             self.compiled = True
-            return _Compiled(compiled, constants)
+            return _Compiled(compiled, constants, one_launch)
         except Exception as error:
             message = str(error).strip().splitlines()
             warnings.warn(
@@ -401,6 +406,12 @@ def _pays(graph: fx.GraphModule, calls: int) -> bool:
     numbers = sum(n.meta.get("numbers", 0) for n in calculated)
     seconds = len(calculated) * costs.node + numbers * costs.number
     return calls * seconds > costs.compilation + len(calculated) * costs.compilation_of_node
+
+
+def _is_one_launch(run: Callable[..., Any]) -> bool:
+    if isinstance(run, _Compiled):
+        return run.one_launch
+    return isinstance(run, fx.GraphModule) and all(n.meta.get("one_launch", True) for n in run.graph.nodes)
 
 
 def _overwrite(tensors: list[Tensor], tree: Any) -> None:

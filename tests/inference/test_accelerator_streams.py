@@ -1,13 +1,14 @@
 """Streams made by the counter-based generator, and programs launched as one CUDA graph."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from scipy import stats
 
 from inference import MCMC, NUTS, SGHMC
-from inference.potential import Program
+from inference.potential import Program, trace
 from inference.potential.cuda_graph import Launched
 from inference.runtime.generators import ChainGenerators
 from inference.runtime.philox import PhiloxStreams, philox
@@ -115,13 +116,33 @@ def test_a_function_becomes_one_launch_on_the_accelerator() -> None:
     assert [float(p[0, 0]) for p in first] == [3.0 * k for k in range(6)]  # a later call writes into none
 
 
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda a: (a @ a).exp().sum(1)[torch.tensor([0, 1], device=a.device)], True),
+        (lambda a: torch.linalg.vector_norm(a, dim=-1), True),
+        (lambda a: torch.linalg.cholesky(a @ a.T), False),
+        (lambda a: torch.linalg.solve(a, a), False),
+    ],
+)
+def test_what_may_wait_for_the_device_is_not_tried(
+    function: Callable[[torch.Tensor], torch.Tensor], expected: bool
+) -> None:
+    found = trace(function, torch.eye(3))
+    assert all(n.meta["one_launch"] for n in found.graph.nodes if "one_launch" in n.meta) is expected
+
+
 @on_cuda
-def test_what_cannot_be_put_into_a_graph_runs_as_it_is() -> None:
+def test_a_recording_that_breaks_off_leaves_nothing_behind() -> None:
     launched = Launched(lambda a: [a.nonzero().sum().clone()])
+    torch.cuda.manual_seed(3)
+    expected = torch.rand(3, device="cuda")
+    torch.cuda.manual_seed(3)
     for _ in range(5):
         (found,) = launched(torch.tensor([0.0, 1.0, 1.0], device="cuda"))
         assert int(found) == 3
     assert not launched.graphed
+    assert torch.equal(torch.rand(3, device="cuda"), expected)
 
 
 @on_cuda
