@@ -277,8 +277,8 @@ class MCLMC(Kernel):
         return self._with_reasonable_step(state, potential)
 
     def _with_length(self, state: MCLMCState, warmup_steps: int) -> MCLMCState:
-        """L from the autocorrelation of the whitened positions, a mean over coordinates and chains: twice its integral up
-        to its first zero.
+        """L from the whitened positions' autocorrelation, a mean over coordinates and chains: twice its integral up to
+        its first zero.
         """
         _, lags = self._stage(warmup_steps)
         if len(lags) < 4:
