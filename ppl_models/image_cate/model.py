@@ -78,7 +78,8 @@ class ImageCATE(Model):
             or a ``torch.nn.Module`` from ``(N, C, H, W)`` to ``(N, F)``, which is copied; ``"fixed"``: none is trained,
             fixed features alone, in a second.
         fixed_features: beside the trained gate, rules on statistics of texture and on random convolutions (or on the
-            embeddings as they are), and baselines on them too; without, all is left to the backbone.
+            embeddings as they are), and baselines and propensities by penalised regression on them; without, all is
+            left to the backbone.
         effects: ``"cluster"``, one effect a type; ``"network"``, each type's effect is a network of the image.
         baseline: ``"crossfit"``: fitted on other folds beforehand, with a centred treatment, so that its mistakes do
             not move effects; ``"joint"``: trained with the rest, as in the paper.
@@ -264,8 +265,8 @@ class ImageCATE(Model):
             image_index: row of ``images`` of each unit, ``(N,)``; None if the units are the rows.
             covariates: columns that effects and outcomes may depend on, ``(N, M)``.
             controls: columns that outcomes alone may depend on, ``(N, Q)``.
-            propensity: None for a constant one; a number or ``(N,)``; ``"logistic"`` on the columns; ``"image"``, a
-                network on images and columns.
+            propensity: None for a constant one; a number or ``(N,)``; ``"logistic"`` on the columns; ``"image"``, on
+                images and columns, by penalised regression on fixed features (by a network without these).
             groups: site of each unit, numbers or strings, ``(N,)``.
             seed: same seed, same machine, same result to the bit.
             sample_weight: ``(N,)``.

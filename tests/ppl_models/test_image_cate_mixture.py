@@ -244,7 +244,7 @@ def test_on_an_accelerator(objective: str, options: dict[str, Any]) -> None:
     Traces by hand, as Pyro's sum over enumerated sites reads a mask back, which fake tensors have not.
     """
     with pyro.settings.context(module_local_params=True), pyro.get_param_store().scope():
-        run_on_an_accelerator(Settings(objective=objective, width=4, **options))
+        run_on_an_accelerator(Settings(objective=objective, width=4, fixed_features=False, **options))
 
 
 def run_on_an_accelerator(settings: Settings) -> None:
