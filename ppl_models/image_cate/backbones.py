@@ -83,7 +83,7 @@ class ViT(nn.Module):
 class Embedding(nn.Module):
     """Features that are given instead of images, ``(N, F)``, and beside them a hidden layer of theirs.
 
-    Without it a baseline would be linear, which outcomes at average treatment need not be where those without are.
+    Without it all that is trained on embeddings would be linear in them.
     """
 
     def __init__(self, features: int, width: int = 32) -> None:
