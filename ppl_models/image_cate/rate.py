@@ -139,6 +139,11 @@ def ranks_in_folds(priority: Any, folds: Any) -> Tensor:
     ones to its model, so that levels and spreads of predictions oppose those of effects from fold to fold; ranked in
     one list, even right models then seem to err.  Within a fold one model speaks.
 
+    What ranks do not mend: errors of ``rate`` take the priorities for given, but each pair of sites of different folds
+    counts twice, each one's scores having made the other's priority.  Where there is no heterogeneity at all, ratios of
+    a learner that is linear in the outcome spread by up to the square root of 2.  A test that counts is one that refits,
+    such as with images exchanged between sites (``refute``).
+
     Args:
         priority: cross-fitted, ``(N,)``.
         folds: fold of each unit ``(N,)``.
