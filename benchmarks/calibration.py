@@ -97,7 +97,9 @@ def image_cate(num_replications: int = 500, seed: int = 0) -> Calibration:
         probs = log_odds(design, draw["gate_weight"], draw["gate_bias"]).softmax(-1)
         return (probs[:3, 0] @ draw["mu"])[:, 0]
 
-    kernel: Callable[..., Kernel] = partial(NUTS, full_mass=True, target_accept_prob=0.9, init_strategy=init_to_sample)
+    kernel: Callable[..., Kernel] = partial(
+        NUTS, full_mass=True, target_accept_prob=0.9, max_tree_depth=6, init_strategy=init_to_sample
+    )
     return simulation_based_calibration(
         model, kernel, (design,), observed=["y"], num_replications=num_replications, num_samples=39,
         warmup_steps=300, thin=4, quantities={"effect(m)": effect}, seed=seed,
