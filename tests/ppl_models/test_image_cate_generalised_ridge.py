@@ -10,7 +10,7 @@ from ppl_models.image_cate.estimation import find_propensity, image_groups
 from ppl_models.image_cate.generalised_ridge import generalised_ridge
 from ppl_models.image_cate.likelihoods import OUTCOMES
 from ppl_models.image_cate.members import make_fixed
-from ppl_models.image_cate.nuisance import folds_of_images
+from ppl_models.image_cate.nuisance import cross_fit_baseline, folds_of_images
 from ppl_models.image_cate.training import Prepared, Settings, prepare
 
 
@@ -89,6 +89,19 @@ def test_a_column_keeps_its_slope_beside_many_features() -> None:
     found = generalised_ridge(prepared, torch.arange(400) % 5)
     slope = float(found.slope[0, -1] * prepared.likelihood.scale / c.std(correction=0))
     assert slope == pytest.approx(1.0, abs=0.06)  # its standard error is 0.025; unbalanced it is 0.86
+
+
+def test_a_fold_is_told_by_the_others() -> None:
+    """Outcomes of a fold do not move its own baseline and effect, and move those of the other folds."""
+    prepared, _ = laid_out("normal", columns=True)
+    folds, penalties = torch.arange(150) % 3, torch.arange(150) % 5
+    settings = Settings(num_clusters=1, backbone="fixed")
+    first = cross_fit_baseline(prepared, settings, folds, penalties, 0)
+    prepared.units.outcome[folds == 0] += torch.arange(50).double().unsqueeze(1)
+    second = cross_fit_baseline(prepared, settings, folds, penalties, 0)
+    for one, other in ((first.offset, second.offset), (first.effect, second.effect)):
+        assert torch.equal(one[folds == 0], other[folds == 0])
+        assert not torch.isclose(one[folds == 1], other[folds == 1]).any()
 
 
 def test_propensity_of_images_tells_the_confounder() -> None:
