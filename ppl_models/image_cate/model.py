@@ -27,6 +27,7 @@ from ppl_models.image_cate.likelihoods import OUTCOMES
 from ppl_models.image_cate.mixture import OBJECTIVES
 from ppl_models.image_cate.posterior import POSTERIORS
 from ppl_models.image_cate.propensity import clustered_mean
+from ppl_models.image_cate.rate import ranks_in_folds
 from ppl_models.image_cate.refute import METHODS, Refutation, Study, refute
 from ppl_models.image_cate.refute import Fitted as Refitted
 from ppl_models.image_cate.results import ClusterEffects, ImageCATEResult, result_of
@@ -494,31 +495,25 @@ class ImageCATE(Model):
             groups=trial.groups,
             propensity=None if constant else state.propensity,
         )
-        reference = Refitted(state.scores, self.cross_fitted()[0])
-        return refute(study, self._refit, methods, num_repeats, reference=reference, seed=seed)
+        return refute(study, self._refit, methods, num_repeats, reference=self._ranked(), seed=seed)
+
+    def _ranked(self) -> Refitted:
+        state = self._fitted("refute")
+        return Refitted(state.scores, ranks_in_folds(self.cross_fitted()[0], state.folds[state.trial.image_index]))
 
     def _refit(self, study: Study, seed: int) -> Refitted:
         other = ImageCATE(**{**self._params, "num_samples": 50})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            other.fit(
-                study.outcome,
-                study.treatment,
-                study.images,
-                study.image_index,
-                covariates=study.covariates,
-                propensity=study.propensity,
-                groups=study.groups,
-                seed=seed,
-                progress=False,
-            )
-        return Refitted(other._fitted("refute").scores, other.cross_fitted()[0])
+            units = study.outcome, study.treatment, study.images, study.image_index
+            beside: dict[str, Any] = {"covariates": study.covariates, "groups": study.groups}
+            other.fit(*units, **beside, propensity=study.propensity, seed=seed, progress=False)
+        return other._ranked()
 
     # ------------------------------------------------------------------ hand over
     def to_dataframe(self) -> Any:
-        """One row a unit: its row in the data, image, outcome, treatment, propensity, score, effect with 90% interval,
-        most probable type and probabilities; cross-fitted effects if there are any. Needs pandas.
-        """
+        """One row a unit: row in the data, image, outcome, treatment, propensity, score, effect with 90% interval, most
+        probable type and probabilities; cross-fitted effects if there are any. Needs pandas."""
         import pandas
 
         state = self._fitted("to_dataframe")
