@@ -65,7 +65,7 @@ class DrawnTypes(EffectMixture):
         pyro.sample("y", MixtureSameFamily(types, self.likelihood.law(eta, noise)).to_event(2))
 
 
-def two_types(mixture: type[EffectMixture], num_images: int = 30) -> tuple[HeadsModel, HeadDesign]:
+def two_types(mixture: type[EffectMixture], num_images: int = 60) -> tuple[HeadsModel, HeadDesign]:
     """Effects, scales and the weights of two rules for two types of units, two units an image."""
     g = torch.Generator().manual_seed(0)
     draws = torch.randn(num_images, 4, generator=g, dtype=torch.float64)
@@ -82,12 +82,14 @@ def two_types(mixture: type[EffectMixture], num_images: int = 30) -> tuple[Heads
         offset=draws[:, 2:3].unsqueeze(1).expand(-1, 2, -1),
     )
     zero = torch.zeros(1, dtype=torch.float64)
-    effects = mixture(make_likelihood("normal"), 2, "marginal", zero, zero.expand(2, 1), calibrated=True)
+    effects = mixture(
+        make_likelihood("normal"), 2, "marginal", zero, zero.expand(2, 1), noise_spread=0.3, calibrated=True
+    )
     return HeadsModel(effects.double()), HeadDesign(draws[:, None, None, :2], units.offset, None, units)
 
 
 def image_cate(num_replications: int = 500, seed: int = 0) -> Calibration:
-    """The posterior of effects, noise and the gate's weights by NUTS, on thirty images of two units.
+    """The posterior of effects, noise and the gate's weights by NUTS, on sixty images of two units.
 
     By the marginal objective: the gated one is a bound on the likelihood, and no law that data could come from.
     """
