@@ -66,7 +66,10 @@ class DrawnTypes(EffectMixture):
 
 
 def two_types(mixture: type[EffectMixture], num_images: int = 60) -> tuple[HeadsModel, HeadDesign]:
-    """Effects, scales and the weights of two rules for two types of units, two units an image."""
+    """Effects, scales and the weights of two rules for two types of units, two units an image.
+
+    Noise is told narrowly, so that types differ: where data cannot tell them apart, chains do not exchange their names.
+    """
     g = torch.Generator().manual_seed(0)
     draws = torch.randn(num_images, 4, generator=g, dtype=torch.float64)
     one = torch.ones(num_images, 2, dtype=torch.float64)
