@@ -30,7 +30,7 @@ from ppl_models.image_cate.baselines import fit_arm_networks
 from ppl_models.image_cate.evaluation import blp_scores
 from ppl_models.image_cate.figures import map_figure
 from ppl_models.image_cate.propensity import aipw_scores, cross_fit_outcomes, grouped_folds
-from ppl_models.image_cate.rate import rate
+from ppl_models.image_cate.rate import ranks_in_folds, rate
 from ppl_models.image_cate.simulation import stripes
 from ppl_models.image_cate.training import Settings
 
@@ -171,8 +171,8 @@ def uganda() -> tuple[Trial, torch.Tensor]:
 
 
 def run_uganda(learners: Sequence[str], splits: int) -> list[dict[str, Any]]:
-    """Rank-weighted effects of cross-fitted predictions (5 folds by image); scores from means of the other folds'
-    arms.
+    """Rank-weighted effects of cross-fitted predictions (5 folds by image), ranked within folds; scores from means of
+    the other folds' arms.
     """
     trial, site = uganda()
     rows = []
@@ -190,7 +190,8 @@ def run_uganda(learners: Sequence[str], splits: int) -> list[dict[str, Any]]:
                 effect[out] = done[0].effect.double()
                 seconds += done[1]
             else:
-                autoc, qini = (rate(scores, effect, kind, site, seed=split) for kind in ("autoc", "qini"))
+                ranks = ranks_in_folds(effect, folds)
+                autoc, qini = (rate(scores, ranks, kind, site, seed=split) for kind in ("autoc", "qini"))
                 slope = blp_scores(scores, effect, site).heterogeneity
                 rows.append(
                     {

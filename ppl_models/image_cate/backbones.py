@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ppl_models.image_cate.fixed_features import FixedFeatures
 
-__all__ = ["AGGREGATIONS", "BACKBONES", "CNN", "ImageSequence", "MultiScale", "ViT", "build_backbone"]
+__all__ = ["AGGREGATIONS", "BACKBONES", "CNN", "AsTheyAre", "ImageSequence", "MultiScale", "ViT", "build_backbone"]
 
 BACKBONES = ("cnn", "vit", "fixed", "embedding")
 AGGREGATIONS = ("transformer", "concatenate", "difference", "variance")
@@ -83,7 +83,7 @@ class ViT(nn.Module):
 class Embedding(nn.Module):
     """Features that are given instead of images, ``(N, F)``, and beside them a hidden layer of theirs.
 
-    Without it a baseline would be linear, which outcomes at average treatment need not be where those without are.
+    Without it all that is trained on embeddings would be linear in them.
     """
 
     def __init__(self, features: int, width: int = 32) -> None:
@@ -175,7 +175,7 @@ def build_backbone(
         return ImageSequence(one, shape[0], aggregation)
     if len(shape) == 1:
         if backbone == "fixed":
-            return _AsTheyAre(shape[0])
+            return AsTheyAre(shape[0])
         if isinstance(backbone, str) and backbone != "embedding":
             raise ValueError(
                 f"images with shape (N, {shape[0]}) are embeddings: give backbone='embedding', got {backbone!r}"
@@ -209,7 +209,9 @@ def _single(backbone: str | nn.Module, shape: tuple[int, ...], width: int, depth
     return FixedFeatures((shape[0], shape[1], shape[2]))
 
 
-class _AsTheyAre(nn.Identity):
+class AsTheyAre(nn.Identity):
+    """Features ``(N, F)`` that are given instead of images."""
+
     def __init__(self, features: int) -> None:
         super().__init__()
         self.out_features = features

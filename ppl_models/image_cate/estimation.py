@@ -45,6 +45,11 @@ def image_groups(trial: Trial) -> Tensor:
     return torch.arange(trial.num_images, device=first.device)
 
 
+def folds_of_penalties(trial: Trial, seed: int) -> Tensor:
+    """Folds of the images ``(S,)`` by which penalties of closed forms are chosen."""
+    return folds_of_images(image_groups(trial), _PENALTY_FOLDS, derive_seed(seed, "penalties"))
+
+
 def find_propensity(
     trial: Trial,
     propensity: Any,
@@ -53,8 +58,8 @@ def find_propensity(
     seed: int,
     fixed: StandardisedFeatures | None = None,
 ) -> Tensor:
-    """Propensity of each unit ``(N,)``: constant, given, ``"logistic"`` on the columns, or ``"image"``, a network on
-    images and columns; the last two are cross-fitted.
+    """Propensity of each unit ``(N,)``: constant, given, ``"logistic"`` on the columns, or ``"image"``, on images
+    and columns, as a baseline is fitted; the last two are cross-fitted.
 
     Raises:
         ValueError: outside (0, 1), another word, or ``"logistic"`` without columns.
@@ -88,8 +93,8 @@ def find_propensity(
             baseline_start=torch.logit(rate).unsqueeze(0),
             noise_start=rate.new_zeros(2, 0),
         )
-        seen = what_baselines_see(shown, settings, fixed)
-        offset = cross_fit_baseline(*seen, folds, derive_seed(seed, "propensity")).offset
+        seen, penalties = what_baselines_see(shown, fixed), folds_of_penalties(trial, seed)
+        offset = cross_fit_baseline(seen, settings, folds, penalties, derive_seed(seed, "propensity")).offset
         scores = torch.sigmoid(_per_unit(offset, trial))[:, 0]
     return scores.to(trial.outcome).clamp(_PROPENSITY_FLOOR, 1 - _PROPENSITY_FLOOR)
 
@@ -161,7 +166,8 @@ def estimate_trial(
     e = find_propensity(trial, propensity, settings, folds, seed, fixed)
     weight = likelihood_weights(trial, e, settings)
     prepared = with_baseline(trial, prepare(trial, settings, weight), e, None)
-    crossed = cross_fit_baseline(*what_baselines_see(prepared, settings, fixed), folds, derive_seed(seed, "baselines"))
+    seen, penalties = what_baselines_see(prepared, fixed), folds_of_penalties(trial, seed)
+    crossed = cross_fit_baseline(seen, settings, folds, penalties, derive_seed(seed, "baselines"))
     scores, mean_outcome = doubly_robust(trial, prepared, crossed, e, folds)
     offset = _per_unit(crossed.offset, trial)
     prepared, shares = for_members(trial, prepared, settings, e, offset)
@@ -228,7 +234,7 @@ def members_of(
     **options: Any,
 ) -> Members:
     """The members of a trial laid out ``for_members``."""
-    penalties = folds_of_images(image_groups(trial), _PENALTY_FOLDS, derive_seed(seed, "penalties"))
+    penalties = folds_of_penalties(trial, seed)
     own = derive_seed(seed, "networks")
     return fit_members(prepared, settings, shares, fixed, folds, penalties, own, **options)
 

@@ -18,7 +18,7 @@ from ppl_models.base import check_count
 from ppl_models.image_cate.checks import as_matrix, as_treatment, as_vector, group_sums, index_groups
 from ppl_models.image_cate.least_squares import Estimate, clustered_mean, least_squares
 from ppl_models.image_cate.propensity import check_scores
-from ppl_models.image_cate.rate import Rate, permutation_test, rate
+from ppl_models.image_cate.rate import Rate, permutation_test, ranks_in_folds, rate
 
 __all__ = [
     "Calibration",
@@ -172,30 +172,32 @@ def evaluate(
         seed: of half-samples and permutations.
         num_bootstrap: half-samples.
         num_permutations: permutations.
-        folds: fold of each unit whose predictions one model made ``(N,)``. A fold with small effects leaves large ones
-            to the model of the others, so that levels of predictions oppose those of effects between folds: with
-            ``folds``, each fold's predictions are moved to a common mean, but for the policy.
+        folds: fold of each unit whose predictions one model made ``(N,)``.  A fold with small effects leaves large ones
+            to the model of the others, so that levels and spreads of predictions oppose those of effects between folds:
+            with ``folds``, units are ranked by ``ranks_in_folds``, and for the best linear predictor each fold's
+            predictions are moved to a common mean.
 
     Raises:
         ValueError: NaN, shapes that differ, memberships that do not sum to 1.
     """
     scores = as_vector("scores", scores)
     n, device = len(scores), scores.device
-    given = effect = as_vector("effect", effect, n, device)
+    effect = as_vector("effect", effect, n, device)
+    priority = moved = effect
     if folds is not None:
         fold = index_groups(folds, n, device)
-        effect = (
-            effect + effect.mean() - (group_sums(effect, fold) / group_sums(torch.ones_like(effect), fold))[fold.index]
-        )
+        priority = ranks_in_folds(effect, folds)
+        means = group_sums(effect, fold) / group_sums(torch.ones_like(effect), fold)
+        moved = effect + effect.mean() - means[fold.index]
     check_count("num_permutations", num_permutations)
     return Evaluation(
         ate=clustered_mean(scores, groups),
-        autoc=rate(scores, effect, "autoc", groups, num_bootstrap, seed),
-        qini=rate(scores, effect, "qini", groups, num_bootstrap, seed),
-        permutation_p_value=permutation_test(scores, effect, "autoc", groups, num_permutations, seed),
-        calibration=blp_scores(scores, effect, groups),
+        autoc=rate(scores, priority, "autoc", groups, num_bootstrap, seed),
+        qini=rate(scores, priority, "qini", groups, num_bootstrap, seed),
+        permutation_p_value=permutation_test(scores, priority, "autoc", groups, num_permutations, seed),
+        calibration=blp_scores(scores, moved, groups),
         gate=gate(scores, cluster_probs, groups),
-        policy=policy_value(scores, given > 0, groups=groups),
+        policy=policy_value(scores, effect > 0, groups=groups),
         num_units=n,
         num_groups=index_groups(groups, n).count,
     )

@@ -53,8 +53,8 @@ def unpack(held: Mapping[str, Any], settings: Settings) -> Fitted:
     network = _network(prepared, settings, fixed, held["network"]).requires_grad_(False).eval()
     network.load_state_dict(held["network"])
     count = len({name.split(".")[0] for name in held["baselines"]})
-    seen = what_baselines_see(prepared, settings, fixed)
-    baselines = nn.ModuleList([Baseline(*seen, 0) for _ in range(count)]).requires_grad_(False).eval()
+    seen = what_baselines_see(prepared, fixed)
+    baselines = nn.ModuleList([Baseline(seen, settings, 0) for _ in range(count)]).requires_grad_(False).eval()
     for model in baselines:
         model._data = ()  # type: ignore[assignment]
     baselines.load_state_dict(held["baselines"])

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ppl_models.image_cate.generalised_ridge import design_rows
 from ppl_models.image_cate.ridge import RidgePath
 from ppl_models.image_cate.training import Prepared, kmeans_1d
 
@@ -68,17 +69,9 @@ def fixed_rules(
     ``(S,)``.
     """
     value, weight = (x.double() for x in working_effect(prepared, propensity))
-    modifiers = prepared.units.modifiers.double()
-    mask = prepared.units.mask
-    if modifiers.shape[-1]:  # a row for each unit
-        image = torch.arange(len(features), device=features.device).unsqueeze(1).expand_as(mask)[mask]
-        rows = torch.cat([features.double()[image], modifiers[mask]], 1)
-        value, weight = value[mask], weight[mask]
-    else:  # a row for each image
-        image = torch.arange(len(features), device=features.device)
-        rows, total = features.double(), weight.sum(1)
-        value = (weight * torch.where(mask, value, torch.zeros_like(value))).sum(1) / total.clamp_min(_TINY)
-        weight = total
+    design = design_rows(features, prepared.units.modifiers, prepared.units.mask)
+    rows, image = design.rows, design.image
+    value, weight = design.collect(value, weight)
     own = folds[image]
     slope, intercept = RidgePath(rows, own, weight).fit(value.unsqueeze(1))
     rules, groups = _trained(RidgePath(rows, own), rows, slope, intercept, num_clusters)

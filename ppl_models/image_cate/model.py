@@ -27,6 +27,7 @@ from ppl_models.image_cate.likelihoods import OUTCOMES
 from ppl_models.image_cate.mixture import OBJECTIVES
 from ppl_models.image_cate.posterior import POSTERIORS
 from ppl_models.image_cate.propensity import clustered_mean
+from ppl_models.image_cate.rate import ranks_in_folds
 from ppl_models.image_cate.refute import METHODS, Refutation, Study, refute
 from ppl_models.image_cate.refute import Fitted as Refitted
 from ppl_models.image_cate.results import ClusterEffects, ImageCATEResult, result_of
@@ -78,7 +79,8 @@ class ImageCATE(Model):
             or a ``torch.nn.Module`` from ``(N, C, H, W)`` to ``(N, F)``, which is copied; ``"fixed"``: none is trained,
             fixed features alone, in a second.
         fixed_features: beside the trained gate, rules on statistics of texture and on random convolutions (or on the
-            embeddings as they are), and baselines on them too; without, all is left to the backbone.
+            embeddings as they are), and baselines and propensities by penalised regression on them; without, all is
+            left to the backbone.
         effects: ``"cluster"``, one effect a type; ``"network"``, each type's effect is a network of the image.
         baseline: ``"crossfit"``: fitted on other folds beforehand, with a centred treatment, so that its mistakes do
             not move effects; ``"joint"``: trained with the rest, as in the paper.
@@ -264,8 +266,8 @@ class ImageCATE(Model):
             image_index: row of ``images`` of each unit, ``(N,)``; None if the units are the rows.
             covariates: columns that effects and outcomes may depend on, ``(N, M)``.
             controls: columns that outcomes alone may depend on, ``(N, Q)``.
-            propensity: None for a constant one; a number or ``(N,)``; ``"logistic"`` on the columns; ``"image"``, a
-                network on images and columns.
+            propensity: None for a constant one; a number or ``(N,)``; ``"logistic"`` on the columns; ``"image"``, on
+                images and columns, by penalised regression on fixed features (by a network without these).
             groups: site of each unit, numbers or strings, ``(N,)``.
             seed: same seed, same machine, same result to the bit.
             sample_weight: ``(N,)``.
@@ -493,31 +495,25 @@ class ImageCATE(Model):
             groups=trial.groups,
             propensity=None if constant else state.propensity,
         )
-        reference = Refitted(state.scores, self.cross_fitted()[0])
-        return refute(study, self._refit, methods, num_repeats, reference=reference, seed=seed)
+        return refute(study, self._refit, methods, num_repeats, reference=self._ranked(), seed=seed)
+
+    def _ranked(self) -> Refitted:
+        state = self._fitted("refute")
+        return Refitted(state.scores, ranks_in_folds(self.cross_fitted()[0], state.folds[state.trial.image_index]))
 
     def _refit(self, study: Study, seed: int) -> Refitted:
         other = ImageCATE(**{**self._params, "num_samples": 50})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            other.fit(
-                study.outcome,
-                study.treatment,
-                study.images,
-                study.image_index,
-                covariates=study.covariates,
-                propensity=study.propensity,
-                groups=study.groups,
-                seed=seed,
-                progress=False,
-            )
-        return Refitted(other._fitted("refute").scores, other.cross_fitted()[0])
+            units = study.outcome, study.treatment, study.images, study.image_index
+            beside: dict[str, Any] = {"covariates": study.covariates, "groups": study.groups}
+            other.fit(*units, **beside, propensity=study.propensity, seed=seed, progress=False)
+        return other._ranked()
 
     # ------------------------------------------------------------------ hand over
     def to_dataframe(self) -> Any:
-        """One row a unit: its row in the data, image, outcome, treatment, propensity, score, effect with 90% interval,
-        most probable type and probabilities; cross-fitted effects if there are any. Needs pandas.
-        """
+        """One row a unit: row in the data, image, outcome, treatment, propensity, score, effect with 90% interval, most
+        probable type and probabilities; cross-fitted effects if there are any. Needs pandas."""
         import pandas
 
         state = self._fitted("to_dataframe")

@@ -6,6 +6,9 @@ the effects towards each other.  Here ``b(m)`` is the predictor at average treat
     Y_i ~ law(b(m_i) + (T_i - e_i) tau(m_i)),
 
 on all folds but that of i.  Its error is orthogonal to that of the effects (Nie and Wager, arXiv:1712.04912).
+
+With fixed features both are linear in these and in the units' columns, by ``generalised_ridge``; a propensity from
+images is the same with the treatment for an outcome.  Without, they are a trained network's.
 """
 
 from dataclasses import replace
@@ -16,8 +19,10 @@ from torch import Tensor, nn
 
 from inference import fit
 from inference.runtime.generators import derive_seed, generator, scoped_seed
+from ppl_models.image_cate.backbones import AsTheyAre
 from ppl_models.image_cate.data import Units
 from ppl_models.image_cate.fixed_features import StandardisedFeatures
+from ppl_models.image_cate.generalised_ridge import generalised_ridge
 from ppl_models.image_cate.towers import Tower
 from ppl_models.image_cate.training import Prepared, Settings, flipped, images_of_batch, make_backbone, one_cycle
 
@@ -26,24 +31,26 @@ __all__ = ["Baseline", "cross_fit_baseline", "folds_of_images", "what_baselines_
 _VALIDATION_SHARE = 0.2
 _CHECKS = 12  # looks at the held-out loss
 _PATIENCE = 4
+_NOISE_STEPS, _NOISE_RATE = 100, 0.05  # of the noise beside heads in closed form
 
 
-def what_baselines_see(
-    prepared: Prepared, settings: Settings, fixed: StandardisedFeatures | None
-) -> tuple[Prepared, Settings]:
-    """The trial with fixed features in place of its images, where there are any, and settings to go with them: a
-    baseline takes noise off effects, which a small network on features does in seconds.
-    """
+def what_baselines_see(prepared: Prepared, fixed: StandardisedFeatures | None) -> Prepared:
+    """The trial with fixed features in place of its images, where there are any."""
     if fixed is None:
-        return prepared, settings
+        return prepared
     with torch.no_grad():
-        features = fixed(prepared.images)
-    return replace(prepared, images=features), replace(settings, backbone="embedding", scales=None)
+        return replace(prepared, images=fixed(prepared.images))
 
 
 class Baseline(nn.Module):
-    """``b(m)`` and ``tau(m)``, two heads of one network, with noise for each arm; its call is the loss, for
-    ``inference.fit``."""
+    """``b(m)`` and ``tau(m)``, two heads of one network or of fixed features, with noise for each arm; its call is the
+    loss, for ``inference.fit``.
+
+    Args:
+        prepared: the trial as ``what_baselines_see``.
+        settings: of the fit.
+        seed: of the network's start.
+    """
 
     def __init__(self, prepared: Prepared, settings: Settings, seed: int) -> None:
         super().__init__()
@@ -51,7 +58,8 @@ class Baseline(nn.Module):
         columns = units.modifiers.shape[-1] + units.controls.shape[-1]
         self.likelihood, self.augment = prepared.likelihood, settings.augment
         with scoped_seed(derive_seed(seed, "baseline")):
-            backbone = make_backbone(settings, tuple(prepared.images.shape[1:]))
+            shape = tuple(prepared.images.shape[1:])
+            backbone = AsTheyAre(shape[0]) if settings.fixed_features else make_backbone(settings, shape)
             self.tower = Tower(backbone, columns, 2 * prepared.likelihood.num_predictors).to(prepared.images)
         share = units.treatment[units.mask].mean()
         with torch.no_grad():
@@ -97,8 +105,18 @@ def folds_of_images(image_groups: Tensor, num_folds: int, seed: int) -> Tensor:
     return (order % count)[index]
 
 
-def cross_fit_baseline(prepared: Prepared, settings: Settings, folds: Tensor, seed: int) -> CrossFit:
-    """Train one baseline for each fold on the others; each stops where images held out from it tell it to."""
+def cross_fit_baseline(
+    prepared: Prepared, settings: Settings, folds: Tensor, penalty_folds: Tensor, seed: int
+) -> CrossFit:
+    """One baseline for each fold from the others.
+
+    Args:
+        prepared: the trial as ``what_baselines_see``.
+        settings: of the fit.
+        folds: of the images ``(S,)``.
+        penalty_folds: of the images, for the penalties of those on fixed features.
+        seed: of all.
+    """
     models = []
     units = prepared.units
     offset = prepared.images.new_zeros(*units.mask.shape, prepared.likelihood.num_predictors)
@@ -106,24 +124,11 @@ def cross_fit_baseline(prepared: Prepared, settings: Settings, folds: Tensor, se
     for fold in range(int(folds.max()) + 1):
         own = derive_seed(seed, "baseline fold", fold)
         rows = (folds != fold).nonzero()[:, 0]
-        rows = rows[torch.randperm(len(rows), generator=generator(own, "split")).to(rows.device)]
-        held = max(1, round(_VALIDATION_SHARE * len(rows)))
         model = Baseline(prepared, settings, own)
-        optimizer, scheduler = one_cycle(model, settings, settings.baseline_steps)
-        fit(
-            model,
-            rows[held:],
-            num_steps=settings.baseline_steps,
-            batch_size=images_of_batch(prepared, settings, len(rows) - held),
-            optimizer=optimizer,
-            scheduler=scheduler,
-            clip_norm=5.0,
-            validation=rows[:held],
-            validate_every=max(1, settings.baseline_steps // _CHECKS),
-            patience=_PATIENCE,
-            seed=own,
-            progress=False,
-        )
+        if settings.fixed_features:
+            _solve(model, prepared.images_of(rows), penalty_folds[rows], rows, own)
+        else:
+            _train(model, prepared, settings, rows, own)
         model.eval()
         rest = folds == fold
         with torch.no_grad():
@@ -133,3 +138,35 @@ def cross_fit_baseline(prepared: Prepared, settings: Settings, folds: Tensor, se
         model._data = ()  # type: ignore[assignment]
         models.append(model)
     return CrossFit(nn.ModuleList(models), offset, effect)
+
+
+def _solve(model: Baseline, part: Prepared, penalty_folds: Tensor, rows: Tensor, seed: int) -> None:
+    """Heads of fixed features in closed form; then the noise, where means depend on it."""
+    found = generalised_ridge(part, penalty_folds)
+    with torch.no_grad():
+        model.tower.head.weight.copy_(torch.cat([found.slope, found.effect_slope]))
+        model.tower.head.bias.copy_(torch.cat([found.intercept, found.effect_intercept]))
+    if model.noise.numel() and not model.likelihood.linear:
+        model.tower.requires_grad_(False)
+        fit(model, rows, num_steps=_NOISE_STEPS, lr=_NOISE_RATE, seed=seed, progress=False)
+
+
+def _train(model: Baseline, prepared: Prepared, settings: Settings, rows: Tensor, seed: int) -> None:
+    """A network, until images held out from it tell it to stop."""
+    rows = rows[torch.randperm(len(rows), generator=generator(seed, "split")).to(rows.device)]
+    held = max(1, round(_VALIDATION_SHARE * len(rows)))
+    optimizer, scheduler = one_cycle(model, settings, settings.baseline_steps)
+    fit(
+        model,
+        rows[held:],
+        num_steps=settings.baseline_steps,
+        batch_size=images_of_batch(prepared, settings, len(rows) - held),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        clip_norm=5.0,
+        validation=rows[:held],
+        validate_every=max(1, settings.baseline_steps // _CHECKS),
+        patience=_PATIENCE,
+        seed=seed,
+        progress=False,
+    )

@@ -24,7 +24,7 @@ __all__ = ["METHODS", "FitPredict", "Fitted", "Refutation", "Study", "refute"]
 
 METHODS = ("placebo_treatment", "permuted_images", "random_common_cause", "subset")
 _TWO_SIDED = 1.96
-_ONE_SIDED = 1.645
+_ONE_SIDED = 1.645 * math.sqrt(2)  # of a cross-fitted ranking, in which each pair of sites counts twice
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Fitted(NamedTuple):
 
     Attributes:
         scores: doubly robust scores ``(N,)``.
-        effect: predicted effect ``(N,)``.
+        effect: predicted effect ``(N,)``, or its ``ranks_in_folds``.
     """
 
     scores: Tensor
@@ -112,8 +112,8 @@ def refute(
       its standard error.
     - ``"subset"``: a share of the groups, at random.  The average effect may move by what the smaller sample explains.
 
-    "May not be found": of R repeats, no more have an absolute ratio above 1.96 than chance allows with probability 0.95
-    (0 of 1, 3 of 20).
+    "May not be found": of R repeats, no more have an absolute ratio of the average effect above 1.96, or of QINI above
+    2.33, than chance allows with probability 0.95 (0 of 1, 3 of 20).
 
     Args:
         study: the data.
@@ -201,7 +201,7 @@ def _judge(method: str, ate: Estimate, ates: Sequence[Estimate], rates: Sequence
     repeats = len(ates)
     if method in ("placebo_treatment", "permuted_images"):
         allowed = _chance_count(repeats)
-        criterion = f"ratio of QINI above {_ONE_SIDED} in at most {allowed} of {repeats}"
+        criterion = f"ratio of QINI above {_ONE_SIDED:.2f} in at most {allowed} of {repeats}"
         passed = sum(r.ratio > _ONE_SIDED for r in rates) <= allowed
         if method == "placebo_treatment":
             criterion += f", absolute ratio of the average effect above {_TWO_SIDED} too"

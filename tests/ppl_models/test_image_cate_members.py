@@ -16,6 +16,7 @@ from ppl_models.image_cate.fixed_features import FixedFeatures, StandardisedFeat
 from ppl_models.image_cate.fixed_gate import fixed_rules, working_effect
 from ppl_models.image_cate.likelihoods import positive
 from ppl_models.image_cate.members import fit_members, make_fixed
+from ppl_models.image_cate.rate import ranks_in_folds
 from ppl_models.image_cate.ridge import RidgePath
 from ppl_models.image_cate.selection import choose_num_clusters
 from ppl_models.image_cate.simulation import stripes
@@ -191,17 +192,29 @@ def test_types_without_effects_get_none() -> None:
 
 
 def test_ranking_is_within_folds() -> None:
-    """Levels of folds that oppose the effects leave the ranking alone, with folds; without, they spoil it."""
+    """Levels and spreads of folds that oppose effects leave the ranking alone, with folds; without, they spoil it."""
     g = torch.Generator().manual_seed(0)
     effect = torch.randn(300, generator=g, dtype=torch.float64)
     scores = effect + torch.randn(300, generator=g, dtype=torch.float64)
     fold, probs = torch.arange(300) % 3, torch.ones(300, 1, dtype=torch.float64)
-    shifted = effect + 50.0 * fold
+    moved = effect * torch.tensor([4.0, 1.0, 0.25])[fold] + 50.0 * fold
     options: dict[str, Any] = {"num_bootstrap": 20, "num_permutations": 19}
-    apart = evaluate(scores, shifted, probs, folds=fold, **options)
-    centred = effect - torch.stack([effect[fold == f].mean() for f in range(3)])[fold]
-    assert apart.qini.estimate == pytest.approx(evaluate(scores, centred, probs, **options).qini.estimate)
-    assert apart.qini.estimate > 3 * abs(evaluate(scores, shifted, probs, **options).qini.estimate)
+    apart = evaluate(scores, moved, probs, folds=fold, **options)
+    ranks = torch.empty_like(effect)
+    for f in range(3):
+        own = effect[fold == f]
+        ranks[fold == f] = (own.unsqueeze(1) > own).double().mean(1)
+    assert apart.qini.estimate == pytest.approx(evaluate(scores, ranks, probs, **options).qini.estimate)
+    assert apart.qini.estimate > 3 * abs(evaluate(scores, moved, probs, **options).qini.estimate)
+    centred = moved - torch.stack([moved[fold == f].mean() for f in range(3)])[fold] + moved.mean()
+    slope = evaluate(scores, centred, probs, **options).calibration.heterogeneity.estimate
+    assert apart.calibration.heterogeneity.estimate == pytest.approx(slope)
+
+
+def test_ranks_in_folds_share_ties() -> None:
+    """By hand: two folds, of which the second has two equal priorities and another scale."""
+    found = ranks_in_folds([3.0, 1.0, 2.0, 700.0, 700.0, -5.0, 900.0], [0, 0, 0, 4, 4, 4, 4])
+    assert torch.allclose(found, torch.tensor([5 / 6, 1 / 6, 0.5, 0.5, 0.5, 1 / 8, 7 / 8], dtype=torch.float64))
 
 
 def test_number_of_types() -> None:

@@ -9,7 +9,9 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from benchmarks.calibration import DrawnTypes, two_types
 from inference import ELBO, Laplace, fit
+from inference.runtime.generators import scoped_seed
 from ppl_models.image_cate.data import Units, make_trial
 from ppl_models.image_cate.likelihoods import make_likelihood
 from ppl_models.image_cate.mixture import OBJECTIVES, EffectMixture, TypeGuide, type_log_likelihood
@@ -244,7 +246,7 @@ def test_on_an_accelerator(objective: str, options: dict[str, Any]) -> None:
     Traces by hand, as Pyro's sum over enumerated sites reads a mask back, which fake tensors have not.
     """
     with pyro.settings.context(module_local_params=True), pyro.get_param_store().scope():
-        run_on_an_accelerator(Settings(objective=objective, width=4, **options))
+        run_on_an_accelerator(Settings(objective=objective, width=4, fixed_features=False, **options))
 
 
 def run_on_an_accelerator(settings: Settings) -> None:
@@ -280,3 +282,14 @@ def run_on_an_accelerator(settings: Settings) -> None:
         assert loss.device.type == device.type
         for name, parameter in parts.named_parameters():
             assert parameter.grad is not None and parameter.grad.device.type == device.type, name
+
+
+def test_the_law_that_calibration_draws_from_is_the_density_of_a_fit() -> None:
+    """Outcomes of ``benchmarks.calibration`` come from a mixture of laws; a fit has their log density as a factor."""
+    drawing, design = two_types(DrawnTypes, 5)
+    with scoped_seed(0):
+        drawn = poutine.trace(drawing).get_trace(design)
+    values = {n: node["value"] for n, node in drawn.nodes.items() if node["type"] == "sample" and n != "y"}
+    seen = design._replace(units=design.units._replace(outcome=drawn.nodes["y"]["value"]))
+    factor = poutine.trace(poutine.condition(two_types(EffectMixture, 5)[0], values)).get_trace(seen)
+    assert float(factor.log_prob_sum()) == pytest.approx(float(drawn.log_prob_sum()), rel=1e-12)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ppl_models.image_cate.propensity import aipw_scores, cross_fit_outcomes
-from ppl_models.image_cate.refute import METHODS, Fitted, Study, refute
+from ppl_models.image_cate.rate import ranks_in_folds, rate
+from ppl_models.image_cate.refute import _ONE_SIDED, METHODS, Fitted, Study, refute
 from ppl_models.image_cate.simulation import laplacian_texture, village_trial
 
 TRIAL = village_trial(120, 6, noise=0.6, size=16, seed=1)
@@ -144,3 +145,20 @@ def test_same_seed_same_result_and_a_given_reference_is_not_refitted() -> None:
 def test_bad_input(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         refute(**({"study": STUDY, "fit_predict": honest} | change))
+
+
+def test_the_bound_of_a_ranking_is_that_of_cross_fitted_noise() -> None:
+    """Priorities of each half from the other half's noise: ratios spread by the square root of 2, as a product of the
+    same pairs of sites in either direction must, and 5 of 100 lie above the bound."""
+    g = torch.Generator().manual_seed(0)
+    ratios = []
+    for seed in range(300):
+        features = torch.randn(200, 30, generator=g, dtype=torch.float64)
+        scores = torch.randn(200, generator=g, dtype=torch.float64)
+        fold = torch.arange(200) % 2
+        told = torch.stack([features @ (features[fold != f].mT @ scores[fold != f]) for f in (0, 1)])
+        priority = told[fold, torch.arange(200)]
+        ratios.append(rate(scores, ranks_in_folds(priority, fold), "qini", num_bootstrap=50, seed=seed).ratio)
+    spread = torch.tensor(ratios).std()
+    assert 1.25 < float(spread) < 1.55  # 300 draws: 1.41 within 0.06 a standard error; a valid error would give 1
+    assert 5 <= sum(r > _ONE_SIDED for r in ratios) <= 26
