@@ -19,6 +19,7 @@ from ppl_models.monotone_dbm.groups import Groups
 from ppl_models.monotone_dbm.operators import (
     _DENSE_LIMIT,
     START_NOISE,
+    Curvature,
     PairwiseMap,
     ScaledOperator,
     hollow,
@@ -103,7 +104,7 @@ class ConvOperator(ScaledOperator):
         kernels: Sequence[Sequence[int]],
         rows: Sequence[int] | None,
         monotonicity: float | None,
-        curvature: int,
+        curvature: Curvature,
         dense_limit: int = _DENSE_LIMIT,
         seed_generator: torch.Generator | None = None,
     ) -> None:

@@ -18,7 +18,7 @@ from ppl_models.base import check_batch_size, check_count, check_counts, to_tens
 from ppl_models.monotone_dbm.convolution import ConvOperator, Layer, check_layers, layer_groups
 from ppl_models.monotone_dbm.jitter import jittered
 from ppl_models.monotone_dbm.model import BoltzmannModel
-from ppl_models.monotone_dbm.operators import DenseOperator, check_bound
+from ppl_models.monotone_dbm.operators import Curvature, DenseOperator, check_bound
 from ppl_models.monotone_dbm.pairwise import Query
 from ppl_models.monotone_dbm.training import DBMFit
 
@@ -73,7 +73,7 @@ class ConvMonotoneDBM(BoltzmannModel):
         kernels: Sequence[Sequence[int]] | None = None,
         rank: int | None = None,
         monotonicity: float = 0.01,
-        curvature: int = 1,
+        curvature: Curvature = 1,
         seed: int = 0,
     ) -> None:
         shape = check_counts("image_shape", image_shape)

@@ -30,6 +30,7 @@ from ppl_models.monotone_dbm.energy import PairwiseEnergy
 from ppl_models.monotone_dbm.groups import Groups
 from ppl_models.monotone_dbm.mean_field import solve
 from ppl_models.monotone_dbm.operators import (
+    Curvature,
     DenseOperator,
     FreeOperator,
     ScaledOperator,
@@ -395,7 +396,8 @@ class MonotoneDBM(BoltzmannModel):
         rank: rows of A, of which Phi is made.
         monotonicity: m; mean field is m-strongly monotone.  In (0, curvature).
         curvature: 1 for the published bound on Phi, ``lambda_max <= 1 - m``; 2 for the relaxed one, ``2 - m``, which
-            gives a unique fixed point just as well.
+            gives a unique fixed point just as well; ``"pinsker"`` for the widest, which bounds the distances between the
+            columns of A within a group (see ``operators``) and allows all that 2 does.
         seed: of the initial potentials.
 
     Attributes:
@@ -421,7 +423,7 @@ class MonotoneDBM(BoltzmannModel):
         group_sizes: Sequence[int],
         rank: int = 32,
         monotonicity: float = 0.1,
-        curvature: int = 1,
+        curvature: Curvature = 1,
         *,
         seed: int = 0,
     ) -> None:
@@ -448,7 +450,7 @@ class MonotoneDBM(BoltzmannModel):
         bias: Any,
         group_sizes: Sequence[int],
         monotonicity: float = 0.1,
-        curvature: int = 1,
+        curvature: Curvature = 1,
         *,
         project: bool = False,
     ) -> Self:
@@ -457,8 +459,9 @@ class MonotoneDBM(BoltzmannModel):
         Args:
             phi: ``(N, N)``, symmetric and zero inside the groups.
             bias: ``(N,)``.
-            group_sizes, monotonicity, curvature: as in the constructor.  With ``curvature=2`` phi is centred over the
-                states of each group, and the bias takes up what that moves, so that the law stays the same.
+            group_sizes, monotonicity, curvature: as in the constructor.  Other than with ``curvature=1`` phi is
+                centred over the states of each group, and the bias takes up what that moves, so that the law stays the
+                same; ``"pinsker"`` takes what 2 takes.
             project: shrink phi to the bound instead of refusing it.
 
         Raises:
@@ -473,7 +476,7 @@ class MonotoneDBM(BoltzmannModel):
         if len(b) != groups.num_states:
             raise ValueError(f"bias must be ({groups.num_states},), one entry a state, got {tuple(b.shape)}")
         groups = groups.to(matrix.device)
-        if curvature == 2 and matrix.shape == (groups.num_states,) * 2:
+        if curvature != 1 and matrix.shape == (groups.num_states,) * 2:
             matrix, b = _centred(matrix, b, groups)
         factor = factor_of(matrix, groups, bound, project)
         model = cls(groups.sizes, len(factor), monotonicity, curvature).to(device=matrix.device, dtype=matrix.dtype)
