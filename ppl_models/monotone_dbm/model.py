@@ -396,8 +396,8 @@ class MonotoneDBM(BoltzmannModel):
         rank: rows of A, of which Phi is made.
         monotonicity: m; mean field is m-strongly monotone.  In (0, curvature).
         curvature: 1 for the published bound on Phi, ``lambda_max <= 1 - m``; 2 for the relaxed one, ``2 - m``, which
-            gives a unique fixed point just as well; ``"pinsker"`` for the widest, which bounds the distances between the
-            columns of A within a group (see ``operators``) and allows all that 2 does.
+            gives a unique fixed point just as well; ``"pinsker"`` for the widest, which bounds the distances between
+            the columns of A within a group (see ``operators``) and allows all that 2 does.
         seed: of the initial potentials.
 
     Attributes:

@@ -261,7 +261,8 @@ def check_bound(monotonicity: float, curvature: Curvature) -> float:
     """``curvature - monotonicity``, checked; Pinsker's counts as 2."""
     if isinstance(curvature, bool) or not isinstance(curvature, int | str) or curvature not in (1, 2, "pinsker"):
         raise ValueError(
-            f"curvature must be 1 (the published bound), 2 (the relaxed one) or 'pinsker' (the widest), got {curvature!r}"
+            "curvature must be 1 (the published bound), 2 (the relaxed one) or 'pinsker' (the widest), "
+            f"got {curvature!r}"
         )
     if isinstance(monotonicity, bool) or not isinstance(monotonicity, int | float):
         raise TypeError(f"monotonicity must be a number, got {monotonicity!r}")
