@@ -24,7 +24,7 @@ from inference.objectives.pseudo_likelihood import PseudoLikelihood
 from inference.results.evidence import LogPartition
 from inference.runtime.generators import generator
 from ppl_models.base import check_batch_size, check_count, check_counts, to_tensor
-from ppl_models.monotone_dbm.beyond_mean_field import Correlations, correct
+from ppl_models.monotone_dbm.beyond_mean_field import Correlations, correct, mixture
 from ppl_models.monotone_dbm.calibration import TemperatureScaling
 from ppl_models.monotone_dbm.energy import PairwiseEnergy
 from ppl_models.monotone_dbm.groups import Groups
@@ -131,10 +131,15 @@ class BoltzmannModel(PairwiseModel):
             observed, mask: as in :meth:`marginals`.
         """
         query = self._query(observed, mask)
+        cases = self.cases(query)
         with torch.no_grad():
-            logits = self.solved_logits(query)
-            matrix = self.operator.to_dense()
-            return correct(self.problem(self.operator.prepare(), query), matrix, logits)
+            logits = self.solved_logits(cases)
+            problem = self.problem(self.operator.prepare(), cases)
+            found = correct(problem, self.operator.to_dense(), logits)
+            if cases is query:
+                return found
+            plain = self.log_shares(query, problem.energy(problem.response(logits), logits - self.bias))
+            return mixture(found, self.groups, self.log_shares(query, -found.log_partition), plain)
 
     def exact_marginals(self, observed: Any = None, mask: Any = None) -> Tensor:
         """The model's own marginals ``(1, G, K)`` by enumeration of up to a million configurations; one query."""
@@ -338,11 +343,12 @@ class BoltzmannModel(PairwiseModel):
     def free_energy(self, query: Query) -> Tensor:
         """F at the fixed points ``(B,)``, with its whole gradient: by the envelope theorem the explicit one."""
         phi = self.operator.prepare()
-        problem = self.problem(phi.detach(), query)
+        cases = self.cases(query)
+        problem = self.problem(phi.detach(), cases)
         with torch.no_grad():
             found = solve(problem, phi.detach(), tolerance=1e-4)
-            q = problem.response(found.value)
-        return (torch.xlogy(q, q) - q * (0.5 * phi.apply(q) + self.bias)).sum(1)
+        energies = self.energies(phi, problem, found.value)
+        return energies if cases is query else -self.log_shares(query, energies).logsumexp(1)
 
     def log_conditionals(self, states: Tensor) -> Tensor:
         """log p(x_g | all others), ``(B, G)``, at states ``(B, G)``."""
@@ -358,7 +364,8 @@ class BoltzmannModel(PairwiseModel):
         Args:
             observed, mask: queries ``(B, G)``.
             truth: the whole states ``(B, G)``.
-            groups: which are scaled, and scored where the mask hides them; all by default.
+            groups: which are scaled, and scored where the mask hides them; all by default.  Of a model that sums over a
+                group, that group alone.
             num_steps: of Adam.
         """
         query = self._query(observed, mask)
@@ -368,9 +375,13 @@ class BoltzmannModel(PairwiseModel):
         indices = tuple(range(self.groups.num_groups)) if groups is None else check_counts("groups", groups, 0)
         if not indices or len(set(indices)) < len(indices) or max(indices) >= self.groups.num_groups:
             raise ValueError(f"groups must be different numbers below {self.groups.num_groups}, got {indices}")
+        if self.summed is not None and indices != (self.summed,):
+            raise ValueError(
+                f"groups must be [{self.summed}]: the predictive of the others is a mixture over that group's states, "
+                "which one factor on logits does not scale"
+            )
         chosen = torch.tensor(indices, device=self.bias.device)
-        with torch.no_grad():
-            logits = self.groups.padded(self.tempered(self.solved_logits(query)), fill=-torch.inf)[:, chosen]
+        logits = self.groups.padded(self.predictive_logits(query), fill=-torch.inf)[:, chosen]
         hidden = ~query.mask[:, chosen]
         if not bool(hidden.any()):
             raise ValueError("the mask shows every group that is to be calibrated: there is nothing to predict")
@@ -398,6 +409,8 @@ class MonotoneDBM(BoltzmannModel):
         curvature: 1 for the published bound on Phi, ``lambda_max <= 1 - m``; 2 for the relaxed one, ``2 - m``, which
             gives a unique fixed point just as well; ``"pinsker"`` for the widest, which bounds the distances between
             the columns of A within a group (see ``operators``) and allows all that 2 does.
+        summed: a group that is summed over exactly instead of by mean field, k queries for one; see
+            :class:`~ppl_models.monotone_dbm.pairwise.PairwiseModel`.  Its potentials need no bound and have none.
         seed: of the initial potentials.
 
     Attributes:
@@ -425,17 +438,23 @@ class MonotoneDBM(BoltzmannModel):
         monotonicity: float = 0.1,
         curvature: Curvature = 1,
         *,
+        summed: int | None = None,
         seed: int = 0,
     ) -> None:
         check_bound(monotonicity, curvature)
         check_count("rank", rank)
         groups = Groups(group_sizes)
-        super().__init__(DenseOperator(groups, rank, monotonicity, curvature, generator(seed, "potentials")))
+        if summed is not None and check_count("summed", summed, 0) >= groups.num_groups:
+            raise ValueError(f"summed must be the number of a group below {groups.num_groups}, got {summed}")
+        random = generator(seed, "potentials")
+        super().__init__(DenseOperator(groups, rank, monotonicity, curvature, random, summed))
+        self.summed = summed
         self._config = {
             "group_sizes": list(groups.sizes),
             "rank": rank,
             "monotonicity": float(monotonicity),
             "curvature": curvature,
+            "summed": summed,
             "seed": seed,
         }
 

@@ -137,12 +137,21 @@ class PairwiseOperator(nn.Module):
 
 
 class ScaledOperator(PairwiseOperator):
-    """An operator whose columns are scaled to the bound."""
+    """An operator whose columns are scaled to the bound.
+
+    Args:
+        groups, monotonicity, curvature: as in the dense operator.
+        unbounded: a group whose columns are not scaled.  The bound then holds for Phi of the others, which is all that
+            counts where this group is always held.
+    """
 
     share: Tensor | float = 1.0  # of the bound that is used; below one only while a fit anneals it
 
-    def __init__(self, groups: Groups, monotonicity: float | None, curvature: Curvature) -> None:
+    def __init__(
+        self, groups: Groups, monotonicity: float | None, curvature: Curvature, unbounded: int | None = None
+    ) -> None:
         super().__init__(groups)
+        self.unbounded = unbounded
         self.bound = math.inf if monotonicity is None else check_bound(monotonicity, curvature)
         self.monotone, self.centred, self.by_distance = monotonicity is not None, curvature != 1, curvature == "pinsker"
 
@@ -170,6 +179,7 @@ class DenseOperator(ScaledOperator):
         rank: rows of A.
         monotonicity: m in (0, curvature); None leaves Phi unconstrained.
         curvature: 1 for the published bound, 2 for the relaxed one, ``"pinsker"`` for the widest.
+        unbounded: as in the base class.
         seed_generator: of A's initial normals.  Their columns have length one on average; with a full rank they are
             small and beside a multiple of the identity, at which ``Phi = 0`` and which leaves Phi free to move in all
             directions.
@@ -184,8 +194,9 @@ class DenseOperator(ScaledOperator):
         monotonicity: float | None,
         curvature: Curvature,
         seed_generator: torch.Generator | None = None,
+        unbounded: int | None = None,
     ) -> None:
-        super().__init__(groups, monotonicity, curvature)
+        super().__init__(groups, monotonicity, curvature, unbounded)
         normal = torch.randn(rank, groups.num_states, generator=seed_generator) / math.sqrt(rank)
         if rank >= groups.num_states:
             normal = START_NOISE * normal + identity_scale(self.bound) * torch.eye(rank, groups.num_states)
@@ -197,9 +208,11 @@ class DenseOperator(ScaledOperator):
         if self.centred:
             parts = [part - part.mean(-1, keepdim=True) for part in parts]
         scaled = []
-        for part in parts:
+        for part, place in zip(parts, self.groups.blocks, strict=True):
             block = part.transpose(0, 1)  # (count, rank, k)
             s = self.scale(block.transpose(1, 2) @ block)
+            if self.unbounded is not None and place.first <= self.unbounded < place.first + place.num:
+                s = s.index_fill(0, torch.tensor([self.unbounded - place.first], device=s.device), 1.0)
             scaled.append(part * s.sqrt()[:, None])
         return self.groups.join(scaled)
 
