@@ -58,7 +58,7 @@ class ConvMonotoneDBM(BoltzmannModel):
             hidden groups and label together.  A query then costs as much as one for each class.  The label's potentials
             need no bound, and what is seen decides among different pictures instead of one average: pixels and labels
             are both predicted better.  By default where the network is the default of small images.
-        monotonicity, curvature: as in :class:`MonotoneDBM`.
+        monotonicity, curvature: as in :class:`MonotoneDBM`; the widest bound by default.
         seed: of the initial potentials.
 
     Raises:
@@ -79,7 +79,7 @@ class ConvMonotoneDBM(BoltzmannModel):
         rank: int | None = None,
         sum_labels: bool | None = None,
         monotonicity: float = 0.01,
-        curvature: Curvature = 1,
+        curvature: Curvature = "pinsker",
         seed: int = 0,
     ) -> None:
         shape = check_counts("image_shape", image_shape)
