@@ -76,7 +76,7 @@ def test_digits_calibrated_on_images_that_were_held_out() -> None:
 
     table = load_digits()
     images, labels = (table.x / 16).view(-1, 1, 8, 8), table.y
-    net = ConvMonotoneDBM((1, 8, 8), num_bins=4, num_classes=10, curvature=2)
+    net = ConvMonotoneDBM((1, 8, 8), num_bins=4, num_classes=10, curvature=2, sum_labels=False)
     net.fit(images[:1200], labels[:1200], (0.2, 0.6), num_steps=2400, lr=0.03, jitter=12, progress=False)
     mask = torch.rand(237, 8, 8, generator=torch.Generator().manual_seed(9)) < 0.4
     query = net.image_query(images[1200:1437], mask)
