@@ -18,9 +18,15 @@ def run(out: Path, quick: bool) -> list[Row]:
     images = (table.x / table.x.max()).reshape(-1, 1, 8, 8).float()
     labels = table.y.long()
     train, test = slice(0, 200 if quick else 1400), slice(1497, 1797)
-    model = ConvMonotoneDBM(image_shape=(1, 8, 8), num_bins=4, num_classes=10, curvature=2)
+    model = ConvMonotoneDBM(image_shape=(1, 8, 8), num_bins=4, num_classes=10)
     model.fit(
-        images[train], labels[train], observed_fraction=(0.2, 0.6), num_steps=5 if quick else 300, progress=not quick
+        images[train],
+        labels[train],
+        observed_fraction=(0.2, 0.6),
+        num_steps=5 if quick else 200,
+        batch_size=48,
+        lr=0.03,
+        progress=not quick,
     )
     seen = torch.rand(300, 8, 8, generator=torch.Generator().manual_seed(0)) < 0.4
     accuracy = float((model.classify(images[test], seen).argmax(-1) == labels[test]).float().mean())

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from inference.newton_cg import metric_cg
 from inference.results.brief import brief
+from ppl_models.monotone_dbm.groups import Groups
 from ppl_models.monotone_dbm.mean_field import MeanFieldProblem
 
-__all__ = ["Correlations", "correct"]
+__all__ = ["Correlations", "correct", "mixture"]
 
 _AT_ONCE = 1 << 24  # numbers held at once
 
@@ -76,6 +77,30 @@ def correct(problem: MeanFieldProblem, phi: Tensor, logits: Tensor) -> Correlati
     marginals = groups.padded(torch.cat([c for c, _ in pieces]))
     log_z = torch.cat(second) - problem.energy(q, problem.apply(q))
     return Correlations(marginals, groups.padded(q), torch.cat([c for _, c in pieces]), log_z)
+
+
+def mixture(found: Correlations, groups: Groups, shares: Tensor, plain: Tensor) -> Correlations:
+    """The corrections of B queries from those of their k cases, by the law of total covariance.
+
+    Args:
+        found: of the cases, ``(B k, ...)``.
+        groups: the layout.
+        shares: log weights of the cases ``(B, k)``.
+        plain: those for the marginals without correction.
+    """
+    w = shares.softmax(1)
+
+    def mean(x: Tensor, weight: Tensor) -> Tensor:
+        split = x.unflatten(0, weight.shape)
+        return (split * weight.view(*weight.shape, *[1] * (split.dim() - 2))).sum(1)
+
+    marginals = mean(found.marginals, w)
+    parts = [found.marginals[:, b.first : b.first + b.num, : b.size] for b in groups.blocks]
+    own = groups.join(parts).unflatten(0, w.shape)
+    apart = own - (own * w[:, :, None]).sum(1, keepdim=True)
+    between = torch.einsum("bk,bki,bkj->bij", w, apart, apart)
+    covariance = mean(found.covariance, w) + between
+    return Correlations(marginals, mean(found.mean_field, plain.softmax(1)), covariance, shares.logsumexp(1))
 
 
 def _second_order(problem: MeanFieldProblem, phi: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:

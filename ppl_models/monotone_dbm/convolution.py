@@ -6,6 +6,7 @@ convolutions ``A_ij`` from layer j to row i; a kernel of size 0 is none.  With `
 they are tiles that are subtracted without an error at borders (Feng, Winston and Kolter 2023).
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from ppl_models.monotone_dbm.groups import Groups
 from ppl_models.monotone_dbm.operators import (
     _DENSE_LIMIT,
     START_NOISE,
+    Curvature,
     PairwiseMap,
     ScaledOperator,
     hollow,
@@ -92,6 +94,7 @@ class ConvOperator(ScaledOperator):
         monotonicity, curvature: as in the dense operator.
         dense_limit: states up to which Phi is a matrix.
         seed_generator: of the initial weights.
+        unbounded: as in the base class; the only group of its layer.
 
     Raises:
         TypeError, ValueError: sizes that do not fit the strides, or a row that mixes kernels of different outputs.
@@ -103,22 +106,26 @@ class ConvOperator(ScaledOperator):
         kernels: Sequence[Sequence[int]],
         rows: Sequence[int] | None,
         monotonicity: float | None,
-        curvature: int,
+        curvature: Curvature,
         dense_limit: int = _DENSE_LIMIT,
         seed_generator: torch.Generator | None = None,
+        unbounded: int | None = None,
     ) -> None:
-        super().__init__(layer_groups(layers), monotonicity, curvature)
+        super().__init__(layer_groups(layers), monotonicity, curvature, unbounded)
         self.layers, self.dense_limit = list(layers), dense_limit
+        counts = [layer.height * layer.width * layer.groups for layer in layers]
+        starts = itertools.accumulate(counts[:-1], initial=0)
+        self._bounded = [(start, count) != (unbounded, 1) for start, count in zip(starts, counts, strict=True)]
         self.edges = _edges(self.layers, kernels)
-        counts = [layer.channels for layer in layers] if rows is None else list(rows)
+        outputs = [layer.channels for layer in layers] if rows is None else list(rows)
         weights = []
         for edge in self.edges:
             source = self.layers[edge.layer]
-            shape = (counts[edge.row], source.channels, edge.kernel, edge.kernel)
+            shape = (outputs[edge.row], source.channels, edge.kernel, edge.kernel)
             # Every column of the noise has length START_NOISE, whatever the number of rows that it meets.
-            taps = counts[edge.row] * edge.kernel**2 / edge.stride**2 * sum(e.layer == edge.layer for e in self.edges)
+            taps = outputs[edge.row] * edge.kernel**2 / edge.stride**2 * sum(e.layer == edge.layer for e in self.edges)
             weight = START_NOISE * torch.randn(shape, generator=seed_generator) / math.sqrt(max(taps, 1.0))
-            if edge.row == edge.layer and counts[edge.row] == source.channels:
+            if edge.row == edge.layer and outputs[edge.row] == source.channels:
                 # As in the dense operator: A starts at a multiple of the identity, where Phi = 0.
                 middle = edge.kernel // 2
                 weight[:, :, middle, middle] += identity_scale(self.bound) * torch.eye(source.channels)
@@ -200,7 +207,10 @@ class ConvOperator(ScaledOperator):
         """See the base class."""
         weights = self._centred_weights()
         tiles = self._tiles(weights)
-        scales = [self.scale(tile) for tile in tiles]  # (S, S, groups)
+        scales = [  # (S, S, groups)
+            self.scale(tile) if bounded else tile.new_ones(tile.shape[:3])
+            for tile, bounded in zip(tiles, self._bounded, strict=True)
+        ]
         roots = []
         for layer, period, s in zip(self.layers, self.periods, scales, strict=True):
             root = s.sqrt().repeat_interleave(layer.states, 2).permute(2, 0, 1)

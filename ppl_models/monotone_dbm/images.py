@@ -18,13 +18,14 @@ from ppl_models.base import check_batch_size, check_count, check_counts, to_tens
 from ppl_models.monotone_dbm.convolution import ConvOperator, Layer, check_layers, layer_groups
 from ppl_models.monotone_dbm.jitter import jittered
 from ppl_models.monotone_dbm.model import BoltzmannModel
-from ppl_models.monotone_dbm.operators import DenseOperator, check_bound
+from ppl_models.monotone_dbm.operators import Curvature, DenseOperator, check_bound
 from ppl_models.monotone_dbm.pairwise import Query
 from ppl_models.monotone_dbm.training import DBMFit
 
 __all__ = ["ConvMonotoneDBM"]
 
 _TEMPERATURE = 10.0  # of pixels at the start of a fit: the setting that matters most
+_LABEL_TEMPERATURE = 5.0  # of labels that are not summed over
 _AT_ONCE = 512  # images solved at once
 _SMALL = 256  # pixels up to which a dense model is the default
 
@@ -53,7 +54,11 @@ class ConvMonotoneDBM(BoltzmannModel):
             places.
         rank: rows of a dense A instead of convolutions; by default, in small images and if neither ``hidden`` nor
             ``kernels`` is given, one for each state, with which any Phi under the bound can be had.
-        monotonicity, curvature: as in :class:`MonotoneDBM`.
+        sum_labels: sum over the classes exactly, each a mean field of its own, instead of by mean field over pixels,
+            hidden groups and label together.  A query then costs as much as one for each class.  The label's potentials
+            need no bound, and what is seen decides among different pictures instead of one average: pixels and labels
+            are both predicted better.  By default where the network is the default of small images.
+        monotonicity, curvature: as in :class:`MonotoneDBM`; the widest bound by default.
         seed: of the initial potentials.
 
     Raises:
@@ -72,8 +77,9 @@ class ConvMonotoneDBM(BoltzmannModel):
         hidden: Sequence[Sequence[int]] | None = None,
         kernels: Sequence[Sequence[int]] | None = None,
         rank: int | None = None,
+        sum_labels: bool | None = None,
         monotonicity: float = 0.01,
-        curvature: int = 1,
+        curvature: Curvature = "pinsker",
         seed: int = 0,
     ) -> None:
         shape = check_counts("image_shape", image_shape)
@@ -87,7 +93,14 @@ class ConvMonotoneDBM(BoltzmannModel):
             if table is not None and not isinstance(table, list | tuple):
                 raise TypeError(f"{name} must be a list of lists of integers, got {table!r}")
         channels, height, width = shape
-        if rank is None and hidden is None and kernels is None and height * width <= _SMALL:
+        small = rank is None and hidden is None and kernels is None and height * width <= _SMALL
+        if sum_labels is None:
+            sum_labels = small and num_classes > 0
+        elif not isinstance(sum_labels, bool):
+            raise TypeError(f"sum_labels must be True or False, got {sum_labels!r}")
+        elif sum_labels and not num_classes:
+            raise ValueError("sum_labels=True, and the model has no labels (num_classes=0)")
+        if small:
             hidden = [(4 * 32, 32)]
             rank = channels * num_bins * height * width + 4 * 32 + num_classes
         elif hidden is None and (rank is not None or height == width):
@@ -99,20 +112,26 @@ class ConvMonotoneDBM(BoltzmannModel):
             )
         given = [(channels * num_bins, height, width, channels), *hidden]
         layers = check_layers([*given, (num_classes, 1)] if num_classes else given)
-        random = generator(seed, "potentials")
+        random, label = generator(seed, "potentials"), len(layer_groups(layers).sizes) - 1
+        summed = label if sum_labels else None
         if rank is not None:
             if kernels is not None:
                 raise ValueError("give kernels for convolutions or rank for a dense model, not both")
             check_count("rank", rank)
-            super().__init__(DenseOperator(layer_groups(layers), rank, monotonicity, curvature, random))
+            super().__init__(DenseOperator(layer_groups(layers), rank, monotonicity, curvature, random, summed))
         else:
             sizes = _default_kernels(layers) if kernels is None else kernels
-            super().__init__(ConvOperator(layers, sizes, None, monotonicity, curvature, seed_generator=random))
+            super().__init__(
+                ConvOperator(layers, sizes, None, monotonicity, curvature, seed_generator=random, unbounded=summed)
+            )
+        self.summed = summed
         self.image_shape, self.num_bins, self.num_classes = shape, num_bins, num_classes
         self.num_pixels = channels * height * width
         self.register_buffer("levels", torch.linspace(0, 1, num_bins))
         with torch.no_grad():
             self.log_temperature[: self.num_pixels] = math.log(_TEMPERATURE)
+            if num_classes and not sum_labels:
+                self.log_temperature[-1] = math.log(_LABEL_TEMPERATURE)
         self._config = {
             "image_shape": list(shape),
             "num_bins": num_bins,
@@ -120,6 +139,7 @@ class ConvMonotoneDBM(BoltzmannModel):
             "hidden": [list(map(int, layer)) for layer in hidden],
             "kernels": None if kernels is None else [list(map(int, row)) for row in kernels],
             "rank": rank,
+            "sum_labels": sum_labels,
             "monotonicity": float(monotonicity),
             "curvature": curvature,
             "seed": seed,

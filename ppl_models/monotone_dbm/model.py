@@ -24,12 +24,13 @@ from inference.objectives.pseudo_likelihood import PseudoLikelihood
 from inference.results.evidence import LogPartition
 from inference.runtime.generators import generator
 from ppl_models.base import check_batch_size, check_count, check_counts, to_tensor
-from ppl_models.monotone_dbm.beyond_mean_field import Correlations, correct
+from ppl_models.monotone_dbm.beyond_mean_field import Correlations, correct, mixture
 from ppl_models.monotone_dbm.calibration import TemperatureScaling
 from ppl_models.monotone_dbm.energy import PairwiseEnergy
 from ppl_models.monotone_dbm.groups import Groups
 from ppl_models.monotone_dbm.mean_field import solve
 from ppl_models.monotone_dbm.operators import (
+    Curvature,
     DenseOperator,
     FreeOperator,
     ScaledOperator,
@@ -130,10 +131,15 @@ class BoltzmannModel(PairwiseModel):
             observed, mask: as in :meth:`marginals`.
         """
         query = self._query(observed, mask)
+        cases = self.cases(query)
         with torch.no_grad():
-            logits = self.solved_logits(query)
-            matrix = self.operator.to_dense()
-            return correct(self.problem(self.operator.prepare(), query), matrix, logits)
+            logits = self.solved_logits(cases)
+            problem = self.problem(self.operator.prepare(), cases)
+            found = correct(problem, self.operator.to_dense(), logits)
+            if cases is query:
+                return found
+            plain = self.log_shares(query, problem.energy(problem.response(logits), logits - self.bias))
+            return mixture(found, self.groups, self.log_shares(query, -found.log_partition), plain)
 
     def exact_marginals(self, observed: Any = None, mask: Any = None) -> Tensor:
         """The model's own marginals ``(1, G, K)`` by enumeration of up to a million configurations; one query."""
@@ -339,11 +345,12 @@ class BoltzmannModel(PairwiseModel):
     def free_energy(self, query: Query) -> Tensor:
         """F at the fixed points ``(B,)``, with its whole gradient: by the envelope theorem the explicit one."""
         phi = self.operator.prepare()
-        problem = self.problem(phi.detach(), query)
+        cases = self.cases(query)
+        problem = self.problem(phi.detach(), cases)
         with torch.no_grad():
             found = solve(problem, phi.detach(), tolerance=1e-4)
-            q = problem.response(found.value)
-        return (torch.xlogy(q, q) - q * (0.5 * phi.apply(q) + self.bias)).sum(1)
+        energies = self.energies(phi, problem, found.value)
+        return energies if cases is query else -self.log_shares(query, energies).logsumexp(1)
 
     def log_conditionals(self, states: Tensor) -> Tensor:
         """log p(x_g | all others), ``(B, G)``, at states ``(B, G)``."""
@@ -359,7 +366,8 @@ class BoltzmannModel(PairwiseModel):
         Args:
             observed, mask: queries ``(B, G)``.
             truth: the whole states ``(B, G)``.
-            groups: which are scaled, and scored where the mask hides them; all by default.
+            groups: which are scaled, and scored where the mask hides them; all by default.  Of a model that sums over a
+                group, that group alone.
             num_steps: of Adam.
         """
         query = self._query(observed, mask)
@@ -369,9 +377,13 @@ class BoltzmannModel(PairwiseModel):
         indices = tuple(range(self.groups.num_groups)) if groups is None else check_counts("groups", groups, 0)
         if not indices or len(set(indices)) < len(indices) or max(indices) >= self.groups.num_groups:
             raise ValueError(f"groups must be different numbers below {self.groups.num_groups}, got {indices}")
+        if self.summed is not None and indices != (self.summed,):
+            raise ValueError(
+                f"groups must be [{self.summed}]: the predictive of the others is a mixture over that group's states, "
+                "which one factor on logits does not scale"
+            )
         chosen = torch.tensor(indices, device=self.bias.device)
-        with torch.no_grad():
-            logits = self.groups.padded(self.tempered(self.solved_logits(query)), fill=-torch.inf)[:, chosen]
+        logits = self.groups.padded(self.predictive_logits(query), fill=-torch.inf)[:, chosen]
         hidden = ~query.mask[:, chosen]
         if not bool(hidden.any()):
             raise ValueError("the mask shows every group that is to be calibrated: there is nothing to predict")
@@ -397,7 +409,10 @@ class MonotoneDBM(BoltzmannModel):
         rank: rows of A, of which Phi is made.
         monotonicity: m; mean field is m-strongly monotone.  In (0, curvature).
         curvature: 1 for the published bound on Phi, ``lambda_max <= 1 - m``; 2 for the relaxed one, ``2 - m``, which
-            gives a unique fixed point just as well.
+            gives a unique fixed point just as well; ``"pinsker"`` for the widest, which bounds the distances between
+            the columns of A within a group (see ``operators``) and allows all that 2 does.
+        summed: a group that is summed over exactly instead of by mean field, k queries for one; see
+            :class:`~ppl_models.monotone_dbm.pairwise.PairwiseModel`.  Its potentials need no bound and have none.
         seed: of the initial potentials.
 
     Attributes:
@@ -423,19 +438,25 @@ class MonotoneDBM(BoltzmannModel):
         group_sizes: Sequence[int],
         rank: int = 32,
         monotonicity: float = 0.1,
-        curvature: int = 1,
+        curvature: Curvature = 1,
         *,
+        summed: int | None = None,
         seed: int = 0,
     ) -> None:
         check_bound(monotonicity, curvature)
         check_count("rank", rank)
         groups = Groups(group_sizes)
-        super().__init__(DenseOperator(groups, rank, monotonicity, curvature, generator(seed, "potentials")))
+        if summed is not None and check_count("summed", summed, 0) >= groups.num_groups:
+            raise ValueError(f"summed must be the number of a group below {groups.num_groups}, got {summed}")
+        random = generator(seed, "potentials")
+        super().__init__(DenseOperator(groups, rank, monotonicity, curvature, random, summed))
+        self.summed = summed
         self._config = {
             "group_sizes": list(groups.sizes),
             "rank": rank,
             "monotonicity": float(monotonicity),
             "curvature": curvature,
+            "summed": summed,
             "seed": seed,
         }
 
@@ -450,7 +471,7 @@ class MonotoneDBM(BoltzmannModel):
         bias: Any,
         group_sizes: Sequence[int],
         monotonicity: float = 0.1,
-        curvature: int = 1,
+        curvature: Curvature = 1,
         *,
         project: bool = False,
     ) -> Self:
@@ -459,8 +480,9 @@ class MonotoneDBM(BoltzmannModel):
         Args:
             phi: ``(N, N)``, symmetric and zero inside the groups.
             bias: ``(N,)``.
-            group_sizes, monotonicity, curvature: as in the constructor.  With ``curvature=2`` phi is centred over the
-                states of each group, and the bias takes up what that moves, so that the law stays the same.
+            group_sizes, monotonicity, curvature: as in the constructor.  Other than with ``curvature=1`` phi is
+                centred over the states of each group, and the bias takes up what that moves, so that the law stays the
+                same; ``"pinsker"`` takes what 2 takes.
             project: shrink phi to the bound instead of refusing it.
 
         Raises:
@@ -475,7 +497,7 @@ class MonotoneDBM(BoltzmannModel):
         if len(b) != groups.num_states:
             raise ValueError(f"bias must be ({groups.num_states},), one entry a state, got {tuple(b.shape)}")
         groups = groups.to(matrix.device)
-        if curvature == 2 and matrix.shape == (groups.num_states,) * 2:
+        if curvature != 1 and matrix.shape == (groups.num_states,) * 2:
             matrix, b = _centred(matrix, b, groups)
         factor = factor_of(matrix, groups, bound, project)
         model = cls(groups.sizes, len(factor), monotonicity, curvature).to(device=matrix.device, dtype=matrix.dtype)

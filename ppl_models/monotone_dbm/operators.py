@@ -9,11 +9,26 @@ entropy minus half a square is convex on the simplex.  ``curvature = 2`` uses th
 convex along the simplex; each ``A_g`` is centred over its states, which only moves the unaries.  It is tight for two
 spins.  The authors' code scales one side only, so that its Phi is not symmetric and its fixed point is mean field of no
 model.
+
+``curvature = "pinsker"`` is wider still.  Along the simplex (``sum d = 0``) the entropy's curvature is
+``sum d^2 / q >= (sum |d|)^2 = |d|_1^2``, Pinsker's inequality, with equality at ``q = |d| / |d|_1``.  With ``Phi =
+blkdiag(A'A) - A'A`` the free energy's is
+
+    |A d|^2 + sum_g (d_g' diag(1 / q_g) d_g - |A_g d_g|^2) >= sum_g (|d_g|_1^2 - |A_g d_g|^2),
+
+and a convex function is largest at the corners ``(e_i - e_j) / 2`` of the ball ``|d|_1 <= 1, sum d = 0``, so that
+``|A_g d|^2 <= |d|_1^2 max_ij |a_i - a_j|^2 / 4``: only the distances between the columns of a group count,
+
+    s_g = min(1, bound / (max_ij |a_i - a_j|^2 / 2)),   bound = 2 - m,
+
+which leaves ``m / 2 |d|_1^2 >= m |d|^2``.  No ``A_g`` that ``curvature = 2`` allows is refused, since ``|A_g (e_i -
+e_j)|^2 <= 2 lambda_max``; columns that lie on a line, as those of ordered states may, are allowed eigenvalues up to k
+/ 2 times as large.
 """
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +37,7 @@ from ppl_models.monotone_dbm.groups import Groups
 from ppl_models.monotone_dbm.low_rank import LowRank
 
 __all__ = [
+    "Curvature",
     "DenseOperator",
     "FreeOperator",
     "PairwiseMap",
@@ -30,6 +46,8 @@ __all__ = [
     "check_bound",
     "factor_of",
 ]
+
+Curvature: TypeAlias = int | str  # 1, 2 or "pinsker"
 
 START_NOISE = 0.3  # length of the random part of a column of A, beside the identity
 _DENSE_LIMIT = 2000  # entries N up to which Phi is made a matrix: one product is then far cheaper than convolutions
@@ -119,22 +137,37 @@ class PairwiseOperator(nn.Module):
 
 
 class ScaledOperator(PairwiseOperator):
-    """An operator whose columns are scaled to the bound."""
+    """An operator whose columns are scaled to the bound.
+
+    Args:
+        groups, monotonicity, curvature: as in the dense operator.
+        unbounded: a group whose columns are not scaled.  The bound then holds for Phi of the others, which is all that
+            counts where this group is always held.
+    """
 
     share: Tensor | float = 1.0  # of the bound that is used; below one only while a fit anneals it
 
-    def __init__(self, groups: Groups, monotonicity: float | None, curvature: int) -> None:
+    def __init__(
+        self, groups: Groups, monotonicity: float | None, curvature: Curvature, unbounded: int | None = None
+    ) -> None:
         super().__init__(groups)
+        self.unbounded = unbounded
         self.bound = math.inf if monotonicity is None else check_bound(monotonicity, curvature)
-        self.monotone, self.centred = monotonicity is not None, curvature == 2
+        self.monotone, self.centred, self.by_distance = monotonicity is not None, curvature != 1, curvature == "pinsker"
 
     def scale(self, gram: Tensor) -> Tensor:
         """s of Gram matrices ``(..., k, k)``: ``(...)``, differentiable."""
         if not self.monotone:
             return gram.new_ones(gram.shape[:-2])
         bound = gram.new_ones(()) * (self.bound * self.share)
+        if self.by_distance:
+            square = gram.diagonal(dim1=-2, dim2=-1)
+            apart = square[..., :, None] + square[..., None, :] - 2 * gram
+            largest = apart.flatten(-2).amax(-1) / 2
+        else:
+            largest = torch.linalg.eigvalsh(gram)[..., -1]
         # A margin of rounding: eigenvalues are found to a few units in the last place of the largest.
-        largest = torch.linalg.eigvalsh(gram)[..., -1] * (1 + 8 * torch.finfo(gram.dtype).eps)
+        largest = largest * (1 + 8 * torch.finfo(gram.dtype).eps)
         return bound / torch.maximum(largest, bound)
 
 
@@ -145,7 +178,8 @@ class DenseOperator(ScaledOperator):
         groups: the layout.
         rank: rows of A.
         monotonicity: m in (0, curvature); None leaves Phi unconstrained.
-        curvature: 1 for the published bound, 2 for the relaxed one.
+        curvature: 1 for the published bound, 2 for the relaxed one, ``"pinsker"`` for the widest.
+        unbounded: as in the base class.
         seed_generator: of A's initial normals.  Their columns have length one on average; with a full rank they are
             small and beside a multiple of the identity, at which ``Phi = 0`` and which leaves Phi free to move in all
             directions.
@@ -158,10 +192,11 @@ class DenseOperator(ScaledOperator):
         groups: Groups,
         rank: int,
         monotonicity: float | None,
-        curvature: int,
+        curvature: Curvature,
         seed_generator: torch.Generator | None = None,
+        unbounded: int | None = None,
     ) -> None:
-        super().__init__(groups, monotonicity, curvature)
+        super().__init__(groups, monotonicity, curvature, unbounded)
         normal = torch.randn(rank, groups.num_states, generator=seed_generator) / math.sqrt(rank)
         if rank >= groups.num_states:
             normal = START_NOISE * normal + identity_scale(self.bound) * torch.eye(rank, groups.num_states)
@@ -173,9 +208,11 @@ class DenseOperator(ScaledOperator):
         if self.centred:
             parts = [part - part.mean(-1, keepdim=True) for part in parts]
         scaled = []
-        for part in parts:
+        for part, place in zip(parts, self.groups.blocks, strict=True):
             block = part.transpose(0, 1)  # (count, rank, k)
             s = self.scale(block.transpose(1, 2) @ block)
+            if self.unbounded is not None and place.first <= self.unbounded < place.first + place.num:
+                s = s.index_fill(0, torch.tensor([self.unbounded - place.first], device=s.device), 1.0)
             scaled.append(part * s.sqrt()[:, None])
         return self.groups.join(scaled)
 
@@ -233,15 +270,21 @@ def hollow(matrix: Tensor, groups: Groups) -> Tensor:
     return matrix.masked_fill(same, 0.0)
 
 
-def check_bound(monotonicity: float, curvature: int) -> float:
-    """``curvature - monotonicity``, checked."""
-    if isinstance(curvature, bool) or not isinstance(curvature, int) or curvature not in (1, 2):
-        raise ValueError(f"curvature must be 1 (the published bound) or 2 (the relaxed one), got {curvature!r}")
+def check_bound(monotonicity: float, curvature: Curvature) -> float:
+    """``curvature - monotonicity``, checked; Pinsker's counts as 2."""
+    if isinstance(curvature, bool) or not isinstance(curvature, int | str) or curvature not in (1, 2, "pinsker"):
+        raise ValueError(
+            "curvature must be 1 (the published bound), 2 (the relaxed one) or 'pinsker' (the widest), "
+            f"got {curvature!r}"
+        )
     if isinstance(monotonicity, bool) or not isinstance(monotonicity, int | float):
         raise TypeError(f"monotonicity must be a number, got {monotonicity!r}")
-    if not 0 < monotonicity < curvature:
-        raise ValueError(f"monotonicity must lie between 0 and curvature = {curvature}, got {monotonicity!r}")
-    return curvature - float(monotonicity)
+    most = 1.0 if curvature == 1 else 2.0
+    if not 0 < monotonicity < most:
+        raise ValueError(
+            f"monotonicity must lie between 0 and {most:g} at curvature={curvature!r}, got {monotonicity!r}"
+        )
+    return most - float(monotonicity)
 
 
 def factor_of(phi: Tensor, groups: Groups, bound: float, project: bool) -> Tensor:

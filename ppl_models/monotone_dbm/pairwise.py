@@ -72,7 +72,15 @@ class PairwiseModel(Model):
         groups: the layout of the variables.
         bias: b ``(N,)``.
         log_temperature: of the tempered predictive, ``(G,)``: logits are multiplied by its exponential.
+        summed: a group c that mean field does not factorise but that is summed over exactly: the family is ``q(x, c) =
+            q(c) prod_g q_g(x_g | c)`` (cutset conditioning, Pearl 1988; a mixture of mean fields, Jaakkola and Jordan
+            1998), whose free energy is ``sum_c q(c) (F_c + log q(c))`` with F_c the free energy where c is held.  It
+            falls apart into a mean field for each state of c and ``q(c)`` proportional to ``exp(-F_c)``: one answer
+            to every query if each has one, however strongly c couples to the others, and ``-F = log sum_c exp(-F_c)``
+            is a bound of log Z that is never below that of plain mean field.
     """
+
+    summed: int | None = None
 
     papers: ClassVar[tuple[Paper, ...]] = (
         Paper(
@@ -140,13 +148,26 @@ class PairwiseModel(Model):
         return states
 
     def guide(self, observed: Any = None, mask: Any = None) -> None:
-        """The mean-field guide: independent Categoricals of the free groups at the fixed point."""
+        """The mean-field guide: independent Categoricals of the free groups at the fixed point, given the summed group
+        where there is one.
+        """
         query = self._query(observed, mask)
-        probabilities = self.marginals(observed, mask, differentiable=torch.is_grad_enabled()).probabilities
+        cases = self.cases(query)
+        found = self.marginals(cases.states, cases.mask, differentiable=torch.is_grad_enabled())
+        probabilities, chosen = found.probabilities, self.summed
         with pyro.plate("batch", len(query.states)):
+            if cases is not query and chosen is not None:
+                # The others are drawn given this one, which comes first.
+                q = dist.Categorical(logits=self.log_shares(query, found.free_energy))
+                free = ~query.mask[:, chosen]
+                state = pyro.sample(f"x_{chosen}" + "_unobserved" * (not bool(free.all())), q.mask(free))
+                state = torch.where(free, state, query.states[:, chosen])
+                probabilities = probabilities.unflatten(0, (len(state), -1))[torch.arange(len(state)), state]
             for g, size in enumerate(self.groups.sizes):
                 free = ~query.mask[:, g]
                 q = dist.Categorical(probs=probabilities[:, g, :size])
+                if g == chosen and cases is not query:
+                    continue
                 if bool(free.all()):
                     pyro.sample(f"x_{g}", q)
                 elif bool(free.any()):
@@ -187,10 +208,14 @@ class PairwiseModel(Model):
             TypeError, ValueError: shapes, states out of range, an unknown solver.
         """
         query = self._query(observed, mask)
+        cases = self.cases(query)
+        each = len(cases.states) // len(query.states)
         with torch.set_grad_enabled(differentiable):
             phi = self.operator.prepare()
-            problem = self.problem(phi.detach(), query)
-            start = None if initial is None else self._from_padded(initial, len(query.states))
+            problem = self.problem(phi.detach(), cases)
+            start = None
+            if initial is not None:
+                start = self._from_padded(initial, len(query.states)).repeat_interleave(each, 0)
             with torch.no_grad():
                 colours = self.colours(phi.matrix) if solver == "coordinate" else None
                 found = solve(
@@ -207,12 +232,15 @@ class PairwiseModel(Model):
                 )
             logits = self.attach(phi, problem, found) if differentiable else found.value
             q = problem.response(logits)
-            # By the envelope theorem F has only its explicit gradient, which q's own does not change.
-            at = q.detach()
-            energy = replace(problem, bias=self.bias[None]).energy(at, phi.apply(at))
-        return MeanField(
-            self.groups.padded(q), found.iterations, found.residual, found.converged, energy, found.evaluations
-        )
+            energy = self.energies(phi, problem, logits)
+            steps, residual, converged = found.iterations, found.residual, found.converged
+            if each > 1:
+                shares = self.log_shares(query, energy)
+                q = (shares.softmax(1)[:, :, None] * q.unflatten(0, (-1, each))).sum(1)
+                energy = -shares.logsumexp(1)
+                steps, residual = (x.view(-1, each).amax(1) for x in (steps, residual))
+                converged = converged.view(-1, each).all(1)
+        return MeanField(self.groups.padded(q), steps, residual, converged, energy, found.evaluations)
 
     def predictive(self, observed: Any = None, mask: Any = None, **options: Any) -> Tensor:
         """Tempered probabilities ``(B, G, K)`` for prediction, one-hot in observed groups.
@@ -228,7 +256,7 @@ class PairwiseModel(Model):
         """
         query = self._query(observed, mask)
         with torch.no_grad():
-            q = self.groups.softmax(self.tempered(self.solved_logits(query, **options)))
+            q = self.groups.softmax(self.predictive_logits(query, **options))
             return self.groups.padded(torch.where(self._free(query), q, self._clamped(query)))
 
     def complete(self, observed: Any = None, mask: Any = None) -> Tensor:
@@ -237,8 +265,18 @@ class PairwiseModel(Model):
         guess = self.predictive(observed, mask).argmax(-1)
         return torch.where(query.mask, query.states, guess)
 
+    def predictive_logits(self, query: Query, **options: Any) -> Tensor:
+        """Tempered logits ``(B, N)`` of the predictive, without gradients."""
+        cases = self.cases(query)
+        logits = self.solved_logits(cases, **options)
+        if cases is query:
+            return self.tempered(logits)
+        with torch.no_grad():
+            phi = self.operator.prepare()
+            return self.mixed(query, logits, self.energies(phi, self.problem(phi, cases), logits))
+
     def solved_logits(self, query: Query, **options: Any) -> Tensor:
-        """``Phi q + b`` ``(B, N)`` at the fixed points, without gradients."""
+        """``Phi q + b`` ``(B, N)`` at the fixed points of the groups that are not held, without gradients."""
         with torch.no_grad():
             phi = self.operator.prepare()
             found = solve(self.problem(phi, query), phi, **options)
@@ -253,6 +291,50 @@ class PairwiseModel(Model):
     def tempered(self, logits: Tensor) -> Tensor:
         """Logits ``(B, N)`` times the temperature factor of their group."""
         return logits * self.groups.spread(self.log_temperature.exp())
+
+    # ------------------------------------------------------------------ the group that is summed over
+    def cases(self, query: Query) -> Query:
+        """The query with each of the k states of the summed group, ``(B k, G)``, query by query; the query itself where
+        there is nothing to sum over.
+        """
+        if self.summed is None or bool(query.mask[:, self.summed].all()):
+            return query
+        return self.all_cases(query)
+
+    def all_cases(self, query: Query) -> Query:
+        """:meth:`cases`, whatever is observed."""
+        assert self.summed is not None
+        rows, size, device = len(query.states), self.groups.sizes[self.summed], query.states.device
+        column = torch.tensor([self.summed], device=device)
+        each = torch.arange(size, device=device).repeat(rows)[:, None]
+        states, mask = (x.repeat_interleave(size, 0) for x in query)
+        return Query(states.index_copy(1, column, each), mask.index_fill(1, column, True))
+
+    def energies(self, phi: PairwiseMap, problem: MeanFieldProblem, logits: Tensor) -> Tensor:
+        """F at fixed points, with the gradient to the parameters: by the envelope theorem the explicit one, which that
+        of q does not change.
+        """
+        at = problem.response(logits).detach()
+        return replace(problem, bias=self.bias[None]).energy(at, phi.apply(at))
+
+    def log_shares(self, query: Query, energies: Tensor) -> Tensor:
+        """``-F_c`` ``(B, k)`` of the cases' free energies ``(B k,)``; minus infinity where another is observed."""
+        assert self.summed is not None
+        made = -energies.view(len(query.states), -1)
+        given, known = query.states[:, self.summed, None], query.mask[:, self.summed, None]
+        return made.masked_fill(known & (given != torch.arange(made.shape[1], device=made.device)), -torch.inf)
+
+    def mixed(self, query: Query, logits: Tensor, energies: Tensor) -> Tensor:
+        """Log-probabilities ``(B, N)`` of the tempered mixture over the cases: own temperatures inside, and that of
+        the summed group on ``-F_c``.
+        """
+        assert self.summed is not None
+        g = self.summed
+        shares = self.log_shares(query, self.log_temperature[g].exp() * energies).log_softmax(1)
+        inside = self.groups.log_softmax(self.tempered(logits)).unflatten(0, shares.shape)
+        made = (inside + shares[:, :, None]).logsumexp(1)
+        start = sum(self.groups.sizes[:g])
+        return torch.cat([made[:, :start], shares, made[:, start + shares.shape[1] :]], 1)
 
     # ------------------------------------------------------------------ parts
     def problem(self, phi: PairwiseMap, query: Query) -> MeanFieldProblem:

@@ -63,9 +63,10 @@ def to_query(model: PairwiseModel, visible: Tensor, states: Tensor, shown: Tenso
 
 
 def mean_field_logits(model: PairwiseModel, query: Query, progress: Tensor) -> Tensor:
-    """Differentiable logits ``(B, N)`` at a tolerance that tightens as the fit goes on."""
+    """Differentiable tempered logits ``(B, N)`` at a tolerance that tightens as the fit goes on."""
     phi = model.operator.prepare()
-    problem = model.problem(phi.detach(), query)
+    cases = query if model.summed is None else model.all_cases(query)
+    problem = model.problem(phi.detach(), cases)
     waits = cheap_to_read(progress)
     tolerance = _LOOSE * (_TIGHT / _LOOSE) ** float(progress) if waits else None
     steps, inner = (20, 200) if waits else (_STEPS, _INNER)
@@ -74,7 +75,10 @@ def mean_field_logits(model: PairwiseModel, query: Query, progress: Tensor) -> T
         start = problem.first_logits() if direction is None else problem.bias.expand_as(problem.clamped).clone()
         options: dict[str, Any] = {"max_iterations": steps, "max_inner": inner, "direction": direction}
         found = newton_cg(problem, start, tolerance=tolerance, **options)
-    return model.attach(phi, problem, found, tolerance=_ADJOINT, wait=waits, max_iterations=2 * inner)
+    logits = model.attach(phi, problem, found, tolerance=_ADJOINT, wait=waits, max_iterations=2 * inner)
+    if cases is query:
+        return model.tempered(logits)
+    return model.mixed(query, logits, model.energies(phi, problem, logits))
 
 
 def conditional_of(
@@ -94,8 +98,7 @@ def conditional_of(
         if annealed and isinstance(operator, ScaledOperator):
             operator.share = (0.5 + 0.5 * progress / annealed).clamp(max=1.0)
         logits = mean_field_logits(model, to_query(model, visible, states, shown), progress)
-        padded = model.groups.padded(model.tempered(logits), fill=-torch.inf)
-        return padded[:, visible]
+        return model.groups.padded(logits, fill=-torch.inf)[:, visible]
 
     return conditional
 

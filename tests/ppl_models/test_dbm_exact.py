@@ -12,6 +12,7 @@ from inference.runtime.generators import scoped_seed
 from ppl_models import MonotoneDBM
 from ppl_models.monotone_dbm import DeepBoltzmannMachine, prox_softmax
 from ppl_models.monotone_dbm.convolution import ConvOperator, check_layers
+from ppl_models.monotone_dbm.groups import Groups
 from ppl_models.monotone_dbm.mean_field import SOLVERS, extreme_eigenvalues
 from tests.ppl_models.dbm_cases import D, example, ising, magnetisation, random_starts
 
@@ -176,11 +177,64 @@ def test_the_relaxed_bound_is_unique_up_to_its_edge(gap: float) -> None:
     assert (found.probabilities - 0.5).abs().max() < 1e-8
 
 
+def least_curvature(phi: Tensor, groups: Groups) -> float:
+    """The smallest ``d' (diag(1 / q) - Phi) d / d' d`` along the simplices that descending by turns in q and d finds:
+    that of the free energy, whose minimum over q at a given d is at ``q = |d| / |d|_1`` of each group.
+    """
+    same = (groups.group_of[:, None] == groups.group_of).to(D)
+    centre = torch.eye(len(phi), dtype=D) - same / same.sum(1)
+    least = math.inf
+    for seed in range(20):
+        d = centre @ torch.randn(len(phi), generator=torch.Generator().manual_seed(seed), dtype=D)
+        for _ in range(30):
+            q = d.abs().clamp_min(1e-6) / (same @ d.abs().clamp_min(1e-6))
+            hessian = centre @ (torch.diag(1 / q) - phi) @ centre + 1e9 * (torch.eye(len(phi), dtype=D) - centre)
+            values, vectors = torch.linalg.eigh(hessian)
+            d = centre @ vectors[:, 0]
+        least = min(least, float(values[0]))
+    return least
+
+
+@pytest.mark.parametrize("curvature", [2, "pinsker"])
+@pytest.mark.parametrize("sizes", [[2, 2, 2], [4] * 5, [3, 6, 2, 4]])
+def test_the_curvature_that_the_bounds_leave(sizes: list[int], curvature: int | str) -> None:
+    """The free energy's curvature is at least m everywhere."""
+    noise = torch.Generator().manual_seed(0)
+    model = MonotoneDBM(sizes, rank=sum(sizes), monotonicity=0.05, curvature=curvature).double()
+    line = torch.cat([torch.linspace(-1, 1, k, dtype=D).sign() for k in sizes])
+    with torch.no_grad():
+        weight = 0.3 * torch.randn(sum(sizes), sum(sizes), generator=noise, dtype=D)
+        weight[0] += 3 * line * torch.cat([x * torch.ones(k) for x, k in zip((1, -1, 1, -1, 1), sizes, strict=False)])
+        model.operator.weight.copy_(weight)  # type: ignore[operator]
+    assert least_curvature(model.potentials(), model.groups) >= 0.05 - 1e-9
+
+
+@pytest.mark.parametrize("gap", [0.05, 0.2])
+def test_the_bound_by_distances_is_tight_for_states_in_two_clusters(gap: float) -> None:
+    """Two variables of 4 states that couple as two spins through a split of their states: eigenvalue 4 J of Phi, and
+    one fixed point up to J = 1, where the other bounds end at J = 1 / 2 and 1 / 4.
+    """
+    split = torch.tensor([1, 1, -1, -1], dtype=D)
+    model = MonotoneDBM([4, 4], rank=1, monotonicity=gap, curvature="pinsker").double()
+    with torch.no_grad():
+        model.operator.weight.copy_(10 * torch.cat([split, -split])[None])  # type: ignore[operator]
+    assert model.spectrum()[1] == pytest.approx(4 * (1 - gap / 2))
+    assert gap - 1e-9 <= least_curvature(model.potentials(), model.groups) <= 1.2 * gap
+    many = torch.zeros(64, 2, dtype=torch.long), torch.zeros(64, 2, dtype=torch.bool)
+    found = model.marginals(*many, initial=random_starts(model, 64), tolerance=1e-13)
+    assert found.converged.all() and (found.probabilities - 0.25).abs().max() < 1e-8
+    model.operator.monotone = False  # type: ignore[assignment]
+    with torch.no_grad():
+        model.operator.weight.copy_(1.02 * torch.cat([split, -split])[None])  # type: ignore[operator]
+    beyond = model.marginals(*many, initial=random_starts(model, 64))
+    assert (beyond.probabilities - 0.25).abs().max() > 0.05
+
+
 # ---------------------------------------------------------------- convolutions
-@pytest.mark.parametrize("curvature", [1, 2])
+@pytest.mark.parametrize("curvature", [1, 2, "pinsker"])
 @pytest.mark.parametrize("size", [1.0, 100.0])
 @pytest.mark.parametrize("classes", [True, False])
-def test_convolutions_as_a_matrix(curvature: int, size: float, classes: bool) -> None:
+def test_convolutions_as_a_matrix(curvature: int | str, size: float, classes: bool) -> None:
     layers = check_layers([(4, 8, 8, 1), (6, 4, 4, 2), (6, 2, 2, 3), *([(10, 1)] if classes else [])])
     kernels = [[3, 0, 0, 0], [3, 3, 0, 0], [3, 3, 3, 0], [0, 0, 2, 1]]
     kernels = kernels if classes else [row[:3] for row in kernels[:3]]
@@ -198,7 +252,8 @@ def test_convolutions_as_a_matrix(curvature: int, size: float, classes: bool) ->
     assert (phi - phi.T).abs().max() < 1e-12
     assert phi[where[:, None] == where].abs().max() < 1e-12
     values = torch.linalg.eigvalsh(phi)
-    assert values[-1] <= curvature - 0.05 + 1e-10
+    if isinstance(curvature, int):
+        assert values[-1] <= curvature - 0.05 + 1e-10
     assert low <= values[0] + 1e-8 and high >= values[-1] - 1e-8
     assert high < values[-1] + 0.1 and low > values[0] - 0.1
     colours = operator.colours(None)
@@ -210,8 +265,8 @@ def test_convolutions_as_a_matrix(curvature: int, size: float, classes: bool) ->
 
 # ---------------------------------------------------------------- gradients
 @pytest.mark.parametrize("scale", [1.0, 1e-6])
-@pytest.mark.parametrize("curvature", [1, 2])
-def test_implicit_gradient(scale: float, curvature: int) -> None:
+@pytest.mark.parametrize("curvature", [1, 2, "pinsker"])
+def test_implicit_gradient(scale: float, curvature: int | str) -> None:
     """Against central differences of 20 parameters, where some groups are scaled, some are not, and some are held."""
     dbm = MonotoneDBM([3, 3, 4, 2, 2], rank=6, monotonicity=0.1, curvature=curvature).double()
     noise = torch.Generator().manual_seed(1)

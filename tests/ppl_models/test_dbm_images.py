@@ -36,7 +36,7 @@ def test_digits_from_first_to_last(tmp_path: Path) -> None:
         labels[:1437],
         observed_fraction=0.4,
         seed=0,
-        num_steps=90,
+        num_steps=150,
         batch_size=64,
         lr=0.04,
         progress=False,

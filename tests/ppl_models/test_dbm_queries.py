@@ -61,8 +61,8 @@ def test_all_solvers_reach_one_point_of_a_stiff_problem() -> None:
     assert not added.converged[0] and added.residual[0] > 1e-3
 
 
-@pytest.mark.parametrize("curvature", [1, 2])
-def test_exact_newton_directions(curvature: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("curvature", [1, 2, "pinsker"])
+def test_exact_newton_directions(curvature: int | str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the dense system, with groups of several sizes, held groups, and nearly certain ones."""
     model = MonotoneDBM([3, 3, 2, 5, 5, 5, 2, 12], rank=5, monotonicity=0.01, curvature=curvature).double()
     noise = torch.Generator().manual_seed(0)
