@@ -1,6 +1,7 @@
 """Marginalization models: identities of the queries, learned mixtures and energies against exact sums, Pyro."""
 
 import copy
+import itertools
 import math
 from typing import Any
 from unittest import mock
@@ -110,6 +111,27 @@ def test_draws_and_imputations_have_the_law(learned: tuple[MarginalizationModel,
     assert logits.shape == (1, 8, 2)
     assert abs(float(logits[0, 0].exp()[1]) - float(expected[0])) < 0.1
     assert logits[0, 3].exp().tolist() == [float(x[0, 3] == 0), float(x[0, 3] == 1)]
+
+
+def test_the_rows_of_the_second_stage_have_orders_of_their_own() -> None:
+    """A row is likely along the order that it was drawn in: with that order f would learn sum q^2 / sum q, not mean q."""
+    mam = MarginalizationModel([2] * 3, hidden=32, depth=2)
+    with torch.no_grad():
+        mam.conditionals.head[1].weight.normal_(std=0.4, generator=torch.Generator().manual_seed(0))  # type: ignore[index]
+    states = all_values(torch.full((3,), 2))
+    orders = itertools.permutations(range(3))
+    along = torch.stack([mam.distribution(order=order).log_prob(states).exp() for order in orders]).detach()
+    law = along.mean(0)
+    assert ((along.square().mean(0) / law - law) / law).abs().max() > 0.3, "orders must disagree"
+    for rows in ("model", "mixture"):
+        pool, _, (ranks, path) = mam._pool(states.repeat(5000, 1), None, rows, 40_000, 0, True)
+        for i, state in enumerate(states):
+            q = path[(pool == state).all(1), -1].exp()
+            assert abs(float(q.mean() - law[i])) < 5 * float(q.std()) / math.sqrt(len(q)) + 1e-6, (rows, i)
+        assert torch.equal(ranks.sort(1).values, torch.arange(3).expand(40_000, -1))
+    pool = mam._pool(states[:1].repeat(9, 1), None, "model", 40_000, 0, False)[0]
+    drawn = torch.stack([(pool == state).all(1).float().mean() for state in states])
+    assert (drawn - law).abs().max() < 0.012
 
 
 def test_joint_training_and_the_other_losses_learn() -> None:
