@@ -61,7 +61,7 @@ class MarginalizationModel(Training):
             ``"separate"``, of its own alone; ``"shared"``, a head on those features.
         hidden: width.
         depth: layers (blocks).
-        dropout: of the networks.
+        dropout: of the conditionals' network while it learns from data; f and energies are learned without.
         num_heads: of attention.
         shape: ``(height, width)`` of an image or a lattice; by default a square.
         classes: of the mixture of latent classes that f corrects after a fit to data: always consistent, learned in
@@ -89,13 +89,13 @@ class MarginalizationModel(Training):
         context: Any = None,
         valid_context: Any = None,
         method: str = "two-stage",
-        num_steps: int = 2000,
+        num_steps: int = 4000,
         marginal_steps: int | None = None,
         batch_size: int | None = _BATCH,
         lr: float = 1e-3,
         weight_decay: float = 0.01,
         rows: str | Any = "mixture",
-        num_rows: int = 8192,
+        num_rows: int = 16384,
         loss: str = "path",
         depth: str = "uniform",
         children: int = 1,
@@ -113,7 +113,7 @@ class MarginalizationModel(Training):
             context, valid_context: ``(N, C)`` of a model with context.
             method: ``"two-stage"``, or ``"joint"`` for both at once with ``penalty`` on the consistency.
             num_steps: updates of the first stage (or the joint one).
-            marginal_steps: updates of the second; as many by default.
+            marginal_steps: updates of the second; half as many by default.
             batch_size: rows of an update; None for all. The default is all rows where there are fewer.
             lr: of AdamW, decaying to zero by a cosine.
             weight_decay: of AdamW.
@@ -178,7 +178,7 @@ class MarginalizationModel(Training):
         history = self._train(likelihood, data, held, num_steps, seed, path, **settings)
         if history.interrupted:
             return self._result(history, None, *judged, seed)
-        steps = num_steps if marginal_steps is None else check_count("marginal_steps", marginal_steps)
+        steps = -(-num_steps // 2) if marginal_steps is None else check_count("marginal_steps", marginal_steps)
         pool, pool_c, paths = self._pool(values, c, rows if own is None else own, num_rows, seed, loss == "path")
         if own is None and rows in ("model", "mixture"):  # the model's own law, without the accidents of the data
             self.marginals.base.learn(pool, generator=generator(seed, "classes", device=pool.device))

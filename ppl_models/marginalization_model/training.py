@@ -136,6 +136,10 @@ class Training(Queries):
         progress: Progress,
     ) -> FitResult:
         objective.train()
+        if self.marginals.kind != "data":  # an energy has no rows to learn by heart
+            for module in objective.modules():
+                if isinstance(module, nn.Dropout | nn.MultiheadAttention):
+                    module.eval()
         try:
             return fit(
                 objective,
