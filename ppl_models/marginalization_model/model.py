@@ -38,6 +38,7 @@ _ROWS = ("data", "model", "mixture", "uniform")
 _OBJECTIVES = ("consistency", "kl", "fm", "arm", "arm_mc")
 _PARTITIONS = ("importance", "bridge", "network")
 _BATCH = 512
+_AVERAGED = 0.3  # of the second stage's updates
 _SWEEPS = 8  # of Metropolis blocks, from resampled draws to draws of the target
 
 
@@ -108,7 +109,8 @@ class MarginalizationModel(Training):
 
         Args:
             x: ``(N, D)`` integers, -1 where missing (at random); each row has an observed variable.
-            valid: held-out rows; each stage then keeps the parameters that were best on them.
+            valid: held-out rows; the first stage keeps the parameters that were best on them. The second, whose rows
+                are drawn and whose loss on few rows is mostly their orders', averages its last ones.
             seed: same seed, same machine, same result to the bit.
             context, valid_context: ``(N, C)`` of a model with context.
             method: ``"two-stage"``, or ``"joint"`` for both at once with ``penalty`` on the consistency.
@@ -126,7 +128,8 @@ class MarginalizationModel(Training):
             depth: of the pairs, ``"uniform"`` or ``"poisson"``.
             children: pairs to one prefix.
             penalty: weight of consistency in a joint fit.
-            patience: validations in a row without improvement after which a stage ends; None runs to the end.
+            patience: validations in a row without improvement after which a stage ends, with its best parameters;
+                None runs to the end.
             checkpoint: file to resume from; the second stage's stands beside it.
             progress: progress bar, or a function that receives its fields.
 
@@ -192,6 +195,8 @@ class MarginalizationModel(Training):
             held = present(few, *self._paths(few, None if held_c is None else held_c[:num_rows], seed), held_c)
         second_path = None if path is None else path.with_name(path.name + ".marginals")
         settings["batch"] = min(size, len(pool))
+        if patience is None:
+            settings["average_last"] = _AVERAGED
         second = self._train(stage, present(pool, *paths, pool_c), held, steps, seed, second_path, **settings)
         return self._result(history, second, *judged, seed)
 

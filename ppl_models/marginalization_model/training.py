@@ -134,7 +134,10 @@ class Training(Queries):
         weight_decay: float,
         patience: int | None,
         progress: Progress,
+        average_last: float = 0.0,
     ) -> FitResult:
+        """One stage: the parameters that are best on held-out rows, or averaged over a share of the last updates."""
+        keep_best = bool(held_out) and not average_last
         objective.train()
         if self.marginals.kind != "data":  # an energy has no rows to learn by heart
             for module in objective.modules():
@@ -149,7 +152,8 @@ class Training(Queries):
                 optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay),
                 scheduler=lambda optimizer: CosineAnnealingLR(optimizer, num_steps),
                 validation=held_out or None,
-                patience=(num_steps if patience is None else patience) if held_out else None,
+                patience=(num_steps if patience is None else patience) if keep_best else None,
+                average_last=average_last,
                 seed=seed,
                 checkpoint=checkpoint,
                 checkpoint_every=_SAVE_EVERY,

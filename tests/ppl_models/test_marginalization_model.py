@@ -153,6 +153,16 @@ def test_what_needs_no_dropout_is_learned_without(network: str) -> None:
     assert torch.equal(*learned)
 
 
+def test_few_held_out_rows_do_not_undo_the_second_stage() -> None:
+    """Of one row f is best where it starts; what f has learned since counts all the same."""
+    mam = MarginalizationModel([2] * 8, hidden=64, depth=2, classes=2)
+    settings: dict[str, Any] = {"lr": 4e-3, "batch_size": 256, "num_rows": 2000, "progress": False}
+    result = mam.fit(ROWS, HELD_OUT[:1], num_steps=300, marginal_steps=400, **settings)
+    assert result.marginals is not None and result.marginals.best_step == 0
+    rows = hide_some(MIXTURE.sample(2000))
+    assert (mam.log_prob(rows) - mam.log_prob_autoregressive(rows).ensemble).abs().mean() < 0.3
+
+
 def test_joint_training_and_the_other_losses_learn() -> None:
     rows = hide_some(MIXTURE.sample(300), seed=2)
     for options in (
