@@ -13,7 +13,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from inference.any_order import Conditionals, Marginals, from_marginals, hide, pick, random_ranks
 from inference.objectives.masked_completion import MaskedCompletion, uniform_depth
@@ -32,7 +31,7 @@ __all__ = [
 
 _LOSSES = ("pair", "segment", "sum_rule", "kl")
 _DEPTHS = ("uniform", "poisson")
-_STEEPEST = 5.0
+_STEEPEST = 1.5
 _PAIRS = 4.0  # weight of exact targets, which have no noise to drown
 
 
@@ -252,12 +251,10 @@ class PathConsistency(nn.Module):
     update takes a segment of the order, from S to T: from the empty set with probability ``direct``, else from a random
     place, where ``f(x_S)`` as it stands is taken for known.  One or two evaluations of f, none of the conditionals.
 
-    With ``u = f(x_S) + log p(x_T | x_S, order) - f(x_T)`` a squared residual alone would make f(x_T) the mean of the
-    orders' logs, whose exponentials add up to less than one where orders disagree.  The log of the mean of their
-    densities, a normalised law over x_T for each T, is larger by Jensen's gap, whose mean by the size of T is known
-    beforehand: the residual is ``u + gap(|T|) - gap(|S|)``.  (A loss of ``exp(u) - u - 1``, whose minimum is the log of
-    the mean, would take it over the rows that f cannot tell apart as well, and be too high.)  Beyond 5 nats the loss
-    goes on along its tangent, so that a row far from learned moves f no faster than others.
+    With ``u = f(x_S) + log p(x_T | x_S, order) - f(x_T)`` the loss is ``exp(u) - u - 1``, continued by its tangent
+    above ``u = 1.5``.  Where orders disagree its minimum is the log of the mean of their densities, which is a
+    normalised law over x_T for each T; that of the squared residual is the mean of their logs, whose exponentials add
+    up to less than one.
 
     Half of the segments end at a uniform depth, half at one whose density falls from the empty set: there are few
     small sets, they are asked often, and f must bend most between them.
@@ -266,24 +263,14 @@ class PathConsistency(nn.Module):
         marginals: module ``(values, context) -> (B,)``; its parameters are learned.
         direct: share of segments that start at the empty set.
         pairs: exact targets of sets of one and two variables, whose loss is added in training.
-        gap: mean of ``log mean_order p(x_S) - mean_order log p(x_S)``, by the size of S ``(D + 1,)``; 0 if None.
     """
 
-    gap: Tensor | None
-
-    def __init__(
-        self,
-        marginals: nn.Module,
-        direct: float = 0.5,
-        pairs: PairMarginals | None = None,
-        gap: Tensor | None = None,
-    ) -> None:
+    def __init__(self, marginals: nn.Module, direct: float = 0.5, pairs: PairMarginals | None = None) -> None:
         super().__init__()
         if not 0 <= direct <= 1:
             raise ValueError(f"direct must be between 0 and 1, got {direct!r}")
         self.marginals = marginals
         self.direct, self.pairs = direct, pairs
-        self.register_buffer("gap", gap, persistent=False)
 
     def forward(self, values: Tensor, ranks: Tensor, path: Tensor, context: Tensor | None = None) -> Tensor:
         """Mean loss.
@@ -311,13 +298,16 @@ class PathConsistency(nn.Module):
             f = self.marginals(before, context)
         known = torch.cat([f[: len(empty)].expand(from_nothing), f[len(empty) :]])
         after = self.marginals(hide(values, ranks < stop.unsqueeze(1)), context)
-        target = known + gain[:, 1] - gain[:, 0]
-        if self.gap is not None:
-            target = target + self.gap[stop] - self.gap[start]
-        loss = functional.huber_loss(after, target, delta=_STEEPEST)
+        loss = _log_mean_loss(known + gain[:, 1] - gain[:, 0] - after).mean()
         if self.pairs is not None and self.training:
             loss = loss + _PAIRS * self.pairs(self.marginals)
         return loss
+
+
+def _log_mean_loss(u: Tensor) -> Tensor:
+    """``exp(u) - u - 1``, and above 1.5 its tangent, so that a row far from learned moves f no faster than others."""
+    low = u.clamp(max=_STEEPEST)
+    return torch.expm1(low) - low + math.expm1(_STEEPEST) * (u - low)
 
 
 class Penalised(nn.Module):

@@ -189,7 +189,7 @@ class MarginalizationModel(Training):
         if paths:
             products = None if self.context_features else pair_products(self.conditionals, self.cardinalities)
             pairs = None if products is None else PairMarginals(products, self.cardinalities)
-            stage = PathConsistency(self.marginals, pairs=pairs, gap=self._order_gap(pool, pool_c, seed))
+            stage = PathConsistency(self.marginals, pairs=pairs)
         if held_out is not None and paths:
             few = held_out[:num_rows]
             held = present(few, *self._paths(few, None if held_c is None else held_c[:num_rows], seed), held_c)

@@ -1,6 +1,5 @@
 """How a marginalization model is trained: rows and orders of stage two, the shared loop, the check at the end."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,6 @@ CHECK_ORDERS = 5
 _SAVE_EVERY = 250  # updates between two saves of a checkpoint
 _CHECK_ROWS = 256  # fewer where a row costs more
 _CHECK_VARIABLES = 1 << 13
-_GAP_ROWS = 128  # sets of a size
-_GAP_ORDERS = 8
 
 Progress = bool | Callable[[dict[str, Any]], None]
 
@@ -122,26 +119,6 @@ class Training(Queries):
         ranks = random_ranks(values, generator(seed, "paths", device=values.device))
         path = self._in_chunks(lambda v, r, c: chain_rule(self.conditionals, v, r, c), values, ranks, context)
         return ranks, path
-
-    @torch.no_grad()
-    def _order_gap(self, values: Tensor, context: Tensor | None, seed: int) -> Tensor:
-        """Mean of ``log mean_order p(x_S) - mean_order log p(x_S)``, by the size of S, ``(D + 1,)``.
-
-        By the chain rule of some sets of a few sizes, each along eight orders; linear in between.
-        """
-        last, device = self.num_variables, values.device
-        sizes = torch.linspace(0, last, min(last, 8) + 1, device=device).round().long()
-        rows = torch.arange(len(sizes) * _GAP_ROWS, device=device) % len(values)
-        ranks = random_ranks(values[rows], generator(seed, "sets", device=device))
-        hidden = hide(values[rows], ranks < sizes.repeat_interleave(_GAP_ROWS).unsqueeze(1))
-        along = self._along_orders(hidden, None if context is None else context[rows], _GAP_ORDERS, seed)
-        found = along.logsumexp(0) - math.log(_GAP_ORDERS) - along.mean(0)
-        found = found.view(len(sizes), -1).mean(1)
-        found = torch.where(sizes > 1, found, torch.zeros_like(found))  # without a rounding error
-        wanted = torch.arange(last + 1, device=device)
-        right = torch.searchsorted(sizes, wanted).clamp(min=1)
-        share = (wanted - sizes[right - 1]) / (sizes[right] - sizes[right - 1])
-        return torch.lerp(found[right - 1], found[right], share.to(found))
 
     def _train(
         self,
