@@ -22,7 +22,6 @@ __all__ = [
     "as_proposal",
     "block_gibbs",
     "chain_rule",
-    "complete",
     "from_marginals",
     "hide",
     "pick",
@@ -190,42 +189,6 @@ def ancestral(
     if total is None:
         total = torch.zeros(len(values), device=values.device)
     return AncestralDraws(values, total, torch.stack([torch.zeros_like(total), *path], 1))
-
-
-@torch.no_grad()
-def complete(
-    conditionals: Conditionals,
-    values: Tensor,
-    ranks: Tensor,
-    context: Tensor | None = None,
-    *,
-    generator: torch.Generator | None = None,
-) -> AncestralDraws:
-    """Along each row's order: the chain rule where a value is there, and a draw where it is missing.
-
-    Args:
-        conditionals: all conditionals in one pass.
-        values: ``(B, D)``.
-        ranks: ``(B, D)``, any order.
-        context: ``(B, C)`` or None.
-        generator: by default torch's global one.
-
-    Returns:
-        Complete rows, their log-probability along the order, and ``chain_rule`` of them.
-    """
-    order = ranks.argsort(1)
-    known = torch.full_like(values, MISSING)
-    total = torch.zeros(len(values), device=values.device)
-    path = [total]
-    for d in range(values.shape[1]):
-        at = order[:, d : d + 1]
-        log_p = as_proposal(conditionals)(known, at, context)[:, 0]
-        given = values.gather(1, at)
-        new = torch.where(given < 0, _categorical(log_p, generator).unsqueeze(1), given)
-        known = known.scatter(1, at, new)
-        total = total + log_p.gather(1, new).squeeze(1)
-        path.append(total)
-    return AncestralDraws(known, total, torch.stack(path, 1))
 
 
 @torch.no_grad()

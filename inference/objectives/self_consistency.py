@@ -32,6 +32,7 @@ __all__ = [
 _LOSSES = ("pair", "segment", "sum_rule", "kl")
 _DEPTHS = ("uniform", "poisson")
 _STEEPEST = 1.5
+_PAIRS = 4.0  # weight of exact targets, which have no noise to drown
 
 
 def draw_depth(count: Tensor, law: str) -> Tensor:
@@ -299,7 +300,7 @@ class PathConsistency(nn.Module):
         after = self.marginals(hide(values, ranks < stop.unsqueeze(1)), context)
         loss = _log_mean_loss(known + gain[:, 1] - gain[:, 0] - after).mean()
         if self.pairs is not None and self.training:
-            loss = loss + self.pairs(self.marginals)
+            loss = loss + _PAIRS * self.pairs(self.marginals)
         return loss
 
 

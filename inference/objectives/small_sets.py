@@ -133,7 +133,7 @@ class PairMarginals(nn.Module):
     second: Tensor
     log_targets: Tensor
 
-    def __init__(self, log_targets: Tensor, cardinalities: Tensor, few: int = 128) -> None:
+    def __init__(self, log_targets: Tensor, cardinalities: Tensor, few: int = 512) -> None:
         super().__init__()
         _, _, rows = _single_rows(cardinalities)
         first, second = (torch.isfinite(log_targets).triu()).nonzero(as_tuple=True)

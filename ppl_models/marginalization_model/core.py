@@ -48,7 +48,7 @@ class MarginalizationNetworks(Model):
         marginal: str = "trunk",
         hidden: int = 256,
         depth: int = 3,
-        dropout: float = 0.0,
+        dropout: float = 0.1,
         num_heads: int = 4,
         shape: tuple[int, int] | None = None,
         classes: int = 64,
@@ -99,7 +99,9 @@ class MarginalizationNetworks(Model):
             trunk = build_body(network, spec)
             self.conditionals = ConditionalNetwork(trunk, counts)
             reads = marginal in ("trunk", "shared")
-            own = None if marginal == "shared" else build_body(network, replace(spec, extra=hidden * reads))
+            # f is a regression on as many rows as are drawn: no dropout
+            spec = replace(spec, extra=hidden * reads, dropout=0.0)
+            own = None if marginal == "shared" else build_body(network, spec)
             self.marginals = MarginalNetwork(own, trunk if reads else None, counts, classes, hidden)
         self.eval()
 

@@ -38,6 +38,7 @@ _ROWS = ("data", "model", "mixture", "uniform")
 _OBJECTIVES = ("consistency", "kl", "fm", "arm", "arm_mc")
 _PARTITIONS = ("importance", "bridge", "network")
 _BATCH = 512
+_AVERAGED = 0.3  # of the second stage's updates
 _SWEEPS = 8  # of Metropolis blocks, from resampled draws to draws of the target
 
 
@@ -61,7 +62,7 @@ class MarginalizationModel(Training):
             ``"separate"``, of its own alone; ``"shared"``, a head on those features.
         hidden: width.
         depth: layers (blocks).
-        dropout: of the networks.
+        dropout: of the conditionals' network while it learns from data; f and energies are learned without.
         num_heads: of attention.
         shape: ``(height, width)`` of an image or a lattice; by default a square.
         classes: of the mixture of latent classes that f corrects after a fit to data: always consistent, learned in
@@ -89,13 +90,13 @@ class MarginalizationModel(Training):
         context: Any = None,
         valid_context: Any = None,
         method: str = "two-stage",
-        num_steps: int = 2000,
+        num_steps: int = 4000,
         marginal_steps: int | None = None,
         batch_size: int | None = _BATCH,
         lr: float = 1e-3,
         weight_decay: float = 0.01,
         rows: str | Any = "mixture",
-        num_rows: int = 8192,
+        num_rows: int = 16384,
         loss: str = "path",
         depth: str = "uniform",
         children: int = 1,
@@ -108,12 +109,13 @@ class MarginalizationModel(Training):
 
         Args:
             x: ``(N, D)`` integers, -1 where missing (at random); each row has an observed variable.
-            valid: held-out rows; each stage then keeps the parameters that were best on them.
+            valid: held-out rows; the first stage keeps the parameters that were best on them. The second, whose rows
+                are drawn and whose loss on few rows is mostly their orders', averages its last ones.
             seed: same seed, same machine, same result to the bit.
             context, valid_context: ``(N, C)`` of a model with context.
             method: ``"two-stage"``, or ``"joint"`` for both at once with ``penalty`` on the consistency.
             num_steps: updates of the first stage (or the joint one).
-            marginal_steps: updates of the second; as many by default.
+            marginal_steps: updates of the second; half as many by default.
             batch_size: rows of an update; None for all. The default is all rows where there are fewer.
             lr: of AdamW, decaying to zero by a cosine.
             weight_decay: of AdamW.
@@ -126,7 +128,8 @@ class MarginalizationModel(Training):
             depth: of the pairs, ``"uniform"`` or ``"poisson"``.
             children: pairs to one prefix.
             penalty: weight of consistency in a joint fit.
-            patience: validations in a row without improvement after which a stage ends; None runs to the end.
+            patience: validations in a row without improvement after which a stage ends, with its best parameters;
+                None runs to the end.
             checkpoint: file to resume from; the second stage's stands beside it.
             progress: progress bar, or a function that receives its fields.
 
@@ -178,7 +181,7 @@ class MarginalizationModel(Training):
         history = self._train(likelihood, data, held, num_steps, seed, path, **settings)
         if history.interrupted:
             return self._result(history, None, *judged, seed)
-        steps = num_steps if marginal_steps is None else check_count("marginal_steps", marginal_steps)
+        steps = -(-num_steps // 2) if marginal_steps is None else check_count("marginal_steps", marginal_steps)
         pool, pool_c, paths = self._pool(values, c, rows if own is None else own, num_rows, seed, loss == "path")
         if own is None and rows in ("model", "mixture"):  # the model's own law, without the accidents of the data
             self.marginals.base.learn(pool, generator=generator(seed, "classes", device=pool.device))
@@ -192,6 +195,8 @@ class MarginalizationModel(Training):
             held = present(few, *self._paths(few, None if held_c is None else held_c[:num_rows], seed), held_c)
         second_path = None if path is None else path.with_name(path.name + ".marginals")
         settings["batch"] = min(size, len(pool))
+        if patience is None:
+            settings["average_last"] = _AVERAGED
         second = self._train(stage, present(pool, *paths, pool_c), held, steps, seed, second_path, **settings)
         return self._result(history, second, *judged, seed)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from inference.any_order import chain_rule, complete, hide, random_ranks
+from inference.any_order import ancestral, as_proposal, chain_rule, hide, random_ranks
 from inference.fit import FitResult, fit
 from inference.objectives.masked_completion import MaskedCompletion
 from inference.objectives.persistent_chains import PersistentChains, uniform_values
@@ -101,20 +101,18 @@ class Training(Queries):
         # Rows that are not the data's own take contexts from the data in turn.
         source = index if pool is values else torch.arange(len(index), device=pool.device) % len(values)
         c = None if context is None else context[source]
-        if not isinstance(rows, str) or rows not in ("model", "mixture"):
-            return chosen, c, self._paths(chosen, c, seed) if with_paths else ()
-        share = torch.rand(len(chosen), 1, generator=draw, device=pool.device)
-        share = (1.5 * share - 0.25).clamp(0, 1) if rows == "mixture" else torch.zeros_like(share)
-        keys = torch.rand(chosen.shape, generator=draw, device=pool.device)
-        hidden = hide(chosen, (chosen >= 0) & (keys < share))
-        ranks = random_ranks(hidden, draw)  # what is kept comes first
+        if isinstance(rows, str) and rows in ("model", "mixture"):
+            share = torch.rand(len(chosen), 1, generator=draw, device=pool.device)
+            share = (1.5 * share - 0.25).clamp(0, 1) if rows == "mixture" else torch.zeros_like(share)
+            keys = torch.rand(chosen.shape, generator=draw, device=pool.device)
+            hidden = hide(chosen, (chosen >= 0) & (keys < share))
 
-        def fill(v: Tensor, r: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor]:
-            found = complete(self.conditionals, v, r, k, generator=draw)
-            return found.values, found.path
+            def fill(v: Tensor, r: Tensor, k: Tensor | None) -> Tensor:
+                return ancestral(as_proposal(self.conditionals), v, r, k, generator=draw).values
 
-        filled, path = self._in_chunks(fill, hidden, ranks, c)
-        return filled, c, (ranks, path) if with_paths else ()
+            chosen = self._in_chunks(fill, hidden, random_ranks(hidden, draw, missing_first=True), c)
+        # The order of the chain rule is a fresh one: along the order that a row was drawn in, its probability is high.
+        return chosen, c, self._paths(chosen, c, seed) if with_paths else ()
 
     @torch.no_grad()
     def _paths(self, values: Tensor, context: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:
@@ -136,8 +134,15 @@ class Training(Queries):
         weight_decay: float,
         patience: int | None,
         progress: Progress,
+        average_last: float = 0.0,
     ) -> FitResult:
+        """One stage: the parameters that are best on held-out rows, or averaged over a share of the last updates."""
+        keep_best = bool(held_out) and not average_last
         objective.train()
+        if self.marginals.kind != "data":  # an energy has no rows to learn by heart
+            for module in objective.modules():
+                if isinstance(module, nn.Dropout | nn.MultiheadAttention):
+                    module.eval()
         try:
             return fit(
                 objective,
@@ -147,7 +152,8 @@ class Training(Queries):
                 optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay),
                 scheduler=lambda optimizer: CosineAnnealingLR(optimizer, num_steps),
                 validation=held_out or None,
-                patience=(num_steps if patience is None else patience) if held_out else None,
+                patience=(num_steps if patience is None else patience) if keep_best else None,
+                average_last=average_last,
                 seed=seed,
                 checkpoint=checkpoint,
                 checkpoint_every=_SAVE_EVERY,

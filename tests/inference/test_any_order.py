@@ -12,7 +12,6 @@ from inference.any_order import (
     as_proposal,
     block_gibbs,
     chain_rule,
-    complete,
     from_marginals,
     hide,
     random_ranks,
@@ -149,28 +148,6 @@ def test_candidates_mend_what_a_block_breaks() -> None:
             )
             equal.append(float((found.values == found.values[:, :1]).all(1).double().mean()))
     assert abs(equal[0] - 0.25) < 0.03 and abs(equal[1] - 0.94) < 0.03
-
-
-def test_completed_rows_have_the_conditional_law_and_their_own_chain_rule() -> None:
-    rows = states(MIXED)
-    conditionals = TableConditionals(MIXED, LAW)
-    hidden = torch.tensor([[1, -1, -1, 2]]).repeat(20_000, 1)
-    with scoped_seed(0):
-        ranks = random_ranks(torch.zeros_like(hidden))  # any order: what is there may come after what is not
-        ranks = torch.where((torch.arange(len(hidden)) % 2 == 0)[:, None], ranks, random_ranks(hidden))
-        found = complete(conditionals, hidden, ranks)
-    assert bool((found.values[:, [0, 3]] == hidden[:, [0, 3]]).all())
-    with torch.no_grad():
-        assert torch.allclose(found.path, chain_rule(conditionals, found.values, ranks), atol=1e-12)
-    assert torch.equal(found.log_prob, found.path[:, -1])
-    fits = (rows[:, 0] == 1) & (rows[:, 3] == 2)
-    expected = LAW[fits].softmax(0)
-    drawn = found.values[1::2]  # of the order in which what is there comes first; else it is no condition of a draw
-    code = drawn[:, 1] * 2 + drawn[:, 2]
-    assert chisquare(torch.bincount(code, minlength=6), expected * len(drawn)).pvalue > 1e-3
-    with scoped_seed(0):
-        same = complete(conditionals, rows, random_ranks(rows))
-    assert torch.equal(same.values, rows), "nothing is missing"
 
 
 @pytest.mark.parametrize("block", [1, 2, 4])

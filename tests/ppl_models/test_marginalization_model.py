@@ -1,6 +1,7 @@
 """Marginalization models: identities of the queries, learned mixtures and energies against exact sums, Pyro."""
 
 import copy
+import itertools
 import math
 from typing import Any
 from unittest import mock
@@ -25,6 +26,7 @@ MIXTURE = BernoulliMixture(8)
 ROWS, HELD_OUT = MIXTURE.sample(4000), MIXTURE.sample(500)
 LATTICE = LatticeIsing(width=3, coupling=0.15, field=0.2)
 STATES = all_values(torch.full((9,), 2))
+PARTIAL = STATES[100:140].index_fill(1, torch.arange(3), -1)
 MIXED = [2, 3, 1, 4]
 QUICK: dict[str, Any] = {"num_steps": 3, "num_rows": 20, "progress": False}
 
@@ -112,6 +114,55 @@ def test_draws_and_imputations_have_the_law(learned: tuple[MarginalizationModel,
     assert logits[0, 3].exp().tolist() == [float(x[0, 3] == 0), float(x[0, 3] == 1)]
 
 
+def test_the_rows_of_the_second_stage_have_orders_of_their_own() -> None:
+    """A row is likely along the order that it was drawn in: f would learn sum q^2 / sum q there, not the mean of q."""
+    mam = MarginalizationModel([2] * 3, hidden=32, depth=2)
+    with torch.no_grad():
+        mam.conditionals.head[1].weight.normal_(std=0.4, generator=torch.Generator().manual_seed(0))  # type: ignore[index]
+    states = all_values(torch.full((3,), 2))
+    orders = itertools.permutations(range(3))
+    along = torch.stack([mam.distribution(order=order).log_prob(states).exp() for order in orders]).detach()
+    law = along.mean(0)
+    assert ((along.square().mean(0) / law - law) / law).abs().max() > 0.3, "orders must disagree"
+    for rows in ("model", "mixture"):
+        pool, _, (ranks, path) = mam._pool(states.repeat(5000, 1), None, rows, 40_000, 0, True)
+        for i, state in enumerate(states):
+            q = path[(pool == state).all(1), -1].exp()
+            assert abs(float(q.mean() - law[i])) < 5 * float(q.std()) / math.sqrt(len(q)) + 1e-6, (rows, i)
+        assert torch.equal(ranks.sort(1).values, torch.arange(3).expand(40_000, -1))
+    pool = mam._pool(states[:1].repeat(9, 1), None, "model", 40_000, 0, False)[0]
+    drawn = torch.stack([(pool == state).all(1).float().mean() for state in states])
+    assert (drawn - law).abs().max() < 0.012
+
+
+@pytest.mark.parametrize("network", ["mlp", "transformer"])
+def test_what_needs_no_dropout_is_learned_without(network: str) -> None:
+    """Energies have no rows to learn by heart, and f is a regression on as many rows as are drawn."""
+    learned = []
+    for dropout in (0.0, 0.4):
+        mam = MarginalizationModel([2] * 9, network, hidden=8, depth=1, num_heads=2, dropout=dropout)
+        mam.fit_energy(LATTICE.log_density, num_steps=3, batch_size=8, progress=False)
+        learned.append(torch.cat([p.flatten() for p in mam.parameters()]))
+        mam.train()
+        with torch.no_grad(), scoped_seed(0):
+            mam.marginals.head[1].weight.copy_(torch.linspace(-1, 1, 8))  # type: ignore[index]
+            twice = [mam.conditionals(PARTIAL) for _ in range(2)]
+            assert torch.equal(*twice) == (dropout == 0)
+            mam.conditionals.eval()
+            assert torch.equal(*[mam.marginals(PARTIAL) for _ in range(2)])
+    assert torch.equal(*learned)
+
+
+def test_few_held_out_rows_do_not_undo_the_second_stage() -> None:
+    """Of one row f is best where it starts; what f has learned since counts all the same."""
+    mam = MarginalizationModel([2] * 8, hidden=64, depth=2, classes=2)
+    settings: dict[str, Any] = {"lr": 4e-3, "batch_size": 256, "num_rows": 2000, "progress": False}
+    result = mam.fit(ROWS, HELD_OUT[:1], num_steps=300, marginal_steps=400, **settings)
+    assert result.marginals is not None and result.marginals.best_step == 0
+    rows = hide_some(MIXTURE.sample(2000))
+    assert (mam.log_prob(rows) - mam.log_prob_autoregressive(rows).ensemble).abs().mean() < 0.3
+
+
 def test_joint_training_and_the_other_losses_learn() -> None:
     rows = hide_some(MIXTURE.sample(300), seed=2)
     for options in (
@@ -119,7 +170,7 @@ def test_joint_training_and_the_other_losses_learn() -> None:
         {"loss": "sum_rule", "rows": "model"},
     ):
         kind = "shared" if "method" in options else "separate"
-        mam = MarginalizationModel([2] * 8, hidden=40, depth=2, marginal=kind, classes=1)
+        mam = MarginalizationModel([2] * 8, hidden=40, depth=2, marginal=kind, classes=1, dropout=0.0)
         mam.marginals.base.learn(ROWS)
         independent = (mam.log_prob(rows) - MIXTURE.log_prob(rows)).abs().mean()
         mam.fit(ROWS, num_steps=90, lr=8e-3, batch_size=96, num_rows=500, progress=False, **options)

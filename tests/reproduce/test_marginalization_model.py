@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.marginalization_model import heat_bath
+from benchmarks.marginalization_model import enumerate_states, heat_bath
 from inference.objectives.reverse_kl import AutoregressiveKL
 from inference.runtime.generators import scoped_seed
 from ppl_models import MarginalizationModel
@@ -119,20 +119,24 @@ def hide_half(x: torch.Tensor) -> torch.Tensor:
     return x.masked_fill(torch.rand(x.shape, generator=g).argsort(1).argsort(1) < x.shape[1] // 2, -1)
 
 
-@pytest.mark.parametrize(
-    ("name", "one_order", "ensemble", "pearson", "mae"),
-    [("nltcs", -6.05, -6.03, 0.99, 0.15), ("plants", -12.9, -12.7, 0.985, 0.9)],
-)
-def test_real_tables(
-    data_dir: object, name: str, one_order: float, ensemble: float, pearson: float, mae: float
-) -> None:
+def test_nltcs_by_default(data_dir: object) -> None:
+    """R5, and what was asked of likelihood, mass and pairs at once."""
+    table = load_binary("nltcs")
+    mam = MarginalizationModel([2] * 16)
+    mam.fit(table.train, table.valid, progress=False)
+    found = mam.evaluate(table.test)
+    assert found.ensemble >= -5.99 and found.one_order >= -6.05
+    assert found.pearson >= 0.99 and found.mae <= 0.15
+    summed = enumerate_states(mam)
+    assert abs(summed["mass"] - 1) <= 0.02
+    assert summed["worst_one_pass_two_steps"] <= 0.005
+
+
+def test_plants(data_dir: object) -> None:
     """R5 and R6."""
-    table = load_binary(name)
-    size = table.train.shape[1]
-    mam = MarginalizationModel([2] * size, hidden=128 if name == "nltcs" else 384, depth=3)
+    table = load_binary("plants")
+    mam = MarginalizationModel([2] * 69, hidden=384, depth=3)
     mam.fit(table.train, table.valid, num_steps=2000, marginal_steps=2500, progress=False)
     found = mam.evaluate(table.test[:1500])
-    assert found.one_order >= one_order and found.ensemble >= ensemble
-    assert found.pearson >= pearson and found.mae <= mae
-    if name == "nltcs":
-        assert abs(float(mam.log_prob(all_values(mam.cardinalities)).logsumexp(0))) <= 0.05
+    assert found.one_order >= -12.9 and found.ensemble >= -12.7
+    assert found.pearson >= 0.985 and found.mae <= 0.9
