@@ -505,14 +505,11 @@ class MCMC(Citable):
         return (self.kernel,)
 
     def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> dict[str, Tensor]:
-        """The draws by site, ``(num_chains * draws, *shape)``, or ``(num_chains, draws, *shape)`` with
-        ``group_by_chain``; on the device that the run was on.
-
-        With ``num_samples`` that many are drawn from them with replacement, as in Pyro.
+        """The draws by site on the run's device, ``(num_chains * draws, *shape)``, or ``(num_chains, draws, *shape)``
+        with ``group_by_chain``; with ``num_samples`` that many are drawn from them with replacement, as in Pyro.
         """
-        samples = self._drawn()
-        if self.potential is not None:
-            samples = {n: v.to(self.potential.device) for n, v in samples.items()}
+        device = None if self.potential is None else self.potential.device
+        samples = {n: v.to(device) for n, v in self._drawn().items()}
         if num_samples is not None:
             first = next(iter(samples.values()))
             size = first.shape[1] if group_by_chain else first.shape[0] * first.shape[1]
@@ -520,7 +517,7 @@ class MCMC(Citable):
                 size, (num_samples,), generator=torch.Generator().manual_seed(derive_seed(self.seed, "resample"))
             )
             return {n: v[:, rows] if group_by_chain else v.flatten(0, 1)[rows] for n, v in samples.items()}
-        return dict(samples) if group_by_chain else {n: v.flatten(0, 1) for n, v in samples.items()}
+        return samples if group_by_chain else {n: v.flatten(0, 1) for n, v in samples.items()}
 
     def _drawn(self) -> dict[str, Tensor]:
         """The draws by chain where the run has put them, on the CPU."""
