@@ -110,7 +110,8 @@ class Evaluation:
         ate: mean of the scores, cluster-robust.
         autoc: does the ranking tell who gains?
         qini: the same, less weight on the very top.
-        permutation_p_value: of the AUTOC, by permuting priorities over groups.
+        permutation_p_value: of the AUTOC, by permuting priorities over groups; too small too often where they are
+            cross-fitted (``permutation_test``).
         calibration: best linear predictor.
         gate: effect by type.
         policy: of treating where the predicted effect is positive.

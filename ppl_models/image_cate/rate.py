@@ -167,7 +167,9 @@ def permutation_test(
     """One-sided p-value of "the ranking of sites says nothing about the effect", by permuting priorities over sites.
 
     A site enters whole, with its summed score, its size and its mean priority; exact, whatever the law of the scores,
-    where sites are exchangeable.  With ``groups=None`` units are permuted.
+    where sites are exchangeable and the priority came from other data.  A cross-fitted one did not quite: each site's
+    scores had a part in the priorities of the other folds (``ranks_in_folds``), and small p-values are too frequent.  A
+    test that refits is ``refute``'s, of permuted images.  With ``groups=None`` units are permuted.
 
     Args:
         scores: doubly robust scores ``(N,)``.
