@@ -345,6 +345,16 @@ def test_fits_and_answers_on_the_accelerator_as_on_the_processor(case: ModelCase
 
 
 @every_model
+def test_a_fitted_model_moves_with_its_posterior(case: ModelCase) -> None:
+    """To a device without memory, which every machine has; draws that a model keeps are used beside its parameters."""
+    model = copy.deepcopy(fitted(case.name)[0]).to("meta")
+    held = [*model.parameters(), *model.buffers()]
+    held += getattr(getattr(model, "result", None), "samples", {}).values()
+    held += [x for x in getattr(model, "_data", None) or () if x.dim() > 1]  # times are read on the host
+    assert not [x.shape for x in held if not x.is_meta]
+
+
+@every_model
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_fitted_model_moves_to_the_accelerator(case: ModelCase) -> None:
     model = copy.deepcopy(fitted(case.name)[0]).to("cuda")

@@ -12,7 +12,7 @@ from pyro.infer.mcmc.util import initialize_model
 from pyro.ops.integrator import potential_grad
 
 from inference import CaptureWarning
-from inference.potential import CaptureError, LogDensity, Potential, Program, trace
+from inference.potential import CaptureError, LogDensity, Potential, Program, graph, trace
 from inference.runtime.generators import scoped_seed
 from tests.accelerator import fake_accelerator
 from tests.inference import zoo
@@ -398,6 +398,12 @@ def test_compiled_program_equals_the_graph():
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
     assert fast.compiled and not plain.compiled
     assert not Program(potential.value_and_grad, calls=10, compile="auto").compiled
+
+
+def test_a_step_of_many_numbers_is_worth_compiling_before_one_of_few() -> None:
+    """Counted alone, operations on 64,000 numbers weigh as little as those on 64."""
+    few, many = (trace(lambda x: (x.sin() * x).exp(), torch.ones(size)) for size in (64, 64_000))
+    assert not graph._pays(few, 100_000) and graph._pays(many, 100_000)
 
 
 def test_a_program_reads_tensors_as_they_lie():

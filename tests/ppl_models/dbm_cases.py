@@ -1,5 +1,8 @@
 """Models that the tests of Boltzmann machines share."""
 
+from collections.abc import Callable, Sequence
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -41,3 +44,23 @@ def random_starts(dbm: MonotoneDBM, number: int, seed: int = 0, spread: float = 
     noise = torch.Generator().manual_seed(seed)
     shape = (number, dbm.groups.num_groups, dbm.groups.largest)
     return (spread * torch.randn(shape, generator=noise, dtype=D)).softmax(-1)
+
+
+def check_gradients(
+    loss: Callable[[], Tensor], parameters: Sequence[object], entries: int, rel: float, abs: float, scale: float = 1.0
+) -> None:
+    """The gradients that the parameters have, of ``scale`` times ``loss``, against central differences of some of their
+    entries.
+    """
+    dice = torch.Generator().manual_seed(9)
+    for parameter in parameters:
+        assert isinstance(parameter, Tensor) and parameter.grad is not None
+        flat = parameter.data.view(-1)
+        for index in torch.randperm(len(flat), generator=dice)[:entries].tolist():
+            kept = flat[index].item()
+            flat[index] = kept + 1e-5
+            above = loss().item()
+            flat[index] = kept - 1e-5
+            slope = (above - loss().item()) / 2e-5
+            flat[index] = kept
+            assert parameter.grad.view(-1)[index].item() / scale == pytest.approx(slope, rel=rel, abs=abs)

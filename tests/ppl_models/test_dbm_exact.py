@@ -14,7 +14,7 @@ from ppl_models.monotone_dbm import DeepBoltzmannMachine, prox_softmax
 from ppl_models.monotone_dbm.convolution import ConvOperator, check_layers
 from ppl_models.monotone_dbm.groups import Groups
 from ppl_models.monotone_dbm.mean_field import SOLVERS, extreme_eigenvalues
-from tests.ppl_models.dbm_cases import D, example, ising, magnetisation, random_starts
+from tests.ppl_models.dbm_cases import D, check_gradients, example, ising, magnetisation, random_starts
 
 OBSERVED, MASK = [1, 0, 0, 2, 0, 0], [True, False, False, True, False, False]  # group 1 in state 2, group 4 in state 3
 
@@ -283,17 +283,7 @@ def test_implicit_gradient(scale: float, curvature: int | str) -> None:
         return factor * ((found.probabilities * direction).sum() + 0.3 * found.free_energy.sum())
 
     loss(scale).backward()
-    for parameter in (weight, dbm.bias):
-        assert isinstance(parameter, Tensor) and parameter.grad is not None
-        flat = parameter.data.view(-1)
-        for index in torch.randperm(len(flat), generator=noise)[:10].tolist():
-            kept = flat[index].item()
-            flat[index] = kept + 1e-5
-            above = loss().item()
-            flat[index] = kept - 1e-5
-            slope = (above - loss().item()) / 2e-5
-            flat[index] = kept
-            assert parameter.grad.view(-1)[index].item() / scale == pytest.approx(slope, rel=1e-5, abs=1e-7)
+    check_gradients(loss, (weight, dbm.bias), 10, rel=1e-5, abs=1e-7, scale=scale)
 
 
 # ---------------------------------------------------------------- Pyro

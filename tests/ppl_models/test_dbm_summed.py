@@ -10,7 +10,7 @@ from torch import Tensor
 
 from inference.runtime.generators import scoped_seed
 from ppl_models import ConvMonotoneDBM, MonotoneDBM
-from tests.ppl_models.dbm_cases import D, random_starts
+from tests.ppl_models.dbm_cases import D, check_gradients, random_starts
 
 SIZES, CENTRE = [3, 2, 4, 3], 2
 
@@ -135,17 +135,7 @@ def test_gradients_through_the_sum() -> None:
         return (found.probabilities * direction).sum() + 0.3 * found.free_energy.sum() + model.free_energy(query).sum()
 
     loss().backward()
-    for parameter in (weight, model.bias):
-        assert isinstance(parameter, Tensor) and parameter.grad is not None
-        flat = parameter.data.view(-1)
-        for index in torch.randperm(len(flat), generator=noise)[:8].tolist():
-            kept = flat[index].item()
-            flat[index] = kept + 1e-5
-            above = loss().item()
-            flat[index] = kept - 1e-5
-            slope = (above - loss().item()) / 2e-5
-            flat[index] = kept
-            assert parameter.grad.view(-1)[index].item() == pytest.approx(slope, rel=1e-4, abs=1e-6)
+    check_gradients(loss, (weight, model.bias), 8, rel=1e-4, abs=1e-6)
 
 
 def test_images_with_and_without_the_sum(tmp_path: Path) -> None:

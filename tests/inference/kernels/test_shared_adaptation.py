@@ -270,3 +270,9 @@ def test_mclmc_forgets_its_velocity_over_the_length():
         first = state.velocity if first is None else first
     overlap = (first * state.velocity).sum(1).mean()
     assert float(overlap) == pytest.approx(math.exp(-5 * 0.3 / 2.0), abs=0.015)
+
+
+def test_mclmc_sees_a_correlation_of_few_steps_in_a_long_warm_up() -> None:
+    """Lags that are 60 steps apart would call the shortest correlation 60 steps."""
+    state, _, _ = advance(MCLMC(potential_fn=len), Quadratic([1.0] * 20), chains=64, steps=1, warmup=3000)
+    assert float(state.trajectory_length) < 3 * 20**0.5
