@@ -10,6 +10,7 @@ from scipy import stats
 from inference import MCMC, NUTS, SGHMC
 from inference.potential import Program, trace
 from inference.potential.cuda_graph import Launched
+from inference.runtime import generators
 from inference.runtime.generators import ChainGenerators
 from inference.runtime.philox import PhiloxStreams, philox
 from tests.inference.zoo import SCHOOLS_SE, SCHOOLS_Y, eight_schools
@@ -61,6 +62,17 @@ def test_a_chain_of_the_streams_does_not_know_of_the_others() -> None:
         streams.uniform(3, 5, F64)
     assert torch.equal(alone.normal(4, 3, F64)[:, 0], together.normal(4, 3, F64)[:, 1])
     assert not torch.equal(together.normal(4, 3, F64)[:, 0], together.normal(4, 3, F64)[:, 0])
+
+
+def test_minibatches_do_not_depend_on_how_many_steps_share_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for keys in (1, 1 << 25):
+        monkeypatch.setattr(generators, "_KEYS", keys)
+        streams = ChainGenerators(1, range(3))
+        streams._philox = PhiloxStreams([4, 5, 6], torch.device("cpu"))
+        found.append(streams.indices(7, 10, 4))
+    assert torch.equal(*found) and found[0].shape == (7, 3, 4)
+    assert all(len(set(row.tolist())) == 4 for row in found[0].flatten(0, 1))
 
 
 @on_cuda
