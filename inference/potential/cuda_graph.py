@@ -21,8 +21,10 @@ _CALLS_BEFORE = 3  # of a function whose layout may not come again
 _MOST_BYTES = 1 << 28  # of arguments: beyond, their copies cost more than the launches
 
 
-# Their libraries may wait for the device.
-_FACTORISATIONS = ("linalg", "chol", "lu_", "triangular", "eig", "svd", "qr", "logdet", "pinverse")
+# Words in names of operations whose libraries may wait for the device.
+_FACTORISATIONS = frozenset(
+    "linalg cholesky lu triangular eigh svd qr geqrf orgqr ormqr lstsq logdet slogdet pinverse".split()
+)
 _HARMLESS = {torch.ops.aten.linalg_vector_norm.default, torch.ops.aten.linalg_cross.default}
 _READ_BACK = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
@@ -35,8 +37,8 @@ def is_recordable(node: fx.Node) -> bool:
     if target in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default):
         indices = [i.meta.get("val") for i in node.args[1] if isinstance(i, fx.Node)]  # type: ignore[union-attr]
         return all(isinstance(i, Tensor) and i.dtype != torch.bool for i in indices)
-    name = target.name().removeprefix("aten::")
-    return not _READ_BACK & set(target.tags) and not any(part in name for part in _FACTORISATIONS)
+    words = target.name().removeprefix("aten::").partition(".")[0].split("_")
+    return not _READ_BACK & set(target.tags) and _FACTORISATIONS.isdisjoint(words)
 
 
 def step_in_place(run: Callable[..., Any], state: list[Tensor], others: list[Tensor]) -> Callable[[], None] | None:

@@ -1,13 +1,15 @@
 """Streams made by the counter-based generator, and programs launched as one CUDA graph."""
 
 import math
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from scipy import stats
 
-from inference import MCMC, NUTS, SGHMC
+from inference import HMC, MCLMC, MCMC, MEADS, NUTS, SGHMC, ChEES
 from inference.potential import Program, trace
 from inference.potential.cuda_graph import Launched
 from inference.runtime import generators
@@ -133,8 +135,13 @@ def test_a_function_becomes_one_launch_on_the_accelerator() -> None:
     [
         (lambda a: (a @ a).exp().sum(1)[torch.tensor([0, 1], device=a.device)], True),
         (lambda a: torch.linalg.vector_norm(a, dim=-1), True),
+        (lambda a: a.sqrt() + a.square().cumsum(0), True),
         (lambda a: torch.linalg.cholesky(a @ a.T), False),
         (lambda a: torch.linalg.solve(a, a), False),
+        (lambda a: torch.linalg.qr(a).R, False),
+        (lambda a: torch.linalg.eigvalsh(a), False),
+        (lambda a: torch.cholesky_solve(a, a), False),
+        (lambda a: torch.linalg.slogdet(a).logabsdet, False),
     ],
 )
 def test_what_may_wait_for_the_device_is_not_tried(
@@ -142,6 +149,19 @@ def test_what_may_wait_for_the_device_is_not_tried(
 ) -> None:
     found = trace(function, torch.eye(3))
     assert all(n.meta["one_launch"] for n in found.graph.nodes if "one_launch" in n.meta) is expected
+
+
+@pytest.mark.parametrize("kernel", [NUTS, HMC, ChEES, MEADS, MCLMC, SGHMC])
+def test_a_step_of_each_sampler_may_become_one_launch(kernel: Any) -> None:
+    made = kernel(eight_schools, **({"step_size": 0.3, "friction": 1.0} if kernel is SGHMC else {}))
+    mcmc = MCMC(made, 8, 8, num_chains=8, seed=0, progress=False, compile=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mcmc.run(SCHOOLS_Y, SCHOOLS_SE)
+    steps = [run for program in mcmc._programs for run, _ in program._recorded.values()]
+    assert steps and all(isinstance(step, torch.fx.GraphModule) for step in steps)
+    nodes = [n for step in steps for n in step.graph.nodes]
+    assert not {str(n.target) for n in nodes if not n.meta.get("one_launch", True)}
 
 
 @on_cuda
