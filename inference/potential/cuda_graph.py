@@ -22,24 +22,8 @@ _MOST_BYTES = 1 << 28  # of arguments: beyond, their copies cost more than the l
 
 
 # Words in names of operations whose libraries may wait for the device.
-_FACTORISATIONS = frozenset(
-    [
-        "linalg",
-        "cholesky",
-        "lu",
-        "triangular",
-        "eigh",
-        "svd",
-        "qr",
-        "geqrf",
-        "orgqr",
-        "ormqr",
-        "lstsq",
-        "logdet",
-        "slogdet",
-        "pinverse",
-    ]
-)
+_FACTORISATIONS = {"linalg", "cholesky", "lu", "triangular", "eigh", "svd", "qr", "geqrf", "orgqr", "ormqr", "lstsq"}
+_FACTORISATIONS |= {"logdet", "slogdet", "pinverse"}
 _HARMLESS = {torch.ops.aten.linalg_vector_norm.default, torch.ops.aten.linalg_cross.default}
 _READ_BACK = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
