@@ -31,9 +31,22 @@ __all__ = [
     "check_count",
     "check_counts",
     "check_inputs",
+    "from_array",
     "to_tensor",
     "unchanged_on_error",
 ]
+
+
+def from_array(value: Any, dtype: Any = None) -> Tensor:
+    """An array, data frame or list as a tensor of its own memory.
+
+    Of the array's memory some must not be written to (columns of a data frame, by pandas 3), and where it begins
+    decides the last bits of products.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: not numeric.
+    """
+    return torch.tensor(np.asarray(value, dtype=dtype))
 
 
 def to_tensor(name: str, value: Any) -> Tensor:
@@ -48,7 +61,7 @@ def to_tensor(name: str, value: Any) -> Tensor:
     """
     if not isinstance(value, Tensor):
         try:
-            value = torch.as_tensor(np.asarray(value))
+            value = from_array(value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(
                 f"{name} must be a tensor or a numeric array, got {type(value).__name__} ({error})"
@@ -59,7 +72,7 @@ def to_tensor(name: str, value: Any) -> Tensor:
         raise TypeError(f"{name} must hold real numbers, got {value.dtype}")
     if value.numel() == 0:
         raise ValueError(f"{name} is empty, its shape is {tuple(value.shape)}")
-    value = value.detach()
+    value = value.detach().contiguous()  # strides decide the last bits of sums
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
         bad = ~torch.isfinite(value)
         where = tuple(bad.nonzero()[0].tolist())

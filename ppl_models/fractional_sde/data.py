@@ -2,11 +2,10 @@
 
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_models.base import to_tensor
+from ppl_models.base import from_array, to_tensor
 from sde._checks import as_times
 
 __all__ = ["SeriesData", "check_series"]
@@ -43,15 +42,14 @@ def check_series(times: Any, observations: Any, mask: Any, shape: tuple[int, ...
     """
     if not isinstance(times, Tensor):
         try:
-            times = torch.as_tensor(np.asarray(times, dtype=float))
+            times = from_array(times, float)
         except (TypeError, ValueError) as error:
             raise TypeError(f"times must be a vector of numbers, got {type(times).__name__}") from error
     clock = as_times(times).cpu()
     what = ", ".join(map(str, ("N", len(clock), *shape)))
     if not isinstance(observations, Tensor):
         try:
-            array = np.asarray(observations)
-            values = torch.as_tensor(array)
+            values = from_array(observations)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(
                 f"observations must be a tensor or a numeric array, got {type(observations).__name__}"
@@ -68,7 +66,7 @@ def check_series(times: Any, observations: Any, mask: Any, shape: tuple[int, ...
         if not bool(torch.isfinite(values).all()):
             to_tensor("observations", values)  # names the first bad entry
         return SeriesData(clock, values, torch.ones_like(values, dtype=torch.bool))
-    here = torch.as_tensor(mask if isinstance(mask, Tensor) else np.asarray(mask)).to(values.device)
+    here = (mask if isinstance(mask, Tensor) else from_array(mask)).to(values.device)
     if here.dtype != torch.bool and not bool(((here == 0) | (here == 1)).all()):
         raise ValueError("mask must be boolean, True where there is an observation")
     here = here.bool()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_models.base import to_tensor
+from ppl_models.base import from_array, to_tensor
 
 __all__ = ["Groups", "as_matrix", "as_treatment", "as_vector", "group_sums", "index_groups"]
 
@@ -119,7 +119,7 @@ def group_sums(values: Tensor, groups: Groups) -> Tensor:
 def _double(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         try:
-            value = torch.as_tensor(np.asarray(value, dtype=np.float64))
+            value = from_array(value, np.float64)
         except (TypeError, ValueError) as error:
             raise TypeError(f"{name} must be a tensor or a numeric array ({error})") from error
     return to_tensor(name, value).to(torch.float64)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_models.base import from_array
 from ppl_models.image_cate.checks import as_treatment
 
 __all__ = ["check_covariates"]
@@ -94,7 +95,7 @@ def _values(covariates: Any, num_rows: int, device: torch.device) -> Tensor:
         x = covariates.detach().to(torch.float64)
     else:
         try:
-            x = torch.as_tensor(np.asarray(covariates, dtype=np.float64))
+            x = from_array(covariates, np.float64)
         except (TypeError, ValueError) as error:
             raise TypeError(f"covariates must be numeric, code categories as indicators ({error})") from error
     x = x.unsqueeze(1) if x.ndim == 1 else x

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_models.base import to_tensor
+from ppl_models.base import from_array, to_tensor
 
 __all__ = ["Trial", "Units", "check_images", "make_trial"]
 
@@ -118,7 +118,7 @@ def check_images(images: Any, name: str = "images") -> Tensor:
     """
     if not isinstance(images, Tensor):
         try:
-            images = torch.as_tensor(np.asarray(images))
+            images = from_array(images)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{name} must be a tensor or an array, got {type(images).__name__} ({error})") from error
     if images.is_complex():
@@ -267,7 +267,7 @@ def _numeric(name: str, value: Any) -> Tensor:
     """A numeric tensor, NaN let through."""
     if not isinstance(value, Tensor):
         try:
-            value = torch.as_tensor(np.asarray(value))
+            value = from_array(value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(
                 f"{name} must be a tensor or a numeric array, got {type(value).__name__} ({error})"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from inference.objectives.masked import Head
 from inference.runtime.generators import generator
-from ppl_models.base import check_batch_size, check_count, check_counts, to_tensor
+from ppl_models.base import check_batch_size, check_count, check_counts, from_array, to_tensor
 from ppl_models.monotone_dbm.convolution import ConvOperator, Layer, check_layers, layer_groups
 from ppl_models.monotone_dbm.jitter import jittered
 from ppl_models.monotone_dbm.model import BoltzmannModel
@@ -306,7 +306,7 @@ class ConvMonotoneDBM(BoltzmannModel):
         """Finite images ``(N, C, H, W)`` in [0, 1], zero where they are not shown."""
         if not isinstance(images, Tensor):
             try:
-                images = torch.as_tensor(images)
+                images = from_array(images)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise TypeError(f"{name} must be a tensor or a numeric array, got {type(images).__name__}") from error
         value = images

@@ -38,6 +38,13 @@ class Call(NamedTuple):
     free: frozenset[str] = frozenset()
 
 
+def _read_only(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        value = value.numpy().copy()
+        value.flags.writeable = False
+    return value
+
+
 @dataclass(frozen=True)
 class Bad:
     """A call that must be refused at the door.
@@ -52,6 +59,13 @@ class Bad:
     call: Callable[[Model], object]
     message: str
     error: type[Exception] | tuple[type[Exception], ...] = (ValueError, TypeError)
+
+
+def _read_only(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        value = value.numpy().copy()
+        value.flags.writeable = False
+    return value
 
 
 @dataclass(frozen=True)
@@ -101,11 +115,14 @@ class ModelCase:
     accelerator: bool = True
     groups: frozenset[str] = frozenset()
 
-    def fitted(self, *, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Model, Any]:
-        """A fitted model and what its ``fit`` returned."""
+    def fitted(self, *, dtype: torch.dtype = torch.float32, arrays: bool = False, **options: Any) -> tuple[Model, Any]:
+        """A fitted model and what its ``fit`` returned; ``arrays`` gives it NumPy's, which must not be written to."""
         model = self.build()
         settings: dict[str, Any] = {"seed": 0, "progress": False, **self.fit, **options}
-        result = model.fit(**self.data(dtype), **settings)  # type: ignore[operator]
+        data: dict[str, Any] = dict(self.data(dtype))
+        if arrays:
+            data = {name: _read_only(value) for name, value in data.items()}
+        result = model.fit(**data, **settings)  # type: ignore[operator]
         return model, result
 
     def latents(self, model: Model) -> dict[str, Tensor]:

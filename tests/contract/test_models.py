@@ -162,10 +162,10 @@ def test_forward_and_backward_on_a_pretended_accelerator(case: ModelCase) -> Non
 # ---------------------------------------------------------------- seeds, files, faults
 @every_model
 def test_same_seed_same_bits_and_another_seed_other_bits(case: ModelCase) -> None:
-    """The second fit reports its progress to a function, which must not change it."""
+    """The second fit gets arrays and reports its progress to a function, neither of which must change it."""
     first = case.answers(fitted(case.name)[0])
     seen: list[dict[str, Any]] = []
-    assert same(first, case.answers(case.fitted(progress=seen.append)[0]))
+    assert same(first, case.answers(case.fitted(progress=seen.append, arrays=True)[0]))
     assert seen and all({"step", "total"} <= fields.keys() for fields in seen)
     assert all(0 <= fields["step"] <= fields["total"] for fields in seen)
     assert same(first, case.answers(fitted(case.name)[0])), "a second fit or query changed the first model"

@@ -237,7 +237,7 @@ def test_the_mass_matrix_is_the_posterior_covariance() -> None:
     states: list[Any] = []
     original = kernel.end_window
     kernel.end_window = lambda *a: states.append(original(*a)) or states[-1]  # type: ignore[method-assign]
-    MCMC(kernel, 1, 600, num_chains=4, progress=False).run()
+    MCMC(kernel, 1, 1200, num_chains=4, progress=False).run()
     factor = states[-1].mass_factor
     relative = (factor @ factor.T - COVARIANCE) / torch.sqrt(torch.outer(COVARIANCE.diag(), COVARIANCE.diag()))
     assert float(relative.abs().max()) < 0.15
