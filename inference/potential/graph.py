@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from inference._errors import CaptureWarning
 from inference.potential.cuda_graph import Launched, is_recordable, step_in_place
+from inference.potential.elementary import quick_logits, quick_tanh
 from inference.potential.recorder import CaptureError, is_random, record
 from inference.potential.replay import replay
 
@@ -107,6 +108,7 @@ def _clean(graph: fx.Graph) -> None:
         given = [x for x in tree_leaves(node.meta.get("val")) if isinstance(x, Tensor)]
         node.meta.clear()  # it holds what every operation gave
         node.meta |= {"numbers": sum(x.numel() for x in given), "cpu": all(x.device.type == "cpu" for x in given)}
+        node.meta["dtype"] = given[0].dtype if given else None
         node.meta["one_launch"] = recordable
 
 
@@ -369,6 +371,8 @@ class Program:
 
     def _compiled(self, graph: fx.GraphModule, flat: list[Tensor]) -> Callable[..., Any]:
         one_launch = _is_one_launch(graph)
+        quick_tanh(graph.graph)
+        quick_logits(graph.graph)
         constants = _lift_constants(graph)
         inputs = [*flat, *constants]
         # A second run of a model differs in its constants alone.
@@ -509,14 +513,15 @@ def _stand_ins(inputs: list[Tensor]) -> list[Any]:
 @contextmanager
 def _compiler_settings() -> Iterator[None]:
     """Let the compiler's cache on disk serve graphs that did not come from Dynamo, and leave out checks of sizes that
-    a recorded graph has fixed already: for a small step they cost as much as its arithmetic.
+    a recorded graph has fixed already: for a small step they cost as much as its arithmetic.  A value that took many
+    operations is kept for its second use, not made again.
     """
     import torch._functorch.config as functorch
     import torch._inductor.config as inductor
 
-    wanted = {
+    wanted: dict[Any, dict[str, Any]] = {
         functorch: {"bundled_autograd_cache": False, "enable_autograd_cache": False},
-        inductor: {"size_asserts": False, "alignment_asserts": False},
+        inductor: {"size_asserts": False, "alignment_asserts": False, "realize_opcount_threshold": 30},
     }
     with ExitStack() as stack:
         for config, settings in wanted.items():
