@@ -30,13 +30,13 @@
 # `PPL_MODELS_OUT=out` writes the figures to `out/tutorial/`.
 
 # %%
+import io
 import os
+import sys
 import tempfile
 import warnings
 from pathlib import Path
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
@@ -54,12 +54,15 @@ torch.set_num_threads(1)  # small tensors: a second thread costs more than it br
 
 
 def show(figure, name):
-    """Save the figure if PPL_MODELS_OUT is set, else show it where there is a screen."""
+    """Save the figure if PPL_MODELS_OUT is set, else show it in the notebook."""
     if OUT:
         figure.savefig(FOLDER / f"{name}.png", dpi=150, bbox_inches="tight")
-    elif mpl.get_backend().lower() != "agg":
-        plt.show()
-    plt.close("all")
+    elif "ipykernel" in sys.modules:
+        from IPython.display import Image, display
+
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=100, bbox_inches="tight")
+        display(Image(picture.getvalue()))
 
 
 # %% [markdown]
@@ -132,7 +135,8 @@ show(figures.effects_figure(names, found.gate.estimates, found.gate.standard_err
 # %% [markdown]
 # ## What in the images matters
 #
-# The villages that show each type best, and the derivative of the effect by each pixel.
+# The villages that show each type best, and the derivative of the effect by each pixel. Where a type is certain the
+# derivatives are minute; each picture has its own scale, and shows where they are largest.
 
 # %%
 rows = cate.exemplars(3).rows.flatten()

@@ -107,7 +107,11 @@ def map_figure(lon_lat: Any, values: Any, label: str = "effect", inside: Any = N
 
 
 def salience_figure(images: Any, salience: Any, titles: Sequence[str] = ()) -> Any:
-    """Images ``(N, C, H, W)`` above the magnitude of their salience, its root of summed squares over channels."""
+    """Images ``(N, C, H, W)`` above the magnitude of their salience, its root of summed squares over channels.
+
+    Each image has its own scale: of an image whose type is certain all derivatives are small, by the same factor, and
+    where they are largest is what there is to see.  Below it stands its largest.
+    """
     picture, gradient = _numpy(images).astype(float), _numpy(salience).astype(float)
     if picture.ndim != 4 or picture.shape != gradient.shape:
         raise ValueError(
@@ -117,20 +121,22 @@ def salience_figure(images: Any, salience: Any, titles: Sequence[str] = ()) -> A
     figure = _figure(1.5 * count + 0.8, 3.3)
     axes = figure.subplots(2, count, squeeze=False)
     magnitude = np.sqrt((gradient**2).sum(1))
-    top = float(magnitude.max()) or 1.0
+    largest = magnitude.max((1, 2))
     for i in range(count):
         shown = picture[i, :3] if picture.shape[1] >= 3 else picture[i, :1].repeat(3, 0)
         low, high = np.quantile(shown, [0.01, 0.99])
         axes[0, i].imshow(
             np.clip((shown - low) / max(high - low, 1e-12), 0, 1).transpose(1, 2, 0), interpolation="nearest"
         )
-        drawn = axes[1, i].imshow(magnitude[i], cmap="magma", vmin=0, vmax=top, interpolation="nearest")
+        relative = magnitude[i] / (largest[i] or 1.0)
+        drawn = axes[1, i].imshow(relative, cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+        axes[1, i].set_xlabel(f"largest {largest[i]:.1e}", fontsize=7)
         if i < len(titles):
             axes[0, i].set_title(titles[i], fontsize=8)
         for row in (0, 1):
             axes[row, i].set_xticks([])
             axes[row, i].set_yticks([])
-    figure.colorbar(drawn, ax=axes[1, :].tolist(), label="salience", shrink=0.9)
+    figure.colorbar(drawn, ax=axes[1, :].tolist(), label="salience / largest", shrink=0.9)
     return figure
 
 
