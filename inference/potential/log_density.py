@@ -95,6 +95,7 @@ class _Unconstrained(Messenger):
         super().__init__()
         self.values, self.batch, self.transforms = values, batch, transforms
         self.log_det: Tensor | float = 0.0
+        self._observed: dict[str, Any] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
@@ -103,6 +104,12 @@ class _Unconstrained(Messenger):
                 msg["value"] = self.batch[name]
             return
         fn = msg["fn"] = _without_validation(fn)
+        if name.endswith("_observed"):
+            self._observed[name.removesuffix("_observed")] = msg["mask"]
+        elif name in self.values and (mask := self._observed.get(name.removesuffix("_unobserved"))) is not None:
+            # ``obs_mask`` makes such a pair.  Elements of the latent one that are observed are used nowhere and would
+            # be flat; under their own law they integrate to one.
+            msg["mask"] = msg["mask"] | mask
         if name in self.values:
             transform = self.transforms[name].inv if name in self.transforms else biject_to(fn.support)
             z = self.values[name]
