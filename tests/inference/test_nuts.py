@@ -411,3 +411,28 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], messag
 def test_an_unknown_site_in_a_mass_block_is_named() -> None:
     with pytest.raises(ValueError, match="nosuch"):
         MCMC(NUTS(gaussian, full_mass=[("nosuch",)]), 10, progress=False).run()
+
+
+TIMES = torch.arange(1.0, 201.0, 5.0, dtype=torch.float64)
+GROWN = (-0.02 * TIMES).exp() + 0.1 * torch.sin(TIMES)
+
+
+def growth() -> None:
+    """What a recursion with an unstable root has: at a = 0.85 the energy is 1e150, at the posterior's a it is 30."""
+    a = pyro.sample("a", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
+    with pyro.plate("period", len(TIMES)):
+        pyro.sample("y", dist.Normal((a[0] * TIMES).exp() + a[1], 0.1), obs=GROWN)
+
+
+@pytest.mark.parametrize("kernel", [NUTS(growth), HMC(growth, num_steps=8)], ids=["NUTS", "HMC"])
+def test_a_chain_from_far_out_comes_in_and_does_not_stop_the_others(kernel: Any) -> None:
+    start = {"a": torch.tensor([[0.85, 0.0], [0.5, 1.0], [-0.05, 0.0], [-0.5, 0.0]])}
+    mcmc = MCMC(kernel, 60, 60, start, num_chains=4, progress=False, compile=False).run()
+    draws = mcmc.get_samples(group_by_chain=True)["a"]
+    rate, level = torch.linspace(-0.1, 0.0, 1001).double()[:, None], torch.linspace(-0.3, 0.3, 1001).double()
+    residual = GROWN - (rate[..., None] * TIMES).exp() - level[:, None]
+    log = -50 * residual.square().sum(-1) - 0.5 * (rate.square() + level.square())
+    weight = (log - log.max()).exp() / (log - log.max()).exp().sum()
+    assert float(rhat(draws).max()) < 1.1
+    for i, values in enumerate((rate, level)):
+        assert_mean(draws[..., i], float((weight * values).sum()))
