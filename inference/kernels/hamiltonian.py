@@ -27,7 +27,6 @@ __all__ = ["DIVERGENCE", "Hamiltonian", "leapfrog"]
 
 DIVERGENCE = 1000.0  # an energy error beyond this is a divergence, as in Stan
 _FIRST_ACCEPTANCE = 0.8  # of one leapfrog step, at the step size that dual averaging starts from
-_MOST_DESCENTS = 10
 _MINUTE = 1e-6  # a first step size so small is that of a chain far out: energies there fall by orders of magnitude
 
 
@@ -126,19 +125,17 @@ class Hamiltonian(Kernel):
         if not self.adapt_step_size:
             return state
         found = self._with_reasonable_step(state, potential, each=True)
-        for _ in range(_MOST_DESCENTS):
-            far = found.average.log_step < math.log(_MINUTE)
-            if not bool(far.any()):
-                break
-            position, energy, gradient = descend(state.position, state.potential, state.gradient, potential)
-            row = far[:, None]
-            state = state._replace(
-                position=torch.where(row, position, state.position),
-                potential=torch.where(far, energy, state.potential),
-                gradient=torch.where(row, gradient, state.gradient),
-            )
-            found = self._with_reasonable_step(state, potential, each=True)
-        return found
+        far = found.average.log_step < math.log(_MINUTE)
+        if not bool(far.any()):
+            return found
+        position, energy, gradient = descend(position, energy, gradient, potential)
+        row = far[:, None]
+        state = state._replace(
+            position=torch.where(row, position, state.position),
+            potential=torch.where(far, energy, state.potential),
+            gradient=torch.where(row, gradient, state.gradient),
+        )
+        return self._with_reasonable_step(state, potential, each=True)
 
     def controls(self, start: int, stop: int, warmup_steps: int) -> dict[str, Sequence[float]]:
         """Whether this step adapts, and whether its position counts for the mass matrix."""
