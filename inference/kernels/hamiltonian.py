@@ -18,6 +18,7 @@ from torch import Tensor
 
 from inference.kernels.adaptation import DualAverage, Moments, mass_windows
 from inference.kernels.base import Kernel, positive
+from inference.kernels.descent import descend
 from inference.kernels.mass_matrix import FullMass, MassMatrix, check_full_mass, to_momentum, to_position
 from inference.potential import Potential
 from inference.runtime.distributed import sum_over_ranks
@@ -26,6 +27,7 @@ __all__ = ["DIVERGENCE", "Hamiltonian", "leapfrog"]
 
 DIVERGENCE = 1000.0  # an energy error beyond this is a divergence, as in Stan
 _FIRST_ACCEPTANCE = 0.8  # of one leapfrog step, at the step size that dual averaging starts from
+_MINUTE = 1e-6  # a first step size so small is that of a chain far out: energies there fall by orders of magnitude
 
 
 class HamiltonianState(Protocol):
@@ -109,15 +111,31 @@ class Hamiltonian(Kernel):
 
     # ------------------------------------------------------------------ contract
     def init(self, position: Tensor, potential: Potential) -> Any:
-        """Unit mass at the starting points, and a first step size that a single leapfrog step accepts about as often
-        as 0.8.
+        """Unit mass at the starting points, and for each chain a first step size of which a single leapfrog step is
+        accepted about as often as 0.8.
+
+        A chain whose step would be minute (a recursion that explodes, say) is first brought in: dual averaging could
+        not make the step grow again as fast as the energy falls, and the chains' average would stop all of them.
         """
         mass = MassMatrix(self.full_mass, potential)
         energy, gradient = potential.value_and_grad(position)
-        step = torch.full_like(energy, self.step_size)
+        average = DualAverage.start(torch.full_like(energy, self.step_size))
         moments = Moments.start(position, dense=mass.dense)
-        state = self.start(position, energy, gradient, DualAverage.start(step), moments, mass.identity(position))
-        return self._with_reasonable_step(state, potential) if self.adapt_step_size else state
+        state = self.start(position, energy, gradient, average, moments, mass.identity(position))
+        if not self.adapt_step_size:
+            return state
+        found = self._with_reasonable_step(state, potential, each=True)
+        far = found.average.log_step < math.log(_MINUTE)
+        if not bool(far.any()):
+            return found
+        position, energy, gradient = descend(position, energy, gradient, potential)
+        row = far[:, None]
+        state = state._replace(
+            position=torch.where(row, position, state.position),
+            potential=torch.where(far, energy, state.potential),
+            gradient=torch.where(row, gradient, state.gradient),
+        )
+        return self._with_reasonable_step(state, potential, each=True)
 
     def controls(self, start: int, stop: int, warmup_steps: int) -> dict[str, Sequence[float]]:
         """Whether this step adapts, and whether its position counts for the mass matrix."""
@@ -156,9 +174,9 @@ class Hamiltonian(Kernel):
     def _bounded(self, log_step: Tensor) -> Tensor:
         return log_step.exp().clamp(self.min_stepsize, self.max_stepsize)
 
-    def _with_reasonable_step(self, state: Any, potential: Potential) -> Any:
-        """Double or halve the step size until the chains' mean acceptance of one leapfrog step crosses 0.8, and
-        restart dual averaging there.
+    def _with_reasonable_step(self, state: Any, potential: Potential, *, each: bool = False) -> Any:
+        """Double or halve the step size until the acceptance of one leapfrog step crosses 0.8, and restart dual
+        averaging there: the mean acceptance of all chains, or with ``each`` every chain's own.
         """
         z = state.position
         generator = torch.Generator(device=z.device).manual_seed(0)
@@ -167,15 +185,17 @@ class Hamiltonian(Kernel):
         before = state.potential + 0.5 * p.square().sum(1)
         log_step = state.average.log_average
         chains = sum_over_ranks(torch.ones_like(before).sum())
-        direction = 0
+        direction, moving = torch.zeros_like(before), torch.ones_like(before, dtype=torch.bool)
         for _ in range(60):
             epsilon = log_step.exp()[:, None]
             _, r, _, energy = leapfrog(z, p, state.gradient, epsilon, state.mass_factor, potential)
             error = torch.nan_to_num(energy + 0.5 * r.square().sum(1) - before, nan=math.inf)
-            acceptance = sum_over_ranks((-error).clamp(max=0.0).exp().sum()) / chains
-            new_direction = 1 if bool(acceptance > _FIRST_ACCEPTANCE) else -1
-            if direction and new_direction != direction:
+            acceptance = (-error).clamp(max=0.0).exp()
+            if not each:
+                acceptance = (sum_over_ranks(acceptance.sum()) / chains).expand_as(acceptance)
+            way = torch.where(acceptance > _FIRST_ACCEPTANCE, 1.0, -1.0).to(direction.dtype)
+            moving = moving & ((direction == 0) | (direction == way))
+            if not bool(moving.any()):
                 break
-            direction = new_direction
-            log_step = log_step + direction * math.log(2.0)
+            direction, log_step = way, torch.where(moving, log_step + way * math.log(2.0), log_step)
         return state._replace(average=DualAverage.start(self._bounded(log_step)))

@@ -270,7 +270,9 @@ class MEADS(Kernel):
         step_size, damping = state.step_size.roll(-1), state.damping.roll(-1)
         if self.adapt_step_size:
             stiffest = largest_eigenvalue(state.gradient * scale[fold], member, own=True)
-            step_size = self.step_size_multiplier * stiffest.rsqrt().clamp(max=1.0)
+            # Chains far out have gradients whose squares overflow.
+            stiffest = stiffest.nan_to_num(nan=torch.inf)
+            step_size = self.step_size_multiplier * stiffest.rsqrt().clamp(torch.finfo(stiffest.dtype).tiny, 1.0)
         if self.adapt_damping:
             damping = torch.maximum(largest_eigenvalue(whitened, member, own=False).rsqrt(), 1 / (step * step_size))
         return state._replace(

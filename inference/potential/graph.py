@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from inference._errors import CaptureWarning
 from inference.potential.cuda_graph import Launched, is_recordable, step_in_place
 from inference.potential.elementary import quick_logits, quick_tanh
-from inference.potential.recorder import CaptureError, is_random, record
+from inference.potential.recorder import CaptureError, is_random, lift_constants, record
 from inference.potential.replay import replay
 
 __all__ = ["CaptureError", "Program", "trace"]
@@ -224,13 +224,6 @@ def _hashable(value: Any) -> Any:
     return (type(value).__name__, value)
 
 
-def _attribute(module: fx.GraphModule, target: str) -> Any:
-    value: Any = module
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value
-
-
 @dataclass(frozen=True)
 class _Compiled:
     """Compiled code, the constants that are its last inputs, and whether it launches kernels and does nothing else."""
@@ -373,7 +366,7 @@ class Program:
         one_launch = _is_one_launch(graph)
         quick_tanh(graph.graph)
         quick_logits(graph.graph)
-        constants = _lift_constants(graph)
+        constants = lift_constants(graph)
         inputs = [*flat, *constants]
         # A second run of a model differs in its constants alone.
         layouts = [(tuple(x.shape), x.stride(), x.dtype, x.device) for x in inputs]
@@ -451,23 +444,6 @@ def _origin(node: fx.Node) -> fx.Node:
     while node.target is operator.getitem or (isinstance(node.target, torch._ops.OpOverload) and node.target.is_view):
         node = node.args[0]  # type: ignore[assignment]
     return node
-
-
-def _lift_constants(module: fx.GraphModule) -> list[Tensor]:
-    """Make the graph's constants its last inputs, so that one compilation serves all data of these shapes."""
-    constants: list[Tensor] = []
-    places = [n for n in module.graph.nodes if n.op == "placeholder"]
-    for node in [n for n in module.graph.nodes if n.op == "get_attr"]:
-        value = _attribute(module, node.target)
-        if not isinstance(value, Tensor):
-            continue
-        with module.graph.inserting_after(places[-1]):
-            places.append(module.graph.placeholder(f"constant_{len(constants)}"))
-        node.replace_all_uses_with(places[-1])
-        module.graph.erase_node(node)
-        constants.append(value.detach())
-    module.recompile()
-    return constants
 
 
 def _compile(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[[list[Tensor]], Any]:

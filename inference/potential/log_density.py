@@ -34,6 +34,8 @@ from inference.runtime.generators import generator, scoped_seed
 
 __all__ = ["LogDensity", "MinibatchPlate", "Site", "scoped_model"]
 
+_DRY_RUNS = 20  # before a model is taken for faulty
+
 
 class Site(NamedTuple):
     """A continuous latent site and its place in the flat vector.
@@ -95,6 +97,7 @@ class _Unconstrained(Messenger):
         super().__init__()
         self.values, self.batch, self.transforms = values, batch, transforms
         self.log_det: Tensor | float = 0.0
+        self._observed: dict[str, Any] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
@@ -103,6 +106,12 @@ class _Unconstrained(Messenger):
                 msg["value"] = self.batch[name]
             return
         fn = msg["fn"] = _without_validation(fn)
+        if name.endswith("_observed"):
+            self._observed[name.removesuffix("_observed")] = msg["mask"]
+        elif name in self.values and (mask := self._observed.get(name.removesuffix("_unobserved"))) is not None:
+            # ``obs_mask`` makes such a pair.  Elements of the latent one that are observed are used nowhere and would
+            # be flat; under their own law they integrate to one.
+            msg["mask"] = msg["mask"] | mask
         if name in self.values:
             transform = self.transforms[name].inv if name in self.transforms else biject_to(fn.support)
             z = self.values[name]
@@ -159,9 +168,7 @@ class LogDensity:
         # One eager run outside any seed scope of the caller's: the first use of a parameter or module happens here.
         # Validation reads values, which fake tensors do not have.
         validate = torch._guards.detect_fake_mode([*self.args, *self.kwargs.values()]) is None
-        with scoped_seed(0, self._argument_device()), scoped_model(validate=validate):
-            trace = self._initial_trace()
-            trace.compute_log_prob(site_filter=lambda _, site: not isinstance(site["fn"], _Subsample))
+        trace = self._dry_run(validate)
         self.sites: dict[str, Site] = {}
         self.observed: dict[str, Tensor] = {}
         self.priors: dict[str, Any] = {}
@@ -379,6 +386,22 @@ class LogDensity:
     def _argument_device(self) -> torch.device:
         tensors = [a for a in (*self.args, *self.kwargs.values()) if isinstance(a, Tensor)]
         return tensors[0].device if tensors else torch.device("cpu")
+
+    def _dry_run(self, validate: bool) -> Any:
+        """A run at latent values where the model can be evaluated: one that solves an equation of motion, say, may have
+        no finite values at many a draw.
+        """
+        first: Exception | None = None
+        for seed in range(_DRY_RUNS):
+            try:
+                with scoped_seed(seed, self._argument_device()), scoped_model(validate=validate):
+                    trace = self._initial_trace()
+                    trace.compute_log_prob(site_filter=lambda _, site: not isinstance(site["fn"], _Subsample))
+                return trace
+            except (ValueError, torch.linalg.LinAlgError) as error:
+                first = first or error
+        assert first is not None
+        raise first
 
     def _initial_trace(self, strategy: Callable[[Any], Any] | None = None, row: Sequence[Tensor] | None = None) -> Any:
         chosen = strategy or self._init_strategy

@@ -16,7 +16,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-__all__ = ["CaptureError", "is_random", "mutates", "record"]
+from inference.potential.in_place import parts_by_index
+
+__all__ = ["CaptureError", "is_random", "lift_constants", "mutates", "record"]
 
 _FOLD_LIMIT = 1 << 24  # elements; a larger constant is recomputed rather than held
 _aten = torch.ops.aten
@@ -75,13 +77,17 @@ def record(function: Callable[..., Any], example: Sequence[Tensor], closed_over:
         return _run(function, example, closed_over, fold=True)
     except _NeedsMemory:
         imperative = fx.GraphModule(*_run(function, example, closed_over, fold=False))
+    # torch's functionalisation lets only what it is given be changed, and what is made like that: constants included.
+    constants = lift_constants(imperative)
     functional = torch.func.functionalize(imperative, remove="mutations")
     inputs = [*example, *(t.detach() for t in closed_over)]
     try:
-        return _run(functional, inputs, (), fold=True)
+        root, graph = _run(lambda *given: functional(*given, *constants), inputs, (), fold=True)
     except _NeedsMemory:  # something in place that torch's functionalisation leaves to its own recorder
-        graph = make_fx(functional)(*inputs)
-        return graph, graph.graph
+        module = make_fx(lambda *given: functional(*given, *constants))(*inputs)
+        return module, module.graph
+    parts_by_index(root, graph)
+    return root, graph
 
 
 def _run(
@@ -103,6 +109,30 @@ def _run(
         raise
     recorder.graph.output(tree_map(recorder.argument, result))
     return recorder.root, recorder.graph
+
+
+def lift_constants(module: fx.GraphModule) -> list[Tensor]:
+    """Make the graph's constants its last inputs, so that one compilation serves all data of these shapes."""
+    constants: list[Tensor] = []
+    places = [n for n in module.graph.nodes if n.op == "placeholder"]
+    for node in [n for n in module.graph.nodes if n.op == "get_attr"]:
+        value = _attribute(module, node.target)
+        if not isinstance(value, Tensor):
+            continue
+        with module.graph.inserting_after(places[-1]):
+            places.append(module.graph.placeholder(f"constant_{len(constants)}"))
+        node.replace_all_uses_with(places[-1])
+        module.graph.erase_node(node)
+        constants.append(value.detach())
+    module.recompile()
+    return constants
+
+
+def _attribute(module: fx.GraphModule, target: str) -> Any:
+    value: Any = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
 
 
 class _Recorder(TorchDispatchMode):

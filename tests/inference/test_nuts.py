@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference import HMC, MCMC, NUTS
+from inference import HMC, MCMC, MEADS, NUTS, ChEES
 from inference.kernels.nuts import Tree
 from inference.potential import Potential, PotentialFunction, Program, graph
 from inference.results.diagnostics import ess_bulk, rhat
@@ -411,3 +411,31 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], messag
 def test_an_unknown_site_in_a_mass_block_is_named() -> None:
     with pytest.raises(ValueError, match="nosuch"):
         MCMC(NUTS(gaussian, full_mass=[("nosuch",)]), 10, progress=False).run()
+
+
+TIMES = torch.arange(1.0, 201.0, 5.0, dtype=torch.float64)
+GROWN = (-0.02 * TIMES).exp() + 0.1 * torch.sin(TIMES)
+
+
+def growth() -> None:
+    """What a recursion with an unstable root has: at a = 0.85 the energy is 1e150, in the posterior 30 or so."""
+    a = pyro.sample("a", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+    with pyro.plate("period", len(TIMES)):
+        pyro.sample("y", dist.Normal((a * TIMES).exp(), 0.1), obs=GROWN)
+
+
+FROM_FAR = [NUTS(growth), HMC(growth, num_steps=8), ChEES(growth), MEADS(growth)]
+
+
+@pytest.mark.parametrize("kernel", FROM_FAR, ids=lambda kernel: type(kernel).__name__)
+def test_a_chain_from_far_out_comes_in_and_does_not_stop_the_others(kernel: Any) -> None:
+    many = not isinstance(kernel, NUTS | HMC)
+    # at a = 1.7 the square of the gradient overflows
+    far = torch.tensor([1.7, 0.5, -0.05, -0.02]).repeat_interleave(8 if many else 1, 0)
+    thin = 10 if isinstance(kernel, MEADS) else 1
+    mcmc = MCMC(kernel, 100, 100, {"a": far}, num_chains=len(far), thin=thin, progress=False, compile=False).run()
+    draws = mcmc.get_samples(group_by_chain=True)["a"]
+    grid = torch.linspace(-0.1, 0.0, 10001).double()
+    log = -50 * (GROWN - (grid[:, None] * TIMES).exp()).square().sum(-1) - 0.5 * grid.square()
+    assert float(rhat(draws)) < 1.1
+    assert_mean(draws, float((log.softmax(0) * grid).sum()))

@@ -8,8 +8,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer.mcmc.util import initialize_model
 from pyro.ops.integrator import potential_grad
+from torch import Tensor
 
 from inference import CaptureWarning
 from inference.potential import CaptureError, LogDensity, Potential, Program, graph, trace
@@ -453,3 +455,44 @@ def test_products_of_data_and_the_weights_of_chains_have_the_chains_as_rows(chai
     assert product.args[0].op == ("get_attr" if first == "data" else "placeholder")
     torch.testing.assert_close(found(w), (w @ x.T).tanh())
     assert found(w).is_contiguous()
+
+
+def test_missing_values_do_not_leave_flat_directions_where_values_are_observed():
+    """``obs_mask`` makes a latent of the whole shape; its elements that are observed follow their own law, which
+    integrates to one.
+    """
+    y, seen = torch.tensor([1.0, 0.0, 2.0], dtype=zoo.F64), torch.tensor([True, False, True])
+
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(zoo.zero(y), 1.0))
+        with pyro.plate("n", 3), poutine.mask(mask=torch.tensor([True, True, False])):
+            pyro.sample("y", dist.Normal(a, 1.0), obs=y, obs_mask=seen)
+
+    potential = Potential(LogDensity(model))
+    a, missing = torch.tensor(0.3, dtype=zoo.F64), torch.tensor([0.4, -0.5, 0.6], dtype=zoo.F64)
+    z = potential.density.flatten({"a": a[None], "y_unobserved": missing[None]})
+    law = dist.Normal(a, 1.0)
+    # the user's own mask still holds: the third row counts neither as data nor as a missing value
+    expected = dist.Normal(0.0, 1.0).log_prob(a) + law.log_prob(y[0]) + law.log_prob(missing[:2]).sum()
+    torch.testing.assert_close(-potential(z)[0], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_model_that_fails_at_some_draws_of_its_latents_is_no_faulty_one():
+    """As one that solves an equation of motion, which explodes at many values."""
+    runs: list[Tensor] = []
+
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(torch.zeros((), dtype=zoo.F64), 1.0))
+        runs.append(a)
+        mean = torch.where(a < 0.0, a, torch.full_like(a, math.nan))
+        pyro.sample("y", dist.Normal(mean, 1.0), obs=torch.tensor(1.0, dtype=zoo.F64))
+
+    density = LogDensity(model)
+    assert len(runs) > 1 and float(runs[-1]) < 0.0 <= float(runs[0]) and density.dim == 1
+
+    def faulty() -> None:
+        a = pyro.sample("a", dist.Normal(torch.zeros((), dtype=zoo.F64), 1.0))
+        pyro.sample("y", dist.Normal(a, -1.0), obs=torch.tensor(1.0, dtype=zoo.F64))
+
+    with pytest.raises(ValueError, match="scale"):
+        LogDensity(faulty)
