@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_models.base import to_tensor
 from sde._checks import as_times
 
 __all__ = ["SeriesData", "check_series"]
@@ -65,8 +64,13 @@ def check_series(times: Any, observations: Any, mask: Any, shape: tuple[int, ...
     if values.ndim != 2 + len(shape) or tuple(values.shape[1:]) != (len(clock), *shape) or len(values) == 0:
         raise ValueError(f"observations must have shape ({what}) for {len(clock)} times, got {tuple(values.shape)}")
     if mask is None:
-        if not bool(torch.isfinite(values).all()):
-            to_tensor("observations", values)  # names the first bad entry
+        bad = ~torch.isfinite(values)
+        if bool(bad.any()):
+            raise ValueError(
+                f"observations must be finite where there is no mask, they hold {int(bad.sum())} NaN or infinite "
+                f"values, the first at index {tuple(bad.nonzero()[0].tolist())}; for missing ones give "
+                "mask=torch.isfinite(observations)"
+            )
         return SeriesData(clock, values, torch.ones_like(values, dtype=torch.bool))
     here = torch.as_tensor(mask if isinstance(mask, Tensor) else np.asarray(mask)).to(values.device)
     if here.dtype != torch.bool and not bool(((here == 0) | (here == 1)).all()):
