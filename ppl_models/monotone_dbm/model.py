@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -435,7 +436,7 @@ class MonotoneDBM(BoltzmannModel):
 
     def __init__(
         self,
-        group_sizes: Sequence[int],
+        group_sizes: Sequence[int] | Tensor,
         rank: int = 32,
         monotonicity: float = 0.1,
         curvature: Curvature = 1,
@@ -455,7 +456,7 @@ class MonotoneDBM(BoltzmannModel):
             "group_sizes": list(groups.sizes),
             "rank": rank,
             "monotonicity": float(monotonicity),
-            "curvature": curvature,
+            "curvature": curvature if isinstance(curvature, str) else int(curvature),
             "summed": summed,
             "seed": seed,
         }
@@ -469,7 +470,7 @@ class MonotoneDBM(BoltzmannModel):
         cls,
         phi: Any,
         bias: Any,
-        group_sizes: Sequence[int],
+        group_sizes: Sequence[int] | Tensor,
         monotonicity: float = 0.1,
         curvature: Curvature = 1,
         *,
@@ -478,7 +479,7 @@ class MonotoneDBM(BoltzmannModel):
         """The model with these potentials.
 
         Args:
-            phi: ``(N, N)``, symmetric and zero inside the groups.
+            phi: ``(N, N)``, symmetric and zero inside the groups; the model takes its precision.
             bias: ``(N,)``.
             group_sizes, monotonicity, curvature: as in the constructor.  Other than with ``curvature=1`` phi is
                 centred over the states of each group, and the bias takes up what that moves, so that the law stays the
@@ -490,7 +491,11 @@ class MonotoneDBM(BoltzmannModel):
         """
         bound = check_bound(monotonicity, curvature)
         groups = Groups(group_sizes)
-        matrix, b = to_tensor("phi", phi), to_tensor("bias", bias)
+        # An array's own precision, and not torch's default: exact potentials ask for exact answers.
+        matrix, b = (
+            to_tensor(name, torch.as_tensor(x) if isinstance(x, np.ndarray) and x.dtype.kind in "iuf" else x)
+            for name, x in (("phi", phi), ("bias", bias))
+        )
         if not matrix.is_floating_point():
             matrix = matrix.to(torch.get_default_dtype())
         b = b.to(matrix).flatten()

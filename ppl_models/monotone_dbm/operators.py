@@ -28,6 +28,7 @@ e_j)|^2 <= 2 lambda_max``; columns that lie on a line, as those of ordered state
 
 import math
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -272,15 +273,15 @@ def hollow(matrix: Tensor, groups: Groups) -> Tensor:
 
 def check_bound(monotonicity: float, curvature: Curvature) -> float:
     """``curvature - monotonicity``, checked; Pinsker's counts as 2."""
-    if isinstance(curvature, bool) or not isinstance(curvature, int | str) or curvature not in (1, 2, "pinsker"):
+    if isinstance(curvature, bool) or not isinstance(curvature, Integral | str) or curvature not in (1, 2, "pinsker"):
         raise ValueError(
             "curvature must be 1 (the published bound), 2 (the relaxed one) or 'pinsker' (the widest), "
             f"got {curvature!r}"
         )
-    if isinstance(monotonicity, bool) or not isinstance(monotonicity, int | float):
+    if isinstance(monotonicity, bool) or not isinstance(monotonicity, Real):
         raise TypeError(f"monotonicity must be a number, got {monotonicity!r}")
     most = 1.0 if curvature == 1 else 2.0
-    if not 0 < monotonicity < most:
+    if not 0 < float(monotonicity) < most:
         raise ValueError(
             f"monotonicity must lie between 0 and {most:g} at curvature={curvature!r}, got {monotonicity!r}"
         )

@@ -325,7 +325,8 @@ ALL = [[True] * 6]
         ([[0, 0, 0]], ALL, r"\(B, 6\)"),
         ([[0] * 6], [[True] * 5], "mask"),
         ([[0] * 6] * 3, [[True] * 6] * 2, "mask"),
-        ([[0] * 6], [[1] * 6], "boolean"),
+        ([[0] * 6], [[2] * 6], "boolean"),
+        ([[0] * 6], "all", "boolean"),
         ([[0.5] * 6], ALL, "whole"),
         ([[math.nan] * 6], ALL, "finite"),
         (None, ALL, "gives no states"),
@@ -350,6 +351,18 @@ def test_everything_or_nothing_observed() -> None:
     assert torch.equal(dbm.complete(states, ALL), torch.tensor(states))
     ignored = dbm.marginals([[7, -1, 99, 0, 0, 0]], [[False] * 6])
     assert torch.equal(ignored.probabilities, dbm.marginals().probabilities)
+
+
+def test_masks_of_ones_and_values_that_are_not_looked_at() -> None:
+    """A mask may hold ones and zeros; what it hides may be anything, NaN and -1 included."""
+    dbm = example()
+    states, mask = [[1, 0, 0, 2, 0, 0]], torch.tensor([[True, False, False, True, False, False]])
+    expected = dbm.marginals(states, mask).probabilities
+    for form in (mask.int(), mask.double(), mask.tolist(), mask.int().numpy()):
+        for filler in (-1.0, math.nan):
+            given = torch.where(mask, torch.tensor(states), filler)
+            for observed in (given, given.numpy()):
+                assert torch.equal(dbm.marginals(observed, form).probabilities, expected)
 
 
 def test_other_bad_arguments() -> None:
