@@ -387,7 +387,7 @@ class MarginalizationModel(Training):
 
     def _energy(self, values: Tensor) -> Tensor:
         if self._target is not None:
-            return self._target(values)
+            return self._target.exact(values)
         if self.marginals.kind == "pairwise":  # as read from a file
             return self.marginals.pairwise(values)
         raise RuntimeError(
@@ -408,8 +408,8 @@ class MarginalizationModel(Training):
 
         Args:
             method: ``"importance"``: draws of the conditionals weighted by the density, unbiased for Z, so that
-                ``value`` is a lower bound on average; ``"bridge"``: between those and draws of the target;
-                ``"network"``: f where nothing is observed, without an error.
+                ``value`` is a lower bound on average, and ``lower`` two standard errors below it; ``"bridge"``: between
+                those and draws of the target; ``"network"``: f where nothing is observed, without an error.
             num_samples: draws of each kind.
             seed: of the draws.
             order: of drawing, of a model fitted as an autoregressive baseline.
@@ -446,6 +446,11 @@ class MarginalizationModel(Training):
 
         values, log_q = self._in_chunks(fill, empty, ranks)
         forward = self._in_chunks(self._energy, values).double() - log_q.double()
+        if bool((forward == -math.inf).all()):
+            raise RuntimeError(
+                f"all of {num_samples} draws have zero density: fit longer, or give a density of which more states are "
+                "possible"
+            )
         chosen = torch.multinomial((forward - forward.max()).exp(), num_samples, replacement=True, generator=draw)
         block = max(1, self.num_variables // 16)
         steps = math.ceil(_SWEEPS * self.num_variables / block)
@@ -457,7 +462,8 @@ class MarginalizationModel(Training):
         if method == "bridge":
             return sandwich(forward, backward, method, exact=False)
         low, high = from_weights(forward, method), from_weights(backward, method, reverse=True)
-        return low._replace(upper=high.upper, exact=False, reverse_log_weights=backward)
+        upper = max(high.upper, low.value)
+        return low._replace(upper=upper, exact=False, reverse_log_weights=backward)
 
     # ------------------------------------------------------------------ how good
     def evaluate(self, x: Any, context: Any = None, *, orders: int = 5, seed: int = 0) -> Evaluation:
