@@ -68,7 +68,11 @@ def as_normalisation(normalisation: str) -> Normalisation:
 
 
 def as_times(times: Times, name: str = "times", *, minimum: int = 1, horizon: float = float("inf")) -> Tensor:
-    """``times`` as a strictly increasing, finite, non-negative float64 vector of at least ``minimum`` entries."""
+    """``times`` as a strictly increasing, finite, non-negative float64 vector of at least ``minimum`` entries.
+
+    What stands at equal distances to the rounding of single precision, in which it was given, does so exactly in what
+    is returned: even grids have methods of their own.
+    """
     _refuse_complex(times, name)
     try:
         value = torch.as_tensor(times, dtype=torch.float64)
@@ -89,6 +93,11 @@ def as_times(times: Times, name: str = "times", *, minimum: int = 1, horizon: fl
             f"{name} reach {float(value[-1]):g}, beyond horizon={horizon:g}, up to which the weights are optimal; "
             f"build the noise with horizon={float(value[-1]):g} or more"
         )
+    single = getattr(times, "dtype", None) in (torch.float32, np.float32)
+    if single and len(value) > 2:
+        even = torch.linspace(float(value[0]), float(value[-1]), len(value), dtype=torch.float64, device=value.device)
+        if bool((value - even).abs().max() <= torch.finfo(torch.float32).eps * value[-1]):
+            return even
     return value
 
 
