@@ -117,6 +117,32 @@ def test_one_answer_with_the_bound_and_two_without() -> None:
     assert math.isclose(free.log_partition(method="exact").value, 13.675650, abs_tol=1e-6)
 
 
+def test_potentials_without_a_bound_have_their_two_answers() -> None:
+    """The same by the public road: any potentials, of a machine whose layer has connections of its own."""
+    free = example(scaled=False)
+    with pytest.raises(ValueError, match="several fixed points"):
+        MonotoneDBM.from_potentials(free.potentials(), free.bias, [3] * 6)
+    machine = DeepBoltzmannMachine.from_potentials(free.potentials().numpy(), free.bias.detach().numpy(), [3] * 6)
+    torch.testing.assert_close(machine.potentials(), free.potentials(), rtol=0, atol=1e-14)
+    nothing = torch.zeros(64, 6, dtype=torch.long), torch.zeros(64, 6, dtype=torch.bool)
+    several = machine.marginals(*nothing, initial=random_starts(machine, 64))
+    values = sorted({round(-v, 5) for v in several.free_energy.tolist()})
+    assert several.converged.all() and values == [11.79273, 12.16601]
+    assert math.isclose(machine.log_partition(method="exact").value, 13.675650, abs_tol=1e-6)
+    with pytest.raises(ValueError, match="symmetric"):
+        DeepBoltzmannMachine.from_potentials(free.potentials().triu(), free.bias, [3] * 6)
+
+
+def test_lateral_connections_stay_in_their_layer() -> None:
+    machine = DeepBoltzmannMachine([[2, 3], [2, 2], [3]], 1.0, lateral=True)
+    layer = torch.tensor([0, 0, 1, 1, 2])[machine.groups.group_of]
+    joined = machine.potentials() != 0
+    apart = machine.groups.group_of[:, None] != machine.groups.group_of
+    assert torch.equal(joined, ((layer[:, None] - layer).abs() <= 1) & apart)
+    plain = DeepBoltzmannMachine([[2, 3], [2, 2], [3]], 1.0).potentials() != 0
+    assert torch.equal(plain, (layer[:, None] - layer).abs() == 1)
+
+
 @pytest.mark.parametrize(
     ("coupling", "exact", "mean_field"),
     [
