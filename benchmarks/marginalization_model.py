@@ -316,7 +316,7 @@ def lattice_task(options: argparse.Namespace, device: torch.device) -> None:
         **common,
         what="log Z and KL(model || target)",
         truth=log_z,
-        importance_error=found.lower - log_z,
+        importance_error=float(found.log_weights.logsumexp(0)) - math.log(count) - log_z,
         bridge_error=found.value - log_z,
         network_error=mam.log_partition("network").value - log_z,
         lower=found.lower,

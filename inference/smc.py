@@ -29,7 +29,7 @@ from inference.kernels.base import Lift, count, positive
 from inference.kernels.tempered_hmc import TemperedHMC, likelihood
 from inference.potential import Program, TemperedPath, tempered_path
 from inference.potential.tempered import Reference
-from inference.results.evidence import LogPartition, from_weights
+from inference.results.evidence import LogPartition, from_weights, margin
 from inference.results.export import to_arviz
 from inference.runtime.generators import ChainGenerators, derive_seed
 from inference.runtime.progress import Progress
@@ -178,7 +178,7 @@ class SMC(Citable):
         if len(result.log_evidence) < _ENOUGH_RUNS:
             relative = (result.log_evidence - found.value).exp()
             error = float((relative.square() * result.variance).sum().sqrt()) / len(relative)
-            found = found._replace(standard_error=error)
+            found = found._replace(standard_error=error, lower=found.value - margin(error))
         return found._replace(ess=float(result.ancestors.sum()), pareto_k=math.nan)
 
     def get_samples(self, group_by_chain: bool = False) -> dict[str, Tensor]:

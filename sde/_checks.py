@@ -2,9 +2,11 @@
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from numbers import Integral, Real
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,12 +27,22 @@ class PathError(ArithmeticError):
     """A path became NaN or infinite, or its diffusion left (0, inf); the message names the time and the path."""
 
 
-def as_hurst(hurst: float | Tensor) -> Tensor:
+def as_numbers(value: Any, name: str) -> Tensor:
+    """A number, tensor, array or list of numbers as a float64 tensor of its own shape."""
+    found = value if isinstance(value, Tensor | Real) else None
+    if isinstance(value, np.ndarray | Sequence) and not isinstance(value, str | bytes):
+        with suppress(ValueError):  # of ragged lists
+            array = np.asarray(value)
+            found = torch.as_tensor(array) if array.dtype.kind in "iuf" else None
+    if found is None or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, or a tensor, array or list of them, got {type(value).__name__}")
+    _refuse_complex(found, name)
+    return torch.as_tensor(found, dtype=torch.float64)
+
+
+def as_hurst(hurst: float | Tensor | np.ndarray | Sequence[float]) -> Tensor:
     """``hurst`` as a float64 tensor of its own shape, every entry in (0, 1)."""
-    if isinstance(hurst, bool) or not isinstance(hurst, Real | Tensor):
-        raise TypeError(f"hurst must be a number or a tensor, got {type(hurst).__name__}")
-    _refuse_complex(hurst, "hurst")
-    value = torch.as_tensor(hurst, dtype=torch.float64)
+    value = as_numbers(hurst, "hurst")
     # "not all inside" rather than "any outside": NaN is outside as well.
     if value.numel() == 0 or not bool(((value > 0) & (value < 1)).all()):
         raise ValueError(f"hurst must lie strictly between 0 and 1, got {_short(value)}")
@@ -56,7 +68,11 @@ def as_normalisation(normalisation: str) -> Normalisation:
 
 
 def as_times(times: Times, name: str = "times", *, minimum: int = 1, horizon: float = float("inf")) -> Tensor:
-    """``times`` as a strictly increasing, finite, non-negative float64 vector of at least ``minimum`` entries."""
+    """``times`` as a strictly increasing, finite, non-negative float64 vector of at least ``minimum`` entries.
+
+    What stands at equal distances to the rounding of single precision, in which it was given, does so exactly in what
+    is returned: even grids have methods of their own.
+    """
     _refuse_complex(times, name)
     try:
         value = torch.as_tensor(times, dtype=torch.float64)
@@ -77,15 +93,17 @@ def as_times(times: Times, name: str = "times", *, minimum: int = 1, horizon: fl
             f"{name} reach {float(value[-1]):g}, beyond horizon={horizon:g}, up to which the weights are optimal; "
             f"build the noise with horizon={float(value[-1]):g} or more"
         )
+    single = getattr(times, "dtype", None) in (torch.float32, np.float32)
+    if single and len(value) > 2:
+        even = torch.linspace(float(value[0]), float(value[-1]), len(value), dtype=torch.float64, device=value.device)
+        if bool((value - even).abs().max() <= torch.finfo(torch.float32).eps * value[-1]):
+            return even
     return value
 
 
-def as_positive(value: float | Tensor, name: str, *, zero: bool = False) -> Tensor:
+def as_positive(value: float | Tensor | np.ndarray | Sequence[float], name: str, *, zero: bool = False) -> Tensor:
     """``value`` as a float64 tensor, every entry finite and positive (or zero, where ``zero`` allows it)."""
-    if isinstance(value, bool) or not isinstance(value, Real | Tensor):
-        raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
-    _refuse_complex(value, name)
-    tensor = torch.as_tensor(value, dtype=torch.float64)
+    tensor = as_numbers(value, name)
     inside = torch.isfinite(tensor) & ((tensor >= 0) if zero else (tensor > 0))
     if tensor.numel() == 0 or not bool(inside.all()):
         raise ValueError(f"{name} must be {'non-negative' if zero else 'positive'} and finite, got {_short(tensor)}")

@@ -11,6 +11,7 @@ R. B. Davies, D. S. Harte, *Tests for Hurst effect*, Biometrika 1987 (circulant 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ def increment_autocovariance(
 
 
 def fractional_gaussian_noise(
-    hurst: float | Tensor,
+    hurst: float | Tensor | Sequence[float],
     num_steps: int,
     num_paths: int = 1,
     *,
@@ -226,7 +227,9 @@ class FractionalBrownianMotion(_ExactGaussian):
         torch.Size([2, 2])
     """
 
-    def __init__(self, hurst: float | Tensor, kind: str | int = "mvn", normalisation: str = "unit") -> None:
+    def __init__(
+        self, hurst: float | Tensor | Sequence[float], kind: str | int = "mvn", normalisation: str = "unit"
+    ) -> None:
         self.hurst = as_hurst(hurst)
         self.kind = as_kind(kind)
         self.normalisation = as_normalisation(normalisation)
@@ -280,7 +283,11 @@ class FractionalOrnsteinUhlenbeck(_ExactGaussian):
     """
 
     def __init__(
-        self, hurst: float | Tensor, theta: float | Tensor, kind: str | int = "mvn", normalisation: str = "unit"
+        self,
+        hurst: float | Tensor | Sequence[float],
+        theta: float | Tensor | Sequence[float],
+        kind: str | int = "mvn",
+        normalisation: str = "unit",
     ) -> None:
         value, rate = as_hurst(hurst), as_positive(theta, "theta", zero=True)
         self.hurst, self.theta = torch.broadcast_tensors(value, rate.to(value.device))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sde._checks import Times, as_times
-from sde.noise import MarkovNoise
+from sde.noise import MarkovNoise, by_lag, is_uniform
 from sde.ornstein_uhlenbeck import Discretisation, mean_decay
 
 __all__ = ["LinearSDE", "Transitions", "lower_factor"]
@@ -166,9 +166,12 @@ class LinearSDE:
         matrix = self._matrix(t)
         began = matrix @ start_factor
         own = (collected + began @ began.mT)[..., 0]  # Cov(z_s, X_s), (T, *D, S)
-        lag = t.unsqueeze(-1) - t
-        later = self._first_row(lag.clamp_min(0))  # (t, s, *D, S)
-        lower = (later * own).sum(-1).movedim((0, 1), (-2, -1)).tril()
+        if is_uniform(t):
+            later = self._first_row(t - t[0])  # (lag, *D, S)
+            lower = by_lag(own.movedim(0, -2) @ later.movedim(0, -1)).mT
+        else:
+            later = self._first_row((t.unsqueeze(-1) - t).clamp_min(0))  # (t, s, *D, S)
+            lower = (later * own).sum(-1).movedim((0, 1), (-2, -1)).tril()
         rate = self._parameter(self.theta) * t.reshape(shape)
         mean = (matrix[..., 0, :] * start_mean).sum(-1) + t.reshape(shape) * mean_decay(rate) * self._parameter(
             self.constant

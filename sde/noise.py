@@ -96,8 +96,12 @@ class MarkovNoise:
         weights = (loadings * self.gains.unsqueeze(-2)).expand(*self.dims, len(t), -1)
         collected = torch.einsum("...ti,tij->...tj", weights, _future(speeds, t))
         # For s <= t the processes of time s decay until t.
-        lag = torch.exp(-(t - t.unsqueeze(-1)).abs().unsqueeze(-1) * speeds)
-        upper = torch.einsum("...sj,...tj,stj->...st", collected, weights, lag).triu()
+        if self.constant_loadings and is_uniform(t):
+            decay = torch.exp(-(t - t[0]).unsqueeze(-1) * speeds)
+            upper = by_lag((collected * weights) @ decay.mT)
+        else:
+            lag = torch.exp(-(t - t.unsqueeze(-1)).abs().unsqueeze(-1) * speeds)
+            upper = torch.einsum("...sj,...tj,stj->...st", collected, weights, lag).triu()
         future = upper + upper.triu(1).mT
         if self.starts_at_zero:
             return future
@@ -193,6 +197,22 @@ class MixedNoise(MarkovNoise):
             factor = covariance_factor(stationary_covariance(speeds) * past * past.unsqueeze(-1))
             factor = factor.to(loadings.device).expand(*dims, -1, -1)
         super().__init__(speeds, loadings, initial_factor=factor, horizon=min(noise.horizon for _, noise in parts))
+
+
+def is_uniform(times: Tensor) -> bool:
+    """Whether times stand at equal distances, so that a lag is a number of steps: to twelve digits."""
+    clock = times.tolist()
+    if len(clock) < 3:
+        return False
+    step, rounding = (clock[-1] - clock[0]) / (len(clock) - 1), 1e-12 * abs(clock[-1])
+    return all(abs(time - clock[0] - n * step) <= rounding for n, time in enumerate(clock))
+
+
+def by_lag(table: Tensor) -> Tensor:
+    """Upper triangle ``(..., T, T)`` whose entry (s, t) is the table's at (s, lag t - s); ``(..., T, T)``."""
+    order = torch.arange(table.shape[-1], device=table.device)
+    lag = (order - order.unsqueeze(-1)).clamp_min(0)
+    return table.gather(-1, lag.expand(table.shape)).triu()
 
 
 def covariance_factor(covariance: Tensor) -> Tensor:

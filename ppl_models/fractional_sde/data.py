@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ppl_models.base import from_array, to_tensor
+from ppl_models.base import from_array
 from sde._checks import as_times
 
 __all__ = ["SeriesData", "check_series"]
@@ -63,8 +63,13 @@ def check_series(times: Any, observations: Any, mask: Any, shape: tuple[int, ...
     if values.ndim != 2 + len(shape) or tuple(values.shape[1:]) != (len(clock), *shape) or len(values) == 0:
         raise ValueError(f"observations must have shape ({what}) for {len(clock)} times, got {tuple(values.shape)}")
     if mask is None:
-        if not bool(torch.isfinite(values).all()):
-            to_tensor("observations", values)  # names the first bad entry
+        bad = ~torch.isfinite(values)
+        if bool(bad.any()):
+            raise ValueError(
+                f"observations must be finite where there is no mask, they hold {int(bad.sum())} NaN or infinite "
+                f"values, the first at index {tuple(bad.nonzero()[0].tolist())}; for missing ones give "
+                "mask=torch.isfinite(observations)"
+            )
         return SeriesData(clock, values, torch.ones_like(values, dtype=torch.bool))
     here = (mask if isinstance(mask, Tensor) else from_array(mask)).to(values.device)
     if here.dtype != torch.bool and not bool(((here == 0) | (here == 1)).all()):

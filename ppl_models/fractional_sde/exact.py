@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from ppl_models.fractional_sde.system import FractionalSystem
 from sde import LinearSDE, backward_information, kalman_filter, kalman_smoother, step_guide
+from sde.noise import is_uniform
 
 __all__ = ["ExactEvidence", "GaussianLaw", "ParameterModel", "gaussian_log_likelihood", "posterior_law"]
 
 _DENSE = 400  # times up to which a Cholesky factor is faster than a loop over them
+_DENSE_UNIFORM = 1200  # the same at equal distances, where the covariance is a product and a look-up
 
 
 class GaussianLaw(NamedTuple):
@@ -54,7 +56,7 @@ def gaussian_log_likelihood(
         mask: float64, 1 where there is an observation, ``(T, B or 1, D or 1)``.
         noise_std: ``(D,)``, 0 or more.
     """
-    if len(times) > _DENSE:
+    if len(times) > (_DENSE_UNIFORM if is_uniform(times) else _DENSE):
         return kalman_filter(linear, times, values, noise_std.double(), mask).log_likelihood
     mean, covariance = linear.moments(times)  # (*D, T), (*D, T, T)
     size = values.shape[2]

@@ -45,6 +45,7 @@ from sde._checks import as_number, as_times
 
 __all__ = ["LatentFractionalSDE"]
 
+_FAR_FROM_SQUASHED = 10.0  # of values whose mean lies in (0, 1): no noise reaches there, bytes do
 _LIKELIHOODS = ("gaussian", "bernoulli")
 
 
@@ -102,7 +103,7 @@ class LatentFractionalSDE(PathModel):
         drift: str | nn.Module = "neural",
         diffusion: str | float | nn.Module = "constant",
         noise: str | MarkovNoise = "fractional",
-        hurst: str | float | Tensor = "learn",
+        hurst: str | float | Tensor | Sequence[float] = "learn",
         kind: str | int = "mvn",
         *,
         likelihood: str = "gaussian",
@@ -117,7 +118,7 @@ class LatentFractionalSDE(PathModel):
         num_processes: int = 5,
         max_speed: float | None = None,
         normalisation: str = "unit",
-        grid: str | Tensor = "horizon",
+        grid: str | Tensor | Sequence[float] = "horizon",
         start: str = "auto",
         horizon: float | None = None,
         hidden: Sequence[int] = (64, 64),
@@ -348,6 +349,12 @@ class LatentFractionalSDE(PathModel):
         held = None if valid is None else check_series(times, valid, None, self.data_shape)
         if self.family == "bernoulli" and not bool(((data.values >= 0) & (data.values <= 1)).all()):
             raise ValueError("observations must lie in [0, 1] for likelihood='bernoulli'")
+        if self.squash and bool((data.values.abs() > _FAR_FROM_SQUASHED).any()):
+            low, high = float(data.values.min()), float(data.values.max())
+            raise ValueError(
+                f"observations reach from {low:.4g} to {high:.4g}, and the frames' means pass a sigmoid into (0, 1): "
+                "divide bytes by 255, or build the model with squash=False"
+            )
         self.likelihood.check(noise_std, positive=True)
         rows = len(data.values)
         size = check_batch_size(batch_size, rows, 32)

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -149,8 +150,8 @@ def build_diffusion(diffusion: Any, state_size: int, hidden: Sequence[int]) -> n
     """A diffusion by name, a fixed positive number, or the user's module."""
     if isinstance(diffusion, nn.Module):
         return _probed("diffusion", diffusion, state_size)
-    if isinstance(diffusion, int | float) and not isinstance(diffusion, bool):
-        if not 0 < diffusion < math.inf:
+    if isinstance(diffusion, Real) and not isinstance(diffusion, bool):
+        if not 0 < float(diffusion) < math.inf:
             raise ValueError(f"diffusion must be positive and finite, got {diffusion}")
         return ConstantDiffusion(state_size, float(diffusion))
     if diffusion == "constant":

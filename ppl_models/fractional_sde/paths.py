@@ -1,6 +1,7 @@
 """What the two models on fractional paths share: the prior SDE, its horizon and solver grid, bounds, prior paths."""
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, ClassVar, Self
 
 import torch
@@ -14,7 +15,7 @@ from ppl_models.fractional_sde.data import SeriesData, check_series
 from ppl_models.fractional_sde.posterior import Draws, PathPosterior, SolverGrid, start_state
 from ppl_models.fractional_sde.system import FractionalSystem
 from sde import MarkovNoise, Path, observation_grid, solve
-from sde._checks import as_number, as_times
+from sde._checks import as_number, as_numbers, as_times
 
 __all__ = ["PathModel"]
 
@@ -76,13 +77,16 @@ class PathModel(Model):
         """The constructor's arguments as plain data for a file."""
         out = dict(config)
         for name in ("drift", "diffusion", "noise"):
-            if not isinstance(out[name], str | int | float):
+            if isinstance(out[name], Real):  # a numpy number
+                out[name] = float(out[name])
+            if not isinstance(out[name], str | float):
                 raise TypeError(
                     f"a model whose {name} is the user's own object has no file form: save its state_dict() instead"
                 )
         for name in ("hurst", "grid"):
-            if isinstance(out[name], Tensor):
-                out[name] = {"tensor": out[name].tolist()}
+            if not isinstance(out[name], str):
+                value = as_numbers(out[name], name)
+                out[name] = float(value) if value.ndim == 0 else {"tensor": value.tolist()}
         if not isinstance(out.get("initial", ""), str):
             out["initial"] = [torch.as_tensor(v).tolist() for v in out["initial"]]
         return out

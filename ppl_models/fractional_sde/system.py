@@ -1,5 +1,6 @@
 """The prior SDE, dX = b(t, X) dt + s(t, X) o dB: drift, diffusion, noise of learnable Hurst index, law of X(0)."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from sde import (
     MarkovFractionalBrownianMotion,
     MarkovNoise,
     MultifractionalMotion,
+    NoiseWarning,
     StepNetwork,
 )
 
@@ -53,11 +55,14 @@ class HurstNoise(nn.Module):
         else:
             self.mode, start = "fixed", hurst
         # Built once here so that what is wrong with the settings is said at the door.
-        example = MarkovFractionalBrownianMotion(start, horizon=1.0, **settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NoiseWarning)  # of another horizon than the data's
+            example = MarkovFractionalBrownianMotion(start, horizon=1.0, **settings)
         if example.hurst.shape not in ((), (state_size,)):
             raise ValueError(f"hurst must be a number or ({state_size},), got shape {tuple(example.hurst.shape)}")
         if self.mode == "learn_in_time" and example.kind != "rl":
             raise ValueError("hurst='learn_in_time' needs kind='rl', which has no past to correlate with")
+        self._fractional_processes = example.num_processes
         fractional = self.given is None and not self.brownian
         raw = torch.logit(example.hurst).to(torch.get_default_dtype())
         if fractional and self.mode in ("learn", "learn_per_dimension"):
@@ -88,7 +93,7 @@ class HurstNoise(nn.Module):
         """K."""
         if self.given is not None:
             return self.given.num_processes
-        return 1 if self.brownian else int(self.settings["num_processes"])
+        return 1 if self.brownian else self._fractional_processes
 
     @property
     def hurst(self) -> Tensor:

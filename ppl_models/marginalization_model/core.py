@@ -187,7 +187,12 @@ class MarginalizationNetworks(Model):
         Raises:
             TypeError, ValueError: not integers, out of range, or of another shape; a missing value where none may be.
         """
-        raw = to_tensor(name, x)
+        try:
+            raw = to_tensor(name, x)
+        except ValueError as error:
+            if "finite" not in str(error):
+                raise
+            raise ValueError(f"{name} holds NaN or infinite values: a missing value is -1") from error
         if raw.ndim != 2 or raw.shape[1] != self.num_variables:
             raise ValueError(f"{name} must have shape (N, {self.num_variables}), got {tuple(raw.shape)}")
         values = raw.long().to(self._weight.device)
@@ -197,9 +202,10 @@ class MarginalizationNetworks(Model):
         if bool(bad.any()):
             row, column = (int(i) for i in bad.nonzero()[0])
             allowed = f"0 to {int(self.cardinalities[column]) - 1}" + (", or -1 for missing" if missing else "")
+            advice = "" if missing else " (missing values are not allowed here: impute them first)"
             raise ValueError(
                 f"{name} is out of range at row {row}, column {column}: {int(values[row, column])}; "
-                f"this variable takes {allowed}" + ("" if missing else " (missing values are not allowed here)")
+                f"this variable takes {allowed}{advice}"
             )
         return values
 

@@ -6,11 +6,12 @@
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ppl_models.base import check_count
+from ppl_models.base import check_count, to_tensor
 
 __all__ = ["LatticeIsing"]
 
@@ -56,18 +57,23 @@ class LatticeIsing:
         """Number of spins D."""
         return self.height * self.width
 
-    def log_density(self, x: Tensor) -> Tensor:
+    def log_density(self, x: Any) -> Tensor:
         """Unnormalised log-density of rows ``(B, D)`` of zeros and ones, ``(B,)`` in torch's default dtype.
 
         Of a row with missing spins (-1) it is the sum of the terms whose spins are all there.
 
         Raises:
-            ValueError: another shape, or other values.
+            TypeError, ValueError: another shape, or other values.
         """
+        x = to_tensor("x", x)
         if x.ndim != 2 or x.shape[1] != self.num_variables:
             raise ValueError(f"x must have shape (B, {self.num_variables}), got {tuple(x.shape)}")
-        spins = (2 * x - 1) * (x >= 0)
-        s = spins.to(torch.get_default_dtype()).view(-1, *self.shape)
+        s = x.to(torch.get_default_dtype())
+        there = s >= 0
+        # An accelerator would have to wait for this look.
+        if x.is_cpu and not torch.compiler.is_compiling() and bool(((s != 1) & (s != 0) & (s != -1)).any()):
+            raise ValueError("x must hold 0 (spin down) and 1 (spin up), or -1 where a spin is missing")
+        s = ((2 * s - 1) * there).view(-1, *self.shape)
         edges = (s * (s.roll(1, 1) + s.roll(1, 2))).sum((1, 2))
         return 2 * self.coupling * edges + self.field * s.sum((1, 2))
 

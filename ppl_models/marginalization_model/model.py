@@ -39,6 +39,8 @@ _OBJECTIVES = ("consistency", "kl", "fm", "arm", "arm_mc")
 _PARTITIONS = ("importance", "bridge", "network")
 _BATCH = 512
 _AVERAGED = 0.3  # of the second stage's updates
+_FEWEST_TO_SPLIT, _MOST_SET_ASIDE = 20, 1000
+_MASKS = 500  # at least, of held-out rows: few rows are looked at behind many
 _SWEEPS = 8  # of Metropolis blocks, from resampled draws to draws of the target
 
 
@@ -110,7 +112,9 @@ class MarginalizationModel(Training):
         Args:
             x: ``(N, D)`` integers, -1 where missing (at random); each row has an observed variable.
             valid: held-out rows; the first stage keeps the parameters that were best on them. The second, whose rows
-                are drawn and whose loss on few rows is mostly their orders', averages its last ones.
+                are drawn and whose loss on few rows is mostly their orders', averages its last ones.  Without them a
+                tenth of 20 or more rows, at most 1,000, is set aside for it: few rows are learned by heart in the
+                default number of updates.
             seed: same seed, same machine, same result to the bit.
             context, valid_context: ``(N, C)`` of a model with context.
             method: ``"two-stage"``, or ``"joint"`` for both at once with ``penalty`` on the consistency.
@@ -166,15 +170,21 @@ class MarginalizationModel(Training):
         settings |= {"patience": patience, "progress": progress}
         self._start("data", None)
         self.marginals.base.learn(values, generator=generator(seed, "classes", device=values.device))
-        data, held = present(values, c), present(held_out, held_c)
         judged = (values, c) if held_out is None else (held_out, held_c)
-        frequencies = None if self.context_features else pair_frequencies(values, self.cardinalities)
-        singles = None if frequencies is None else SingleConditions(frequencies, values, self.cardinalities)
+        kept, kept_c = values, c
+        if held_out is None and len(values) >= _FEWEST_TO_SPLIT:
+            (kept, kept_c), (held_out, held_c) = self._split(values, c, seed)
+        self.conditionals.start_from(kept)
+        data, held = present(kept, kept_c), present(held_out, held_c)
+        held = tuple(part.repeat(-(-_MASKS // len(part)), 1) for part in held)
+        settings["batch"] = min(size, len(kept))
+        frequencies = None if self.context_features else pair_frequencies(kept, self.cardinalities)
+        singles = None if frequencies is None else SingleConditions(frequencies, kept, self.cardinalities)
         likelihood = MaskedCompletion(self.conditionals, singles)
         if method == "joint":
             consistency = self._consistency(kind, depth, children, True)
             joint: nn.Module = self._penalised(
-                likelihood, consistency, penalty, rows if own is None else own, size, seed
+                likelihood, consistency, penalty, rows if own is None else own, settings["batch"], seed
             )
             history, second = self._train(joint, data, held, num_steps, seed, path, **settings), None
             return self._result(history, second, *judged, seed)
@@ -190,6 +200,7 @@ class MarginalizationModel(Training):
             products = None if self.context_features else pair_products(self.conditionals, self.cardinalities)
             pairs = None if products is None else PairMarginals(products, self.cardinalities)
             stage = PathConsistency(self.marginals, pairs=pairs)
+        held = present(held_out, held_c)
         if held_out is not None and paths:
             few = held_out[:num_rows]
             held = present(few, *self._paths(few, None if held_c is None else held_c[:num_rows], seed), held_c)
@@ -199,6 +210,17 @@ class MarginalizationModel(Training):
             settings["average_last"] = _AVERAGED
         second = self._train(stage, present(pool, *paths, pool_c), held, steps, seed, second_path, **settings)
         return self._result(history, second, *judged, seed)
+
+    @staticmethod
+    def _split(
+        values: Tensor, context: Tensor | None, seed: int
+    ) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+        """Rows to learn from and rows to set aside, with their contexts."""
+        order = torch.randperm(len(values), generator=generator(seed, "set aside", device=values.device),
+                               device=values.device)  # fmt: skip
+        aside = order[: min(len(values) // 10, _MOST_SET_ASIDE)].sort().values
+        rest = order[len(aside) :].sort().values
+        return tuple((values[i], None if context is None else context[i]) for i in (rest, aside))  # type: ignore[return-value]
 
     # ------------------------------------------------------------------ from an energy
     def fit_energy(
@@ -278,6 +300,7 @@ class MarginalizationModel(Training):
         terms = None
         if objective == "consistency" and structure and target.floor > -math.inf:
             terms = find_pairwise(target.log_density, self.cardinalities, draw)
+        self.conditionals.independent.zero_()  # where rows of data were, if there were any
         self._start("none" if objective.startswith("arm") else "energy" if terms is None else "pairwise", target)
         if terms is not None:
             self.marginals.pairwise.set_terms(**terms)
@@ -373,7 +396,8 @@ class MarginalizationModel(Training):
         size = math.prod(sides)
         changed = {**self._config, "cardinalities": [levels.pop()] * size, "shape": list(sides)}
         larger = type(self)(**changed).to(self._weight)
-        state = {k: v for k, v in self.state_dict().items() if not k.startswith("marginals.base.")}
+        own = ("marginals.base.", "conditionals.independent")
+        state = {k: v for k, v in self.state_dict().items() if not k.startswith(own)}
         larger.load_state_dict(state, strict=False)
         larger.marginals.scale_head(math.sqrt(size / self.num_variables))
         draw = generator(seed, "energy", device=self._weight.device)
@@ -387,7 +411,7 @@ class MarginalizationModel(Training):
 
     def _energy(self, values: Tensor) -> Tensor:
         if self._target is not None:
-            return self._target(values)
+            return self._target.exact(values)
         if self.marginals.kind == "pairwise":  # as read from a file
             return self.marginals.pairwise(values)
         raise RuntimeError(
@@ -408,8 +432,8 @@ class MarginalizationModel(Training):
 
         Args:
             method: ``"importance"``: draws of the conditionals weighted by the density, unbiased for Z, so that
-                ``value`` is a lower bound on average; ``"bridge"``: between those and draws of the target;
-                ``"network"``: f where nothing is observed, without an error.
+                ``value`` is a lower bound on average, and ``lower`` two standard errors below it; ``"bridge"``: between
+                those and draws of the target; ``"network"``: f where nothing is observed, without an error.
             num_samples: draws of each kind.
             seed: of the draws.
             order: of drawing, of a model fitted as an autoregressive baseline.
@@ -446,6 +470,11 @@ class MarginalizationModel(Training):
 
         values, log_q = self._in_chunks(fill, empty, ranks)
         forward = self._in_chunks(self._energy, values).double() - log_q.double()
+        if bool((forward == -math.inf).all()):
+            raise RuntimeError(
+                f"all of {num_samples} draws have zero density: fit longer, or give a density of which more states are "
+                "possible"
+            )
         chosen = torch.multinomial((forward - forward.max()).exp(), num_samples, replacement=True, generator=draw)
         block = max(1, self.num_variables // 16)
         steps = math.ceil(_SWEEPS * self.num_variables / block)
@@ -457,7 +486,8 @@ class MarginalizationModel(Training):
         if method == "bridge":
             return sandwich(forward, backward, method, exact=False)
         low, high = from_weights(forward, method), from_weights(backward, method, reverse=True)
-        return low._replace(upper=high.upper, exact=False, reverse_log_weights=backward)
+        upper = max(high.upper, low.value)
+        return low._replace(upper=upper, exact=False, reverse_log_weights=backward)
 
     # ------------------------------------------------------------------ how good
     def evaluate(self, x: Any, context: Any = None, *, orders: int = 5, seed: int = 0) -> Evaluation:

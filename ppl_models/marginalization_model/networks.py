@@ -287,19 +287,35 @@ class ConditionalNetwork(nn.Module):
     """
 
     impossible: Tensor
+    independent: Tensor
 
     def __init__(self, body: Body, cardinalities: Sequence[int]) -> None:
         super().__init__()
         self.body = body
         largest = max(cardinalities)
         self.head = body.head(len(cardinalities), largest)
+        self.register_buffer("independent", torch.zeros(len(cardinalities), largest))
         impossible = torch.arange(largest) >= torch.tensor(cardinalities).unsqueeze(1)
         self.register_buffer("impossible", impossible, persistent=False)
 
     def forward(self, values: Tensor, context: Tensor | None = None) -> Tensor:
         """Log-probabilities ``(B, D, K)``; minus infinity for values that a variable does not have."""
-        logits = self.head(self.body(values, context))
+        logits = self.head(self.body(values, context)) + self.independent
         return logits.masked_fill(self.impossible, -math.inf).log_softmax(-1)
+
+    @torch.no_grad()
+    def start_from(self, values: Tensor) -> None:
+        """Start at the law of independent variables with the frequencies of rows ``(N, D)``, -1 where missing.
+
+        Only what was never fitted starts anew.
+        """
+        if bool((self.independent != 0).any()):
+            return
+        levels = torch.arange(self.independent.shape[1], device=values.device)
+        counts = (values.unsqueeze(2) == levels).sum(0) + 0.5  # Jeffreys' prior
+        log_p = (counts / counts.masked_fill(self.impossible, 0.0).sum(1, keepdim=True)).log()
+        _scale_last(self.head, 0.0)
+        self.independent.copy_(log_p.masked_fill(self.impossible, 0.0))
 
 
 class MarginalNetwork(nn.Module):

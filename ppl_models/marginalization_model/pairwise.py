@@ -107,7 +107,9 @@ def find_pairwise(
     possible = (torch.arange(levels, device=device) < cardinalities.unsqueeze(1)).double()
     unary = torch.zeros(size, levels, dtype=torch.float64, device=device)
     unary[where, value] = one
-    scale = max(float(truth.abs().max()), 1.0) * torch.finfo(log_density(test[:1]).dtype).eps
+    dtype = log_density(test[:1]).dtype
+    eps = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0  # a density of integers has no rounding
+    scale = max(float(truth.abs().max()), 1.0) * max(eps, torch.finfo(torch.float64).eps)
     keep = two.abs() > 64 * scale
     edges = where[first[keep]] * size + where[second[keep]]
     names, index = edges.unique(return_inverse=True)

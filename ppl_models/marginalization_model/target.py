@@ -72,9 +72,13 @@ class EnergyTarget:
                 stacklevel=4,
             )
 
+    def exact(self, values: Tensor) -> Tensor:
+        """``(B, D)`` to ``(B,)``, minus infinity where the density is zero."""
+        return self.log_density(values).to(self.dtype)
+
     def __call__(self, values: Tensor) -> Tensor:
         """``(B, D)`` to ``(B,)``."""
-        found = self.log_density(values).to(self.dtype)
+        found = self.exact(values)
         return torch.where(found == -math.inf, self.floor, found)
 
 

@@ -52,9 +52,9 @@ class Groups(nn.Module):
     offset: Tensor
     group_of: Tensor
 
-    def __init__(self, sizes: Sequence[int]) -> None:
+    def __init__(self, sizes: Sequence[int] | Tensor) -> None:
         super().__init__()
-        self.sizes = check_counts("group_sizes", sizes, 2)
+        self.sizes = check_counts("group_sizes", sizes.tolist() if isinstance(sizes, Tensor) else sizes, 2)
         if not self.sizes:
             raise ValueError("group_sizes is empty: a model needs at least one group")
         self.num_groups, self.num_states, self.largest = len(self.sizes), sum(self.sizes), max(self.sizes)

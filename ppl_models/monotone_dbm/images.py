@@ -19,7 +19,7 @@ from ppl_models.monotone_dbm.convolution import ConvOperator, Layer, check_layer
 from ppl_models.monotone_dbm.jitter import jittered
 from ppl_models.monotone_dbm.model import BoltzmannModel
 from ppl_models.monotone_dbm.operators import Curvature, DenseOperator, check_bound
-from ppl_models.monotone_dbm.pairwise import Query
+from ppl_models.monotone_dbm.pairwise import Query, to_mask
 from ppl_models.monotone_dbm.training import DBMFit
 
 __all__ = ["ConvMonotoneDBM"]
@@ -141,7 +141,7 @@ class ConvMonotoneDBM(BoltzmannModel):
             "rank": rank,
             "sum_labels": sum_labels,
             "monotonicity": float(monotonicity),
-            "curvature": curvature,
+            "curvature": curvature if isinstance(curvature, str) else int(curvature),
             "seed": seed,
         }
 
@@ -332,9 +332,7 @@ class ConvMonotoneDBM(BoltzmannModel):
         shape = (rows, channels, height, width)
         if mask is None:
             return torch.ones(shape, dtype=torch.bool, device=self.bias.device)
-        known = torch.as_tensor(mask)
-        if known.dtype != torch.bool:
-            raise TypeError(f"mask must be boolean, True where observed, got {known.dtype}")
+        known = to_mask(mask)
         known = known[:, None] if known.dim() == 3 else known
         try:
             return known.to(self.bias.device).expand(shape)

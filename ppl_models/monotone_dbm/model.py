@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +36,7 @@ from ppl_models.monotone_dbm.operators import (
     FreeOperator,
     ScaledOperator,
     check_bound,
+    check_potentials,
     factor_of,
     hollow,
 )
@@ -435,7 +437,7 @@ class MonotoneDBM(BoltzmannModel):
 
     def __init__(
         self,
-        group_sizes: Sequence[int],
+        group_sizes: Sequence[int] | Tensor,
         rank: int = 32,
         monotonicity: float = 0.1,
         curvature: Curvature = 1,
@@ -455,7 +457,7 @@ class MonotoneDBM(BoltzmannModel):
             "group_sizes": list(groups.sizes),
             "rank": rank,
             "monotonicity": float(monotonicity),
-            "curvature": curvature,
+            "curvature": curvature if isinstance(curvature, str) else int(curvature),
             "summed": summed,
             "seed": seed,
         }
@@ -469,7 +471,7 @@ class MonotoneDBM(BoltzmannModel):
         cls,
         phi: Any,
         bias: Any,
-        group_sizes: Sequence[int],
+        group_sizes: Sequence[int] | Tensor,
         monotonicity: float = 0.1,
         curvature: Curvature = 1,
         *,
@@ -478,7 +480,7 @@ class MonotoneDBM(BoltzmannModel):
         """The model with these potentials.
 
         Args:
-            phi: ``(N, N)``, symmetric and zero inside the groups.
+            phi: ``(N, N)``, symmetric and zero inside the groups; the model takes its precision.
             bias: ``(N,)``.
             group_sizes, monotonicity, curvature: as in the constructor.  Other than with ``curvature=1`` phi is
                 centred over the states of each group, and the bias takes up what that moves, so that the law stays the
@@ -489,14 +491,7 @@ class MonotoneDBM(BoltzmannModel):
             TypeError, ValueError: shapes, a phi that is not symmetric or not hollow, or one that breaks the bound.
         """
         bound = check_bound(monotonicity, curvature)
-        groups = Groups(group_sizes)
-        matrix, b = to_tensor("phi", phi), to_tensor("bias", bias)
-        if not matrix.is_floating_point():
-            matrix = matrix.to(torch.get_default_dtype())
-        b = b.to(matrix).flatten()
-        if len(b) != groups.num_states:
-            raise ValueError(f"bias must be ({groups.num_states},), one entry a state, got {tuple(b.shape)}")
-        groups = groups.to(matrix.device)
+        groups, matrix, b = _given(group_sizes, phi, bias)
         if curvature != 1 and matrix.shape == (groups.num_states,) * 2:
             matrix, b = _centred(matrix, b, groups)
         factor = factor_of(matrix, groups, bound, project)
@@ -516,22 +511,70 @@ class DeepBoltzmannMachine(BoltzmannModel):
     Args:
         layers: the group sizes of each layer, the visible one first.
         scale: standard deviation of the initial potentials.
+        lateral: connect the groups of a layer as well; one layer alone is then a general Boltzmann machine.
         seed: of them.
     """
 
     kind: ClassVar[str] = "DeepBoltzmannMachine"
 
-    def __init__(self, layers: Sequence[Sequence[int]], scale: float = 0.01, *, seed: int = 0) -> None:
-        if len(layers) < 2:
-            raise ValueError(f"layers must be at least two, got {len(layers)}")
+    def __init__(
+        self, layers: Sequence[Sequence[int]], scale: float = 0.01, *, lateral: bool = False, seed: int = 0
+    ) -> None:
+        if not isinstance(lateral, bool):
+            raise TypeError(f"lateral must be True or False, got {lateral!r}")
+        if len(layers) < (1 if lateral else 2):
+            raise ValueError(f"layers must be at least two (or one with lateral=True), got {len(layers)}")
         groups = Groups(list(itertools.chain.from_iterable(layers)))
         numbers = [torch.full((len(layer),), i) for i, layer in enumerate(layers)]
-        super().__init__(FreeOperator(groups, torch.cat(numbers), generator(seed, "potentials"), scale))
-        self._config = {"layers": [list(map(int, layer)) for layer in layers], "scale": float(scale), "seed": seed}
+        random = generator(seed, "potentials")
+        super().__init__(FreeOperator(groups, torch.cat(numbers), random, scale, lateral))
+        self._config = {
+            "layers": [list(map(int, layer)) for layer in layers],
+            "scale": float(scale),
+            "lateral": lateral,
+            "seed": seed,
+        }
+
+    @classmethod
+    def from_potentials(cls, phi: Any, bias: Any, group_sizes: Sequence[int] | Tensor) -> Self:
+        """The machine with these potentials, whatever their eigenvalues: mean field may have several fixed points.
+
+        Args:
+            phi: ``(N, N)``, symmetric and zero inside the groups; the model takes its precision.
+            bias: ``(N,)``.
+            group_sizes: states of each variable.
+
+        Raises:
+            TypeError, ValueError: shapes, or a phi that is not symmetric or not hollow.
+        """
+        groups, matrix, b = _given(group_sizes, phi, bias)
+        matrix = check_potentials(matrix, groups)
+        model = cls([list(groups.sizes)], lateral=True).to(device=matrix.device, dtype=matrix.dtype)
+        with torch.no_grad():
+            weight, connected = model.operator.weight, model.operator.connected
+            weight.copy_(torch.where(connected, matrix, 0.0))  # type: ignore[operator, arg-type]
+            model.bias.copy_(b)
+        return model
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""
         return dict(self._config)
+
+
+def _given(group_sizes: Sequence[int] | Tensor, phi: Any, bias: Any) -> tuple[Groups, Tensor, Tensor]:
+    """A user's potentials as tensors of one precision and device."""
+    groups = Groups(group_sizes)
+    # An array's own precision, and not torch's default: exact potentials ask for exact answers.
+    matrix, b = (
+        to_tensor(name, torch.as_tensor(x) if isinstance(x, np.ndarray) and x.dtype.kind in "iuf" else x)
+        for name, x in (("phi", phi), ("bias", bias))
+    )
+    if not matrix.is_floating_point():
+        matrix = matrix.to(torch.get_default_dtype())
+    b = b.to(matrix).flatten()
+    if len(b) != groups.num_states:
+        raise ValueError(f"bias must be ({groups.num_states},), one entry a state, got {tuple(b.shape)}")
+    return groups.to(matrix.device), matrix, b
 
 
 def _exact(log_p: Tensor) -> LogPartition:

@@ -28,6 +28,7 @@ e_j)|^2 <= 2 lambda_max``; columns that lie on a line, as those of ordered state
 
 import math
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -44,6 +45,7 @@ __all__ = [
     "PairwiseOperator",
     "ScaledOperator",
     "check_bound",
+    "check_potentials",
     "factor_of",
 ]
 
@@ -230,8 +232,8 @@ class FreeOperator(PairwiseOperator):
 
     Args:
         groups: the layout.
-        layer_of: the layer of each group, ``(G,)``; only neighbouring layers are connected, and no group to one of its
-            own layer.
+        layer_of: the layer of each group, ``(G,)``; only neighbouring layers are connected.
+        lateral: whether the groups of a layer are connected as well.
         seed_generator: of the initial weights, N(0, scale^2).
         scale: their standard deviation.
     """
@@ -245,10 +247,13 @@ class FreeOperator(PairwiseOperator):
         layer_of: Tensor,
         seed_generator: torch.Generator | None = None,
         scale: float = 0.01,
+        lateral: bool = False,
     ) -> None:
         super().__init__(groups)
         layer = layer_of[groups.group_of]
         above = layer[:, None] - layer[None, :] == -1
+        if lateral:
+            above |= (layer[:, None] == layer) & (groups.group_of[:, None] < groups.group_of)
         self.register_buffer("connected", above, persistent=False)
         shape = (groups.num_states, groups.num_states)
         self.weight = nn.Parameter(torch.where(above, scale * torch.randn(shape, generator=seed_generator), 0.0))
@@ -272,15 +277,15 @@ def hollow(matrix: Tensor, groups: Groups) -> Tensor:
 
 def check_bound(monotonicity: float, curvature: Curvature) -> float:
     """``curvature - monotonicity``, checked; Pinsker's counts as 2."""
-    if isinstance(curvature, bool) or not isinstance(curvature, int | str) or curvature not in (1, 2, "pinsker"):
+    if isinstance(curvature, bool) or not isinstance(curvature, Integral | str) or curvature not in (1, 2, "pinsker"):
         raise ValueError(
             "curvature must be 1 (the published bound), 2 (the relaxed one) or 'pinsker' (the widest), "
             f"got {curvature!r}"
         )
-    if isinstance(monotonicity, bool) or not isinstance(monotonicity, int | float):
+    if isinstance(monotonicity, bool) or not isinstance(monotonicity, Real):
         raise TypeError(f"monotonicity must be a number, got {monotonicity!r}")
     most = 1.0 if curvature == 1 else 2.0
-    if not 0 < monotonicity < most:
+    if not 0 < float(monotonicity) < most:
         raise ValueError(
             f"monotonicity must lie between 0 and {most:g} at curvature={curvature!r}, got {monotonicity!r}"
         )
@@ -299,10 +304,33 @@ def factor_of(phi: Tensor, groups: Groups, bound: float, project: bool) -> Tenso
     Raises:
         ValueError: phi is not symmetric, not hollow, or breaks the bound.
     """
+    phi = check_potentials(phi, groups)
+    values, vectors = torch.linalg.eigh(phi)
+    largest = float(values[-1])
+    if largest > bound + _rounding(phi):
+        if not project:
+            raise ValueError(
+                f"phi has the eigenvalue {largest:.6g}, above the bound {bound:.6g}: mean field may have several fixed "
+                "points. curvature=2 allows more, project=True shrinks phi to the bound"
+            )
+        values = values * (bound / largest)
+    return (bound - values).clamp(min=0.0).sqrt()[:, None] * vectors.T
+
+
+def _rounding(phi: Tensor) -> float:
+    return 64 * torch.finfo(phi.dtype).eps * (1 + float(phi.abs().max()))
+
+
+def check_potentials(phi: Tensor, groups: Groups) -> Tensor:
+    """``phi`` ``(N, N)`` without the rounding in which it is not symmetric and hollow.
+
+    Raises:
+        ValueError: another shape, or not symmetric, or not zero inside the groups.
+    """
     n = groups.num_states
     if tuple(phi.shape) != (n, n):
         raise ValueError(f"phi must be ({n}, {n}) for groups of {n} states in all, got {tuple(phi.shape)}")
-    small = 64 * torch.finfo(phi.dtype).eps * (1 + float(phi.abs().max()))
+    small = _rounding(phi)
     uneven = float((phi - phi.T).abs().max())
     if uneven > small:
         raise ValueError(f"phi must be symmetric; it differs from its transpose by up to {uneven:.3g}")
@@ -312,14 +340,4 @@ def factor_of(phi: Tensor, groups: Groups, bound: float, project: bool) -> Tenso
             f"phi must be zero inside every group (states of one variable exclude each other); it holds {inside:.3g} "
             "there. Move it into the bias"
         )
-    phi = hollow((phi + phi.T) / 2, groups)
-    values, vectors = torch.linalg.eigh(phi)
-    largest = float(values[-1])
-    if largest > bound + small:
-        if not project:
-            raise ValueError(
-                f"phi has the eigenvalue {largest:.6g}, above the bound {bound:.6g}: mean field may have several fixed "
-                "points. curvature=2 allows more, project=True shrinks phi to the bound"
-            )
-        values = values * (bound / largest)
-    return (bound - values).clamp(min=0.0).sqrt()[:, None] * vectors.T
+    return hollow((phi + phi.T) / 2, groups)

@@ -7,9 +7,11 @@ True where they are known, another one in each row if need be.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -24,7 +26,7 @@ from ppl_models.monotone_dbm.groups import Groups
 from ppl_models.monotone_dbm.mean_field import MeanFieldProblem, extreme_eigenvalues, solve
 from ppl_models.monotone_dbm.operators import PairwiseMap, PairwiseOperator
 
-__all__ = ["MeanField", "PairwiseModel", "Query"]
+__all__ = ["MeanField", "PairwiseModel", "Query", "to_mask"]
 
 _ADJOINT = {torch.float64: 1e-9, torch.float32: 1e-4}
 
@@ -60,6 +62,34 @@ class Query(NamedTuple):
 
     states: Tensor
     mask: Tensor
+
+
+def to_mask(mask: Any) -> Tensor:
+    """A mask of true and false, or of ones and zeros, as a boolean tensor.
+
+    Raises:
+        TypeError, ValueError: not an array, or other values.
+    """
+    try:
+        known = mask if isinstance(mask, Tensor) else torch.as_tensor(np.asarray(mask))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"mask must be a boolean tensor or array, got {type(mask).__name__}") from error
+    if known.dtype != torch.bool and not bool(((known == 0) | (known == 1)).all()):
+        raise ValueError("mask must be boolean, True where observed; it holds other values than 0 and 1")
+    return known.bool()
+
+
+def _shown(observed: Any, mask: Any) -> Tensor:
+    """States as a tensor, zero where they are not observed: nothing looks there, it may be NaN."""
+    if not isinstance(observed, Tensor):
+        try:
+            observed = torch.as_tensor(np.asarray(observed))
+        except (TypeError, ValueError, RuntimeError):
+            return to_tensor("observed", observed)  # which says what is wrong
+    if mask is not None and observed.is_floating_point():
+        with suppress(RuntimeError):  # shapes that do not fit are refused where they are compared
+            observed = torch.where(to_mask(mask).to(observed.device), observed, torch.zeros_like(observed))
+    return to_tensor("observed", observed)
 
 
 class PairwiseModel(Model):
@@ -390,22 +420,16 @@ class PairwiseModel(Model):
         """Observations as checked tensors on the model's device."""
         count, device = self.groups.num_groups, self.bias.device
         if observed is None:
-            if mask is not None and bool(torch.as_tensor(mask).any()):
+            if mask is not None and bool(to_mask(mask).any()):
                 raise ValueError("mask marks groups as observed, and observed gives no states")
-            rows = 1 if mask is None or torch.as_tensor(mask).dim() < 2 else len(mask)
+            rows = 1 if mask is None or to_mask(mask).dim() < 2 else len(mask)
             zeros = torch.zeros(rows, count, dtype=torch.long, device=device)
             return Query(zeros, zeros.bool())
-        states = to_tensor("observed", observed).to(device)
+        states = _shown(observed, mask).to(device)
         if states.dim() == 1:
             states = states[None]
-        if mask is None:
-            known = torch.ones(states.shape, dtype=torch.bool, device=device)
-        else:
-            known = torch.as_tensor(mask)
-            if known.dtype != torch.bool:
-                raise TypeError(f"mask must be boolean, True where observed, got {known.dtype}")
-            known = known.to(device)
-            known = known[None] if known.dim() == 1 else known
+        known = torch.ones(states.shape, dtype=torch.bool) if mask is None else to_mask(mask)
+        known = (known[None] if known.dim() == 1 else known).to(device)
         if states.dim() != 2 or states.shape[1] != count:
             raise ValueError(f"observed must be (B, {count}), a state for each group, got {tuple(states.shape)}")
         if known.dim() != 2 or known.shape[1] != count or len({len(known), len(states)} - {1}) > 1:

@@ -8,8 +8,11 @@ that z sums to one; ``alpha = 1`` is the softmax.  Feng, Winston and Kolter, "Mo
 """
 
 import math
+from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,30 +22,35 @@ _SWEEPS = 12  # Newton on nu takes 4 to 6; a fixed number never waits for the de
 _HALLEY_FIRST, _HALLEY = 8, 2
 
 
-def prox_softmax(x: Tensor, alpha: float) -> Tensor:
+def prox_softmax(x: Tensor | np.ndarray | Sequence[float], alpha: float) -> Tensor:
     """The prox over the last dimension, twice differentiable in ``x``.
 
     Args:
-        x: ``(..., k)``.
+        x: ``(..., k)``, a tensor, array or list; of its precision.
         alpha: the step, positive; it is the softmax at 1, sharper above and flatter below.
 
     Returns:
         Points of the simplex ``(..., k)``.
 
     Raises:
-        TypeError, ValueError: x is no tensor of floats, or alpha is no positive finite number.
+        TypeError, ValueError: x holds no floats, or alpha is no positive finite number.
     """
+    if isinstance(x, np.ndarray | list | tuple):
+        x = torch.as_tensor(x)
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+        raise TypeError(f"x must be a floating-point tensor or array, got {getattr(x, 'dtype', type(x).__name__)}")
     if x.dim() == 0 or x.shape[-1] < 1:
         raise ValueError(f"x must be (..., k) with k of at least 1, got shape {tuple(x.shape)}")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise TypeError(f"alpha must be a number, got {alpha!r}")
+    if isinstance(alpha, Tensor) and alpha.numel() == 1 and not alpha.requires_grad:
+        alpha = alpha.item()
+    if isinstance(alpha, bool) or not isinstance(alpha, Real):
+        raise TypeError(f"alpha must be a number without gradient, got {alpha!r}")
+    alpha = float(alpha)
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha must be positive and finite, got {alpha!r}")
     if alpha == 1:
         return x.softmax(-1)
-    return _Prox.apply(x, float(alpha))
+    return _Prox.apply(x, alpha)
 
 
 class _Prox(torch.autograd.Function):

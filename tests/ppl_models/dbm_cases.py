@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ppl_models import MonotoneDBM
 from ppl_models.monotone_dbm.operators import DenseOperator
+from ppl_models.monotone_dbm.pairwise import PairwiseModel
 
 D = torch.float64
 
@@ -39,7 +40,7 @@ def magnetisation(probabilities: Tensor) -> Tensor:
     return probabilities[0, :, 0] - probabilities[0, :, 1]
 
 
-def random_starts(dbm: MonotoneDBM, number: int, seed: int = 0, spread: float = 4.0) -> Tensor:
+def random_starts(dbm: PairwiseModel, number: int, seed: int = 0, spread: float = 4.0) -> Tensor:
     """Random probabilities ``(number, G, K)``."""
     noise = torch.Generator().manual_seed(seed)
     shape = (number, dbm.groups.num_groups, dbm.groups.largest)

@@ -99,7 +99,8 @@ def test_log_z_five_ways(fitted: EnergyModel) -> None:
     found = fitted.log_partition("importance", 20_000, seed=1)
     assert abs(found.value - exact.value) < 4 * found.standard_error
     assert 0 < found.standard_error < 0.05 and found.ess > 500 and found.khat < 0.7
-    assert found.lower <= found.value <= found.upper < found.lower + 0.05
+    # apart from two standard errors on either side the bounds are close
+    assert found.lower <= found.value <= found.upper < found.lower + 4 * found.standard_error + 0.05
     sandwich = fitted.log_partition("ais", num_chains=128, num_temperatures=16)
     assert abs(sandwich.value - exact.value) < 0.15
     bridge = fitted.log_partition("bridge", num_draws=16, num_chains=32)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -57,11 +58,17 @@ def test_prox_derivatives(alpha: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("x", "alpha"), [([1.0], 0.5), (torch.ones(2), 0.0), (torch.ones(2), -1), (torch.ones(2), True)]
+    ("x", "alpha"), [([1], 0.5), ("x", 0.5), (torch.ones(2), 0.0), (torch.ones(2), -1), (torch.ones(2), True)]
 )
 def test_prox_bad_input(x: object, alpha: float) -> None:
     with pytest.raises((TypeError, ValueError)):
         prox_softmax(x, alpha)  # type: ignore[arg-type]
+
+
+def test_prox_of_arrays_and_lists() -> None:
+    x = torch.tensor([0.3, -0.2, 1.1], dtype=D)
+    assert torch.equal(prox_softmax(x.numpy(), np.float32(0.5)), prox_softmax(x, torch.tensor(0.5)))
+    assert torch.equal(prox_softmax(x.tolist(), 0.5), prox_softmax(x.float(), 0.5))
 
 
 # ---------------------------------------------------------------- known numbers
@@ -110,6 +117,32 @@ def test_one_answer_with_the_bound_and_two_without() -> None:
     assert math.isclose(free.log_partition(method="exact").value, 13.675650, abs_tol=1e-6)
 
 
+def test_potentials_without_a_bound_have_their_two_answers() -> None:
+    """The same by the public road: any potentials, of a machine whose layer has connections of its own."""
+    free = example(scaled=False)
+    with pytest.raises(ValueError, match="several fixed points"):
+        MonotoneDBM.from_potentials(free.potentials(), free.bias, [3] * 6)
+    machine = DeepBoltzmannMachine.from_potentials(free.potentials().numpy(), free.bias.detach().numpy(), [3] * 6)
+    torch.testing.assert_close(machine.potentials(), free.potentials(), rtol=0, atol=1e-14)
+    nothing = torch.zeros(64, 6, dtype=torch.long), torch.zeros(64, 6, dtype=torch.bool)
+    several = machine.marginals(*nothing, initial=random_starts(machine, 64))
+    values = sorted({round(-v, 5) for v in several.free_energy.tolist()})
+    assert several.converged.all() and values == [11.79273, 12.16601]
+    assert math.isclose(machine.log_partition(method="exact").value, 13.675650, abs_tol=1e-6)
+    with pytest.raises(ValueError, match="symmetric"):
+        DeepBoltzmannMachine.from_potentials(free.potentials().triu(), free.bias, [3] * 6)
+
+
+def test_lateral_connections_stay_in_their_layer() -> None:
+    machine = DeepBoltzmannMachine([[2, 3], [2, 2], [3]], 1.0, lateral=True)
+    layer = torch.tensor([0, 0, 1, 1, 2])[machine.groups.group_of]
+    joined = machine.potentials() != 0
+    apart = machine.groups.group_of[:, None] != machine.groups.group_of
+    assert torch.equal(joined, ((layer[:, None] - layer).abs() <= 1) & apart)
+    plain = DeepBoltzmannMachine([[2, 3], [2, 2], [3]], 1.0).potentials() != 0
+    assert torch.equal(plain, (layer[:, None] - layer).abs() == 1)
+
+
 @pytest.mark.parametrize(
     ("coupling", "exact", "mean_field"),
     [
@@ -143,6 +176,17 @@ def test_potentials_come_back(curvature: int) -> None:
     again = MonotoneDBM.from_potentials(model.potentials(), model.bias, [2, 3, 4, 2], curvature=curvature)
     torch.testing.assert_close(again.potentials(), model.potentials(), rtol=0, atol=1e-12)
     assert model.spectrum()[1] <= curvature - 0.1 + 1e-12
+
+
+def test_potentials_in_arrays_keep_their_precision() -> None:
+    """Float64 arrays made a float32 model, whose bound is off by 1e-6."""
+    dbm = example()
+    arrays = dbm.potentials().numpy(), dbm.bias.detach().numpy()
+    for sizes in (torch.tensor([3] * 6), np.full(6, 3)):
+        again = MonotoneDBM.from_potentials(*arrays, sizes, np.float32(0.1), np.int64(1))  # type: ignore[arg-type]
+        assert torch.equal(again.bias, dbm.bias)
+        assert math.isclose(-again.marginals().free_energy.item(), 7.670163948, abs_tol=1e-8)
+        assert again.config()["curvature"] == 1
 
 
 def test_the_relaxed_form_of_uncentred_potentials_is_the_same_law() -> None:

@@ -157,7 +157,7 @@ def test_bad_images() -> None:
         (lambda: net.fit(good, labels, objective="pseudo_likelihood"), "objective"),
         (lambda: net.fit(good, labels, label_weight=2.0), "label_weight"),
         (lambda: net.classify(good, torch.ones(2, 3, 3, dtype=torch.bool)), "mask must be"),
-        (lambda: net.classify(good, torch.ones(2, 4, 4)), "boolean"),
+        (lambda: net.classify(good, torch.full((2, 4, 4), 0.5)), "boolean"),
         (lambda: without.classify(good), "no labels"),
         (lambda: without.fit(good, labels), "no"),
     ]

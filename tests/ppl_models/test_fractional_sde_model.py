@@ -143,6 +143,23 @@ def test_files(tmp_path: Path, method: str) -> None:
         FractionalSDE.load(tmp_path / "absent")
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"hurst": np.float32(0.3), "diffusion": np.float32(0.5)},
+        {"hurst": [0.3], "grid": [0.1, 1, 10.0]},  # three speeds, whatever num_processes is
+        {"grid": np.array([0.1, 1.0, 10.0]), "drift": "neural", "hidden": (8,)},
+    ],
+)
+def test_numbers_of_any_kind_fit_and_have_a_file_form(tmp_path: Path, settings: dict[str, Any]) -> None:
+    model = FractionalSDE(1, **{"drift": "linear", **settings})
+    model.fit(TIMES, torch.ones(1, 5, 1), num_steps=2, **QUICK)
+    model.save(tmp_path / "model")
+    again = FractionalSDE.load(tmp_path / "model")
+    assert torch.equal(again.elbo(), model.elbo())
+    assert torch.equal(again.noise.weights, model.noise.weights)
+
+
 def test_own_modules_have_no_file_form(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="state_dict"):
         FractionalSDE(1, Well()).save(tmp_path / "model")
@@ -236,7 +253,7 @@ GOOD = torch.zeros(1, 2, 1)
         (([1.0, 1.0], GOOD), {}, "increasing"),
         (([-1.0, 1.0], GOOD), {}, "negative"),
         (([1.0, 2.0], GOOD[0]), {}, "shape"),
-        (([1.0, 2.0], GOOD * torch.nan), {}, "finite"),
+        (([1.0, 2.0], GOOD * torch.nan), {}, "finite.*mask=torch.isfinite"),
         (([1.0, 2.0], GOOD, torch.zeros(1, 2, 1, dtype=torch.bool)), {}, "no observation"),
         (([1.0, 2.0], GOOD, torch.full((1, 2), 0.5)), {}, "boolean"),
         (([1.0, 2.0], GOOD, torch.ones(2, 2, dtype=torch.bool)), {}, "mask"),

@@ -172,6 +172,12 @@ def test_bad_data(times: Tensor, y: Tensor, settings: dict[str, Any], match: str
         LatentFractionalSDE((3,), 2, **SMALL).fit(times, y, progress=False, **settings)
 
 
+def test_bytes_are_no_means_of_a_sigmoid() -> None:
+    frames = torch.full((2, 5, 1, 6, 6), 255, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="divide bytes by 255"):
+        LatentFractionalSDE((1, 6, 6), 2, **SMALL).fit(TIMES, frames, num_steps=1, progress=False)
+
+
 def test_bernoulli_frames_are_probabilities() -> None:
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
         LatentFractionalSDE((3,), 2, likelihood="bernoulli", **SMALL).fit(TIMES, torch.full((2, 5, 3), 2.0))

@@ -76,6 +76,14 @@ def test_bad_lattices(arguments: dict, error: type[Exception], message: str) -> 
 def test_bad_rows_and_too_wide() -> None:
     with pytest.raises(ValueError, match="16"):
         LatticeIsing(4, 0.1, 0.2).log_density(torch.zeros(3, 15))
+    with pytest.raises(ValueError, match=r"0 .*and 1"):
+        LatticeIsing(4, 0.1, 0.2).log_density(torch.full((3, 16), 2))
+    with pytest.raises(TypeError, match="x must be"):
+        LatticeIsing(4, 0.1, 0.2).log_density([["up"] * 16])
+    rows = torch.randint(2, (3, 16), generator=generator(0))
+    expected = LatticeIsing(4, 0.1, 0.2).log_density(rows)
+    for form in (rows.tolist(), rows.numpy(), rows.bool(), rows.float()):
+        assert torch.equal(LatticeIsing(4, 0.1, 0.2).log_density(form), expected)
     with pytest.raises(ValueError, match="12"):
         LatticeIsing(13, 0.1, 0.2).log_partition()
 

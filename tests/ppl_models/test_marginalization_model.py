@@ -153,11 +153,38 @@ def test_what_needs_no_dropout_is_learned_without(network: str) -> None:
     assert torch.equal(*learned)
 
 
+def test_few_rows_are_not_learned_by_heart() -> None:
+    """60 rows of a mixture that is nearly independent: KL 0.14 for independent variables; the networks, which started
+    at uniform variables and kept their last parameters, came to 0.32.
+    """
+    dice = torch.Generator().manual_seed(0)
+    odds, shares = torch.rand(3, 8, generator=dice), torch.tensor([0.5, 0.3, 0.2])
+    picked = torch.multinomial(shares, 60, True, generator=dice)
+    rows = (torch.rand(60, 8, generator=dice) < odds[picked]).long()
+    every = all_values(torch.full((8,), 2))
+    truth = (dist.Bernoulli(odds).log_prob(every.unsqueeze(1).float()).sum(-1) + shares.log()).logsumexp(1)
+    mam = MarginalizationModel([2] * 8, hidden=128, depth=2)
+    mam.fit(rows, num_steps=600, marginal_steps=1, num_rows=10, progress=False)
+    divergence = (truth.exp() * (truth - mam.log_prob_autoregressive(every).ensemble)).sum()
+    assert float(divergence) < 0.2
+
+
+def test_a_fit_starts_at_independent_variables() -> None:
+    """With the frequencies of what is there, in Jeffreys' estimate; a second fit goes on where the first one ended."""
+    x = torch.tensor([[0, 2], [1, -1], [1, 0], [1, 0]])
+    mam = MarginalizationModel([2, 3], hidden=16, depth=1)
+    mam.fit(x, num_steps=1, lr=1e-9, **{k: v for k, v in QUICK.items() if k != "num_steps"})
+    expected = [[1.5 / 5, 3.5 / 5, 0.0], [2.5 / 4.5, 0.5 / 4.5, 1.5 / 4.5]]
+    torch.testing.assert_close(mam.conditional_logits([[-1, -1]])[0].exp(), torch.tensor(expected), atol=1e-6, rtol=0)
+    mam.fit(1 - x.clamp(0, 1), num_steps=1, lr=1e-9, **{k: v for k, v in QUICK.items() if k != "num_steps"})
+    torch.testing.assert_close(mam.conditional_logits([[-1, -1]])[0].exp(), torch.tensor(expected), atol=1e-6, rtol=0)
+
+
 def test_few_held_out_rows_do_not_undo_the_second_stage() -> None:
     """Of one row f is best where it starts; what f has learned since counts all the same."""
     mam = MarginalizationModel([2] * 8, hidden=64, depth=2, classes=2)
     settings: dict[str, Any] = {"lr": 4e-3, "batch_size": 256, "num_rows": 2000, "progress": False}
-    result = mam.fit(ROWS, HELD_OUT[:1], num_steps=300, marginal_steps=400, **settings)
+    result = mam.fit(ROWS, HELD_OUT[3:4], num_steps=300, marginal_steps=400, **settings)
     assert result.marginals is not None and result.marginals.best_step == 0
     rows = hide_some(MIXTURE.sample(2000))
     assert (mam.log_prob(rows) - mam.log_prob_autoregressive(rows).ensemble).abs().mean() < 0.3

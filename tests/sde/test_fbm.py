@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import mpmath as mp
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -262,3 +263,14 @@ def test_log_prob_sums_over_dimensions() -> None:
 def test_bad_input(call: Any, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         call()
+
+
+def test_an_even_grid_in_single_precision_is_an_even_grid() -> None:
+    """Its rounding sent paths on it from the circulant embedding to a Cholesky factor of all times."""
+    motion = FractionalBrownianMotion(0.7)
+    for single in (torch.linspace(0, 1, 101), torch.arange(1, 101) / 252, np.linspace(0.1, 2, 50, dtype=np.float32)):
+        first, last = float(single[0]), float(single[-1])
+        even = torch.linspace(first, last, len(single), dtype=torch.float64)
+        assert torch.equal(motion.sample(single, 2, seed=0), motion.sample(even, 2, seed=0))
+    uneven = torch.tensor([0.1, 0.2, 0.3001])
+    assert torch.equal(motion.covariance(uneven), motion.covariance(uneven.double()))

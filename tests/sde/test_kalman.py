@@ -306,3 +306,25 @@ def test_bad_input(call: Any, match: str) -> None:
 
 def _changing() -> MultifractionalMotion:
     return MultifractionalMotion(lambda t: 0.3 + 0.1 * t, papers(0.5))
+
+
+@pytest.mark.parametrize("theta", [0.0, 0.7, torch.tensor([0.0, 2.0, 8.0], dtype=torch.float64)])
+@pytest.mark.parametrize("start", [0.0, 0.1, 0.35])
+def test_moments_at_equal_distances(theta: Any, start: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only as many lags as times are worked out, and the moments are those that uneven times contain."""
+    hurst = torch.tensor([0.3, 0.5, 0.8], dtype=torch.float64, requires_grad=True)
+    linear = LinearSDE(MarkovFractionalBrownianMotion(hurst, horizon=4.0), theta, 1.3, 0.2, 0.1, 0.4)
+    even = start + 0.1 * torch.arange(30, dtype=torch.float64)
+    uneven = torch.cat([even[:7], even[6:7] + 0.03, even[7:]])
+    kept = torch.arange(31) != 7
+    rows: list[int] = []
+    first_row = LinearSDE._first_row
+    monkeypatch.setattr(LinearSDE, "_first_row", lambda self, h: (rows.append(h.numel()), first_row(self, h))[1])
+    mean, covariance = linear.moments(even)
+    assert max(rows, default=0) <= 30
+    all_means, all_covariances = linear.moments(uneven)
+    torch.testing.assert_close(mean, all_means[:, kept], rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(covariance, all_covariances[:, kept][:, :, kept], rtol=1e-11, atol=1e-13)
+    slopes = [torch.autograd.grad(c.sum(), hurst, retain_graph=True)[0]
+              for c in (covariance, all_covariances[:, kept][:, :, kept])]  # fmt: skip
+    torch.testing.assert_close(*slopes, rtol=1e-9, atol=1e-11)
