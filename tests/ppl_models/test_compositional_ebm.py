@@ -475,6 +475,13 @@ def test_energies_that_do_not_fit() -> None:
 
     with pytest.raises(NonFiniteError, match=r"NaN or infinite on \d+\.\d% of the rows.*step 1 of"):
         EnergyModel(Breaks(), (2,)).fit(x, num_steps=5, batch_size=30, progress=False)
+
+    class Lost(Wide):
+        def forward(self, x: Tensor) -> Tensor:
+            return math.nan * self.linear(x).squeeze(1)
+
+    with pytest.raises(NonFiniteError, match=r"NaN or infinite on 100\.0% of the rows.*step 1 of"):
+        EnergyModel(Lost(), (2,)).fit(x, num_steps=5, batch_size=30, progress=False)
     with pytest.raises(TypeError, match="torch module"):
         EnergyModel(lambda x: x.sum(1))  # type: ignore[arg-type]
 
