@@ -23,7 +23,7 @@ from ppl_models.image_cate.estimation import cross_fit_effects, estimate_trial, 
 from ppl_models.image_cate.evaluation import Evaluation, evaluate, gate
 from ppl_models.image_cate.files import pack, unpack
 from ppl_models.image_cate.fitted import AtImages, Fitted
-from ppl_models.image_cate.likelihoods import OUTCOMES
+from ppl_models.image_cate.likelihoods import OUTCOMES, make_likelihood
 from ppl_models.image_cate.mixture import OBJECTIVES
 from ppl_models.image_cate.posterior import POSTERIORS
 from ppl_models.image_cate.propensity import clustered_mean
@@ -290,6 +290,7 @@ class ImageCATE(Model):
             sample_weight,
             self._params["missing"],
         )
+        make_likelihood(settings.outcome).check(trial.outcome)
         if self._params["num_clusters"] > trial.num_images:
             raise ValueError(
                 f"num_clusters = {self._params['num_clusters']} types need as many distinct images; there are "
@@ -468,6 +469,10 @@ class ImageCATE(Model):
     def cross_fitted(self) -> tuple[Tensor, Tensor]:
         """Effect ``(N,)`` and type probabilities ``(N, K)`` of the trial's units, from gates that did not see their
         fold and effects estimated without it.
+
+        Where the other folds tell of no difference (a regression on fixed features foretells the effects of images
+        held out from them no better than one effect for all does), a fold's units have one effect, and ``evaluate``
+        ranks none before another.
         """
         state = self._fitted("cross_fitted")
         if state.cross_fitted is None:
