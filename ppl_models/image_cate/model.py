@@ -296,11 +296,15 @@ class ImageCATE(Model):
                 f"num_clusters = {self._params['num_clusters']} types need as many distinct images; there are "
                 f"{trial.num_images}"
             )
-        for name, columns in (("covariates", trial.modifiers), ("controls", trial.controls)):
+        for name, given, columns in (
+            ("covariates", covariates, trial.modifiers),
+            ("controls", controls, trial.controls),
+        ):
             if columns.shape[1]:
-                keep, messages = check_covariates(columns, trial.treatment)
+                names = [str(c) for c in getattr(given, "columns", ())] or None
+                keep, messages = check_covariates(columns, trial.treatment, names)
                 if not bool(torch.as_tensor(keep).all()):
-                    raise ValueError(f"{name} cannot be used as they are: " + " ".join(messages))
+                    raise ValueError(f"{name} cannot be used as they are: {'; '.join(messages)}. Leave them out")
         places = None if lon_lat is None else _places_of(lon_lat, trial)
         state = estimate_trial(
             trial,

@@ -393,6 +393,14 @@ def test_bad_input(changes: dict[str, Any], message: str) -> None:
         embedding_model(**options).fit(**data, progress=False)
 
 
+def test_a_column_that_is_the_treatment_is_named() -> None:
+    pandas = pytest.importorskip("pandas")
+    data, _ = bad(treatment=(torch.arange(40) % 2).float())
+    frame = pandas.DataFrame({"age": np.arange(40) % 7, "arm": np.arange(40) % 2})
+    with pytest.raises(ValueError, match=r"used as they are: covariate .arm. equals the treatment\. Leave"):
+        embedding_model().fit(**data, covariates=frame, progress=False)
+
+
 def test_rows_with_gaps_are_dropped_and_named() -> None:
     trial = tabular_trial(240)  # enough for twenty units of each arm in a type
     trial["outcome"][[3, 7]] = torch.nan
