@@ -28,7 +28,7 @@ from ppl_models.image_cate.mixture import OBJECTIVES
 from ppl_models.image_cate.posterior import POSTERIORS
 from ppl_models.image_cate.propensity import clustered_mean
 from ppl_models.image_cate.rate import ranks_in_folds
-from ppl_models.image_cate.refute import METHODS, Refutation, Study, refute
+from ppl_models.image_cate.refute import METHODS, Refutation, Study, refute, regions_of
 from ppl_models.image_cate.refute import Fitted as Refitted
 from ppl_models.image_cate.results import ClusterEffects, ImageCATEResult, result_of
 from ppl_models.image_cate.training import Settings
@@ -486,23 +486,21 @@ class ImageCATE(Model):
     def evaluate(self, seed: int = 0) -> Evaluation:
         """Whether the effects are there: RATE, calibration, effects by type, policy value, of cross-fitted effects."""
         state = self._fitted("evaluate")
-        effect, probs = self.cross_fitted()
         folds = state.folds[state.trial.image_index]
-        return evaluate(state.scores, effect, probs, state.trial.groups, seed, folds=folds)
+        return evaluate(state.scores, *self.cross_fitted(), state.trial.groups, seed, folds=folds)
 
     def refute(self, methods: Sequence[str] = METHODS, num_repeats: int = 1, seed: int = 0) -> tuple[Refutation, ...]:
         """Refit with data in which nothing may be found, or little may change; see ``refute.refute``."""
         state = self._fitted("refute")
-        trial = state.trial
-        constant = bool((state.propensity == state.propensity[0]).all())
+        trial, places = state.trial, self._places
         study = Study(
-            outcome=trial.outcome,
-            treatment=trial.treatment,
-            images=trial.images,
-            image_index=trial.image_index,
+            *(trial.outcome, trial.treatment, trial.images, trial.image_index),
             covariates=trial.modifiers if trial.modifiers.shape[1] else None,
+            controls=trial.controls if trial.controls.shape[1] else None,
+            sample_weight=trial.sample_weight,
             groups=trial.groups,
-            propensity=None if constant else state.propensity,
+            propensity=None if bool((state.propensity == state.propensity[0]).all()) else state.propensity,
+            regions=None if places is None else regions_of(places[trial.image_index]),
         )
         return refute(study, self._refit, methods, num_repeats, reference=self._ranked(), seed=seed)
 
@@ -514,9 +512,8 @@ class ImageCATE(Model):
         other = ImageCATE(**{**self._params, "num_samples": 50})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            units = study.outcome, study.treatment, study.images, study.image_index
-            beside: dict[str, Any] = {"covariates": study.covariates, "groups": study.groups}
-            other.fit(*units, **beside, propensity=study.propensity, seed=seed, progress=False)
+            held = {name: value for name, value in vars(study).items() if name != "regions"}
+            other.fit(**held, seed=seed, progress=False)
         return other._ranked()
 
     # ------------------------------------------------------------------ hand over
