@@ -149,18 +149,17 @@ def refute(
     groups = index if study.groups is None else study.groups
     sites = index_groups(groups, n, least=2)
     study = replace(study, groups=sites.index, image_index=index)
-    if _BY_REGION in methods:
-        study = replace(study, regions=_regions(study.regions, n))
+    regions = _regions(study.regions, n) if _BY_REGION in methods else sites.index
     reference = _checked(fit_predict(study, seed) if reference is None else reference, n)
     found = clustered_mean(reference.scores, sites.index), rate(reference.scores, reference.effect, "qini", sites.index)
 
     results = []
     for method in methods:
         ates, rates, correlations = [], [], []
-        repeats = num_repeats if method != _BY_REGION else int(study.regions.max()) + 1
+        repeats = int(regions.max()) + 1 if method == _BY_REGION else num_repeats
         for repeat in range(repeats):
             own = derive_seed(seed, "refute", method, repeat)
-            broken, rows = _break(study, method, subset_share, own, repeat)
+            broken, rows = _break(study, method, subset_share, own, regions != repeat)
             fitted = _checked(fit_predict(broken, own % (1 << 31)), len(rows))
             ates.append(clustered_mean(fitted.scores, broken.groups))
             rates.append(rate(fitted.scores, fitted.effect, "qini", broken.groups))
@@ -170,8 +169,8 @@ def refute(
     return tuple(results)
 
 
-def _break(study: Study, method: str, subset_share: float, seed: int, repeat: int) -> tuple[Study, Tensor]:
-    """The study with one thing broken, and which of its rows are left."""
+def _break(study: Study, method: str, subset_share: float, seed: int, elsewhere: Tensor) -> tuple[Study, Tensor]:
+    """The study with one thing broken, and which of its rows are left; ``elsewhere``: outside of a region."""
     n, g = len(study.outcome), generator(seed, "break")
     everyone = torch.arange(n)
     sites = index_groups(study.groups, n)
@@ -193,14 +192,14 @@ def _break(study: Study, method: str, subset_share: float, seed: int, repeat: in
             column = torch.cat([given.reshape(n, -1), column.to(given)], 1)
         return replace(study, covariates=column), everyone
     if method == _BY_REGION:
-        rows = (study.regions != repeat).nonzero()[:, 0]
+        rows = elsewhere.nonzero()[:, 0]
     else:
         kept = torch.zeros(sites.count, dtype=torch.bool)
         kept[torch.randperm(sites.count, generator=g)[: max(2, round(subset_share * sites.count))]] = True
         rows = kept[sites.index].nonzero()[:, 0]
     per_unit = ("outcome", "treatment", "image_index", "covariates", "propensity", "controls", "sample_weight")
     values = {name: getattr(study, name) for name in per_unit}
-    some = {name: None if value is None else value[rows] for name, value in values.items()}
+    some: dict[str, Any] = {name: None if value is None else value[rows] for name, value in values.items()}
     return replace(study, groups=sites.index[rows], regions=None, **some), rows
 
 
