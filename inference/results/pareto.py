@@ -44,10 +44,10 @@ def smooth_weights(log_weights: Tensor) -> tuple[Tensor, float]:
     ordered, order = shifted.sort()
     # The threshold is the largest weight below the tail; one of zero is lifted to the smallest that a float can hold.
     floor = math.log(torch.finfo(torch.float64).tiny)
-    threshold = ordered[-length - 1].clamp(min=floor)
-    tail = ordered[-length:]
-    if (tail[-1] - tail[0]).item() <= 1e-12:
+    if (ordered[-1] - ordered[-length]).item() <= 1e-12:
         return log_weights, -math.inf
+    spread = _without_ties(ordered.clamp(min=floor))
+    threshold, tail = spread[-length - 1], spread[-length:]
     excess = tail.exp() - threshold.exp()
     shape, scale = _fit_pareto(excess.clamp(min=0))
     levels = (torch.arange(length, dtype=torch.float64, device=tail.device) + 0.5) / length
@@ -57,6 +57,21 @@ def smooth_weights(log_weights: Tensor) -> tuple[Tensor, float]:
     result = torch.empty_like(smoothed)
     result[order] = smoothed
     return (result + largest).to(log_weights.dtype), shape
+
+
+def _without_ties(ordered: Tensor) -> Tensor:
+    """Ascending log-weights with equal ones spread evenly over the step from the next smaller one.
+
+    Draws of discrete variables share a few weights.  As they are, the estimator takes the many excesses of 0 for a law
+    of infinite density there, and the shape for a huge one.
+    """
+    values, counts = torch.unique_consecutive(ordered, return_counts=True)
+    if len(values) == len(ordered):
+        return ordered
+    below = torch.cat([values[:1], values[:-1]]).repeat_interleave(counts)
+    starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    share = (torch.arange(1, len(ordered) + 1, device=ordered.device) - starts) / counts.repeat_interleave(counts)
+    return below + (ordered - below) * share
 
 
 def _fit_pareto(x: Tensor) -> tuple[float, float]:

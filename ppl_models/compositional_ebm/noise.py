@@ -18,6 +18,7 @@ from inference.objectives.unnormalised.noise import (
     FlowNoise,
     GaussianNoise,
     KernelNoise,
+    NegativeBinomialNoise,
     Noise,
     PoissonNoise,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "HalfLineNoise",
     "KernelNoise",
     "MixtureNoise",
+    "NegativeBinomialNoise",
     "Noise",
     "PoissonNoise",
     "QuasiRandomNoise",
@@ -46,6 +48,7 @@ __all__ = [
 ]
 
 _FEW = 3  # dimensions that one inflated normal still covers well
+_OVERDISPERSED = 1.3  # variance of counts over their mean, above which Poisson noise does not cover them
 _INFLATION = 1.3
 
 
@@ -105,9 +108,9 @@ def whole_numbers(x: Tensor) -> bool:
 def auto_noise(x: Tensor, support: Any = None, seed: int = 0) -> Noise:
     """Noise for data ``(row, *event)``: that which covers them and little else.
 
-    Zeros and ones get Bernoulli noise, counts Poisson; a box or half-line, as ``support`` says, uniform or exponential
-    noise; real data of up to three dimensions a normal of 1.3 times their standard deviations, and more dimensions a
-    mixture of normals with a tenth of a wide normal.
+    Zeros and ones get Bernoulli noise, counts Poisson, or negative binomial where one varies more than that; a box or
+    half-line, as ``support`` says, uniform or exponential noise; real data of up to three dimensions a normal of 1.3
+    times their standard deviations, and more dimensions a mixture of normals with a tenth of a wide normal.
     """
     inner = support.base_constraint if isinstance(support, constraints.independent) else support
     if (inner is None and whole_numbers(x)) or (inner is not None and is_discrete(inner)):
@@ -115,7 +118,9 @@ def auto_noise(x: Tensor, support: Any = None, seed: int = 0) -> Noise:
             return BernoulliNoise.fit(x)
         if bool((x < 0).any()):
             raise ValueError("data of whole numbers below zero have no automatic noise: give noise=")
-        return PoissonNoise.fit(x)
+        counts = x.double()
+        spread = bool((counts.var(0, correction=0) > _OVERDISPERSED * counts.mean(0)).any())
+        return NegativeBinomialNoise.fit(x) if spread else PoissonNoise.fit(x)
     low, high = getattr(inner, "lower_bound", None), getattr(inner, "upper_bound", None)
     if low is not None and high is not None:
         shape = x.shape[1:]
@@ -165,7 +170,8 @@ def as_noise(noise: Any, x: Tensor, support: Any = None, seed: int = 0) -> Noise
     if discrete and not is_discrete(found.support):
         raise ValueError(
             "the data are whole numbers and the noise is continuous: a density has no maximum there. Give discrete "
-            "noise (PoissonNoise, BernoulliNoise, noise='auto'), or add noise of a unit's width to the data"
+            "noise (PoissonNoise, NegativeBinomialNoise, BernoulliNoise, noise='auto'), or add noise of a unit's width "
+            "to the data"
         )
     if not discrete and is_discrete(found.support):
         raise ValueError("the data are continuous and the noise is discrete: give continuous noise")

@@ -322,6 +322,8 @@ def build_network(
         if in_features is None:
             raise ValueError("in_features is needed: the number of columns of x")
         _positive_int("in_features", in_features)
+        if isinstance(hidden, str) or not isinstance(hidden, Sequence):
+            raise TypeError(f"hidden must be a sequence of widths, such as (100,), got {hidden!r}")
         for i, width in enumerate(hidden):
             _positive_int(f"hidden[{i}]", width)
         return MLP(in_features, out_features, hidden, activation or "tanh")

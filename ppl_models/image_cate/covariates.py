@@ -57,7 +57,7 @@ def check_covariates(
 
     def leave_out(column: int, why: str) -> None:
         keep[column] = False
-        messages.append(f"covariate {labels[column]} {why}; it is left out")
+        messages.append(f"covariate {labels[column]} {why}")
 
     for j in range(num_columns):
         seen = ~torch.isnan(x[:, j])

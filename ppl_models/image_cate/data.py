@@ -231,6 +231,8 @@ def make_trial(
         dropped=dropped,
     ).select(keep)
     _check_arms(trial)
+    if site is not None and len(trial.groups.unique()) < 2:
+        raise ValueError("groups holds one group: folds and standard errors go by group, so there must be two at least")
     if _constant(trial.images):
         raise ValueError("all images are constant or the same: there is nothing in them to read effects from")
     blank = (trial.images.flatten(1) == trial.images.flatten(1)[:, :1]).all(1)
@@ -291,8 +293,17 @@ def _codes(name: str, value: Any, device: torch.device) -> Tensor:
 def _labels(name: str, value: Any, device: torch.device) -> Tensor:
     """Numbers 0, 1, ... for labels of any kind."""
     labels = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
     if labels.ndim != 1:
         raise ValueError(f"{name} must have shape (N,), got {labels.shape}")
+    missing = [row for row, label in enumerate(labels.tolist()) if label is None or label != label]
+    if missing:
+        raise ValueError(
+            f"{name} holds {len(missing)} missing labels, the first at row {missing[0]}; give each unit one"
+        )
+    if labels.dtype == object:
+        labels = labels.astype(str)
     return torch.as_tensor(np.unique(labels, return_inverse=True)[1], device=device)
 
 

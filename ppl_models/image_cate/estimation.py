@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from inference.runtime.generators import derive_seed
 from ppl_models.image_cate.data import Trial
 from ppl_models.image_cate.fitted import Fitted
 from ppl_models.image_cate.fixed_features import StandardisedFeatures
+from ppl_models.image_cate.fixed_gate import sees_difference
 from ppl_models.image_cate.likelihoods import make_likelihood
 from ppl_models.image_cate.members import HeldOut, Members, fit_members, make_fixed
 from ppl_models.image_cate.nuisance import (
@@ -32,6 +33,7 @@ _PROPENSITY_FLOOR = 1e-3
 _COLLAPSED = 0.02  # share of the units, below which a type is said to be lost
 _PENALTY_FOLDS = 5
 _START_WEIGHT = 2.0  # of all rules together, where the effects of the types are read off for a start
+_TINY = 1e-12
 _FEW = 20  # units of an arm in a type, below which a warning is given
 Progress = bool | Callable[[dict[str, Any]], None]
 
@@ -343,23 +345,53 @@ def warnings_of_types(probs: Tensor, trial: Trial) -> tuple[str, ...]:
 def cross_fit_effects(fitted: Fitted) -> tuple[Tensor, Tensor]:
     """Effect ``(N,)`` and type probabilities ``(N, K)`` of each unit, from members that did not see its fold and
     effects and weights that were estimated without it.
+
+    Which type gains more is the members' word.  Effects that images held out from them give in another order are pooled
+    (``pooled``) rather than reversed: these images were told by members that saw the fold, so that a reversal would
+    come of the fold's own outcomes, and of noise it makes a ranking that seems right.  And where the regression on
+    fixed features foretells no effects of the images that it is fitted to (``sees_difference``), the fold's units have
+    their mean effect, and nobody ranks before another.
     """
     trial, settings = fitted.trial, fitted.settings
     prepared = prepare(trial, settings, fitted.weight)
-    prepared = for_members(trial, prepared, settings, fitted.propensity, fitted.offset)[0]
+    prepared, shares = for_members(trial, prepared, settings, fitted.propensity, fitted.offset)
     model, design, start = heads_of(prepared, settings, fitted.held_out)
+    features = None if fitted.fixed is None or settings.num_clusters == 1 else fitted.fixed(prepared.images)
+    penalties = folds_of_penalties(trial, fitted.seed)
     shape = design.units.mask.shape
     effects = design.units.outcome.new_zeros(shape)
     probs = effects.new_zeros(*shape, settings.num_clusters)
+
+    def told(part: HeadDesign, mode: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        logits = log_odds(part, mode.get("gate_weight"), mode.get("gate_bias"))
+        found = logits, part.baseline, part.deviation
+        return logits.softmax(-1).expand(*part.units.mask.shape, -1), point_effects(
+            model.mixture, mode, found, part.units
+        )
+
     for fold in range(int(fitted.folds.max()) + 1):
         out = (fitted.folds == fold).nonzero()[:, 0]
         rest = (fitted.folds != fold).nonzero()[:, 0]
         mode = mode_of_heads(model, design.of(rest), start, derive_seed(fitted.seed, "mode", fold))
-        part = design.of(out)
-        logits = log_odds(part, mode.get("gate_weight"), mode.get("gate_bias"))
-        pi, found = logits.softmax(-1), (logits, part.baseline, part.deviation)
-        effect = point_effects(model.mixture, mode, found, part.units)
-        order = effect.mean((0, 1)).argsort()
-        probs[out] = pi[..., order].expand(-1, shape[1], -1)
-        effects[out] = (pi * effect).sum(-1).expand(-1, shape[1])
+        pi, effect = told(design.of(rest), mode)
+        weight = pi * design.units.mask[rest].unsqueeze(-1)
+        size = weight.sum((0, 1)).clamp_min(_TINY)
+        of_types = (weight * effect).sum((0, 1)) / size
+        probs[out], effect = told(design.of(out), mode)
+        effects[out] = (probs[out] * (effect + pooled(of_types, size) - of_types)).sum(-1)
+        own = prepared.images_of(rest)
+        if features is not None and not sees_difference(features[rest], own, shares[rest], penalties[rest]):
+            effects[out] = effects[out][design.units.mask[out]].mean()
     return _per_unit(effects, trial).to(trial.outcome), _per_unit(probs, trial).to(trial.outcome)
+
+
+def pooled(values: Tensor, weight: Tensor) -> Tensor:
+    """The ascending values ``(K,)`` nearest to ``values`` in weighted squares: neighbours that descend share their
+    mean.
+
+    By the max-min formula: of each k the largest, over i up to k, of the least mean of i to j, over j from k.
+    """
+    total, mass = (nn.functional.pad(x.cumsum(0), (1, 0)) for x in (weight * values, weight))
+    count = len(values)
+    means = torch.stack([(total[1:] - total[i]) / (mass[1:] - mass[i]) for i in range(count)])  # of i to j
+    return torch.stack([means[: k + 1, k:].amin(1).amax() for k in range(count)])

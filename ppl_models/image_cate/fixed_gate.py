@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ppl_models.image_cate.generalised_ridge import design_rows
+from ppl_models.image_cate.generalised_ridge import DesignRows, design_rows
 from ppl_models.image_cate.ridge import RidgePath
 from ppl_models.image_cate.training import Prepared, kmeans_1d
 
-__all__ = ["FixedRules", "fixed_rules", "working_effect"]
+__all__ = ["FixedRules", "fixed_rules", "sees_difference", "working_effect"]
 
 _ROUNDS = 10  # of self-training, at most
 _GROWTH = 1.1  # of the groups' distance, without which a further round would only drift
@@ -68,18 +68,34 @@ def fixed_rules(
     """Rules from the images of ``prepared`` and their standardised features ``(S, F)``; penalties by ``folds``
     ``(S,)``.
     """
-    value, weight = (x.double() for x in working_effect(prepared, propensity))
-    design = design_rows(features, prepared.units.modifiers, prepared.units.mask)
+    value, design, path = _regression(features, prepared, propensity, folds)
     rows, image = design.rows, design.image
-    value, weight = design.collect(value, weight)
     own = folds[image]
-    slope, intercept = RidgePath(rows, own, weight).fit(value.unsqueeze(1))
+    slope, intercept = path.fit(value)
     rules, groups = _trained(RidgePath(rows, own), rows, slope, intercept, num_clusters)
     sizes = [_size(odds, rows).clamp_min(_TINY) for odds in rules]
     heads = [rules[0] / sizes[0], rules[1] * (_SUREST / sizes[1]).clamp_max(1.0)]
     of_image = groups.new_zeros(len(features))
     of_image[image.flip(0)] = groups.flip(0)
     return FixedRules(torch.stack(heads).to(features), of_image)
+
+
+def sees_difference(features: Tensor, prepared: Prepared, propensity: Tensor, folds: Tensor) -> bool:
+    """Whether the regression that the rules start from foretells effects: with less squared error, over the folds of
+    its own images, than one effect for all.  Arguments as of ``fixed_rules``.
+    """
+    value, _, path = _regression(features, prepared, propensity, folds)
+    return path.foretells(value)
+
+
+def _regression(
+    features: Tensor, prepared: Prepared, propensity: Tensor, folds: Tensor
+) -> tuple[Tensor, DesignRows, RidgePath]:
+    """The working effect ``(R, 1)`` of each row, the rows, and their ridge regressions."""
+    value, weight = (x.double() for x in working_effect(prepared, propensity))
+    design = design_rows(features, prepared.units.modifiers, prepared.units.mask)
+    value, weight = design.collect(value, weight)
+    return value.unsqueeze(1), design, RidgePath(design.rows, folds[design.image], weight)
 
 
 def _trained(

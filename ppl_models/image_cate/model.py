@@ -23,12 +23,12 @@ from ppl_models.image_cate.estimation import cross_fit_effects, estimate_trial, 
 from ppl_models.image_cate.evaluation import Evaluation, evaluate, gate
 from ppl_models.image_cate.files import pack, unpack
 from ppl_models.image_cate.fitted import AtImages, Fitted
-from ppl_models.image_cate.likelihoods import OUTCOMES
+from ppl_models.image_cate.likelihoods import OUTCOMES, make_likelihood
 from ppl_models.image_cate.mixture import OBJECTIVES
 from ppl_models.image_cate.posterior import POSTERIORS
 from ppl_models.image_cate.propensity import clustered_mean
 from ppl_models.image_cate.rate import ranks_in_folds
-from ppl_models.image_cate.refute import METHODS, Refutation, Study, refute
+from ppl_models.image_cate.refute import METHODS, Refutation, Study, refute, regions_of
 from ppl_models.image_cate.refute import Fitted as Refitted
 from ppl_models.image_cate.results import ClusterEffects, ImageCATEResult, result_of
 from ppl_models.image_cate.training import Settings
@@ -290,16 +290,21 @@ class ImageCATE(Model):
             sample_weight,
             self._params["missing"],
         )
+        make_likelihood(settings.outcome).check(trial.outcome)
         if self._params["num_clusters"] > trial.num_images:
             raise ValueError(
                 f"num_clusters = {self._params['num_clusters']} types need as many distinct images; there are "
                 f"{trial.num_images}"
             )
-        for name, columns in (("covariates", trial.modifiers), ("controls", trial.controls)):
+        for name, given, columns in (
+            ("covariates", covariates, trial.modifiers),
+            ("controls", controls, trial.controls),
+        ):
             if columns.shape[1]:
-                keep, messages = check_covariates(columns, trial.treatment)
+                names = [str(c) for c in getattr(given, "columns", ())] or None
+                keep, messages = check_covariates(columns, trial.treatment, names)
                 if not bool(torch.as_tensor(keep).all()):
-                    raise ValueError(f"{name} cannot be used as they are: " + " ".join(messages))
+                    raise ValueError(f"{name} cannot be used as they are: {'; '.join(messages)}. Leave them out")
         places = None if lon_lat is None else _places_of(lon_lat, trial)
         state = estimate_trial(
             trial,
@@ -468,6 +473,10 @@ class ImageCATE(Model):
     def cross_fitted(self) -> tuple[Tensor, Tensor]:
         """Effect ``(N,)`` and type probabilities ``(N, K)`` of the trial's units, from gates that did not see their
         fold and effects estimated without it.
+
+        Where the other folds tell of no difference (a regression on fixed features foretells the effects of images
+        held out from them no better than one effect for all does), a fold's units have one effect, and ``evaluate``
+        ranks none before another.
         """
         state = self._fitted("cross_fitted")
         if state.cross_fitted is None:
@@ -477,23 +486,21 @@ class ImageCATE(Model):
     def evaluate(self, seed: int = 0) -> Evaluation:
         """Whether the effects are there: RATE, calibration, effects by type, policy value, of cross-fitted effects."""
         state = self._fitted("evaluate")
-        effect, probs = self.cross_fitted()
         folds = state.folds[state.trial.image_index]
-        return evaluate(state.scores, effect, probs, state.trial.groups, seed, folds=folds)
+        return evaluate(state.scores, *self.cross_fitted(), state.trial.groups, seed, folds=folds)
 
     def refute(self, methods: Sequence[str] = METHODS, num_repeats: int = 1, seed: int = 0) -> tuple[Refutation, ...]:
         """Refit with data in which nothing may be found, or little may change; see ``refute.refute``."""
         state = self._fitted("refute")
-        trial = state.trial
-        constant = bool((state.propensity == state.propensity[0]).all())
+        trial, places = state.trial, self._places
         study = Study(
-            outcome=trial.outcome,
-            treatment=trial.treatment,
-            images=trial.images,
-            image_index=trial.image_index,
+            *(trial.outcome, trial.treatment, trial.images, trial.image_index),
             covariates=trial.modifiers if trial.modifiers.shape[1] else None,
+            controls=trial.controls if trial.controls.shape[1] else None,
+            sample_weight=trial.sample_weight,
             groups=trial.groups,
-            propensity=None if constant else state.propensity,
+            propensity=None if bool((state.propensity == state.propensity[0]).all()) else state.propensity,
+            regions=None if places is None else regions_of(places[trial.image_index]),
         )
         return refute(study, self._refit, methods, num_repeats, reference=self._ranked(), seed=seed)
 
@@ -505,9 +512,8 @@ class ImageCATE(Model):
         other = ImageCATE(**{**self._params, "num_samples": 50})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            units = study.outcome, study.treatment, study.images, study.image_index
-            beside: dict[str, Any] = {"covariates": study.covariates, "groups": study.groups}
-            other.fit(*units, **beside, propensity=study.propensity, seed=seed, progress=False)
+            held = {name: value for name, value in vars(study).items() if name != "regions"}
+            other.fit(**held, seed=seed, progress=False)
         return other._ranked()
 
     # ------------------------------------------------------------------ hand over

@@ -103,7 +103,9 @@ def estimate(
         scores = check_scores([propensity] * len(t) if constant else propensity, len(t), t.device)
         return Propensity(scores, "constant" if constant else "given")
     if propensity != "logistic":
-        raise ValueError(f'propensity must be None, a number, an array or "logistic", got {propensity!r}')
+        raise ValueError(
+            f'propensity must be None, a number, an array or "logistic" (in ImageCATE also "image"), got {propensity!r}'
+        )
     if features is None:
         raise ValueError('propensity = "logistic" needs features, such as covariates, to predict the treatment from')
     x = as_matrix("features", features, len(t), t.device)

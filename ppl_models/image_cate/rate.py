@@ -141,8 +141,9 @@ def ranks_in_folds(priority: Any, folds: Any) -> Tensor:
 
     What ranks do not mend: errors of ``rate`` take the priorities for given, but each pair of sites of different folds
     counts twice, each one's scores having made the other's priority.  Where there is no heterogeneity at all, ratios of
-    a learner that is linear in the outcome spread by up to the square root of 2.  A test that holds refits, as
-    with images exchanged between sites (``refute``).
+    a learner that is linear in the outcome spread by up to the square root of 2.  A learner may leave a fold in
+    ties where the others tell no difference (``ImageCATE.cross_fitted``); a test that holds refits, as with images
+    exchanged between sites (``refute``).
 
     Args:
         priority: cross-fitted, ``(N,)``.

@@ -20,9 +20,10 @@ from ppl_models.image_cate.checks import as_treatment, as_vector, group_sums, in
 from ppl_models.image_cate.least_squares import Estimate, clustered_mean
 from ppl_models.image_cate.rate import Rate, rate
 
-__all__ = ["METHODS", "FitPredict", "Fitted", "Refutation", "Study", "refute"]
+__all__ = ["METHODS", "FitPredict", "Fitted", "Refutation", "Study", "refute", "regions_of"]
 
 METHODS = ("placebo_treatment", "permuted_images", "random_common_cause", "subset")
+_BY_REGION = "leave_one_region_out"
 _TWO_SIDED = 1.96
 _ONE_SIDED = 1.645 * math.sqrt(2)  # of a cross-fitted ranking, in which each pair of sites counts twice
 
@@ -39,6 +40,9 @@ class Study:
         covariates: ``(N, P)`` or None.
         groups: group of each unit ``(N,)``; None: units of an image are a group.
         propensity: ``(N,)``, or None for a constant one.
+        controls: columns that outcomes alone depend on ``(N, Q)``, or None; passed through as the covariates are.
+        sample_weight: ``(N,)`` or None; passed through.
+        regions: region of each unit ``(N,)``, for ``"leave_one_region_out"``.
     """
 
     outcome: Tensor
@@ -48,6 +52,9 @@ class Study:
     covariates: Tensor | None = None
     groups: Any = None
     propensity: Tensor | None = None
+    controls: Tensor | None = None
+    sample_weight: Tensor | None = None
+    regions: Tensor | None = None
 
 
 class Fitted(NamedTuple):
@@ -111,6 +118,8 @@ def refute(
     of
       its standard error.
     - ``"subset"``: a share of the groups, at random.  The average effect may move by what the smaller sample explains.
+    - ``"leave_one_region_out"``, where asked for: each region of ``study.regions`` in turn is left out, once whatever
+      ``num_repeats`` is.  The same of the average effect, which one region may not make.
 
     "May not be found": of R repeats, no more have an absolute ratio of the average effect above 1.96, or of QINI above
     2.33, than chance allows with probability 0.95 (0 of 1, 3 of 20).
@@ -118,7 +127,7 @@ def refute(
     Args:
         study: the data.
         fit_predict: fits a study with a seed and returns cross-fitted scores and effects of its units.
-        methods: names from ``METHODS``.
+        methods: names from ``METHODS``, or ``"leave_one_region_out"``.
         num_repeats: R, refits a method.
         subset_share: share of groups that ``"subset"`` keeps.
         reference: what ``fit_predict(study, seed)`` gave, if it has been run.
@@ -127,9 +136,9 @@ def refute(
     Raises:
         ValueError: an unknown method, a share outside (0, 1), data that do not fit together.
     """
-    unknown = [name for name in methods if name not in METHODS]
-    if unknown or not methods:
-        raise ValueError(f"methods must be some of {', '.join(METHODS)}; got {', '.join(map(repr, methods)) or 'none'}")
+    known = (*METHODS, _BY_REGION)
+    if not methods or any(name not in known for name in methods):
+        raise ValueError(f"methods must be some of {', '.join(known)}; got {', '.join(map(repr, methods)) or 'none'}")
     num_repeats = check_count("num_repeats", num_repeats)
     if not 0 < subset_share < 1:
         raise ValueError(f"subset_share must lie strictly between 0 and 1, got {subset_share}")
@@ -140,15 +149,17 @@ def refute(
     groups = index if study.groups is None else study.groups
     sites = index_groups(groups, n, least=2)
     study = replace(study, groups=sites.index, image_index=index)
+    regions = _regions(study.regions, n) if _BY_REGION in methods else sites.index
     reference = _checked(fit_predict(study, seed) if reference is None else reference, n)
     found = clustered_mean(reference.scores, sites.index), rate(reference.scores, reference.effect, "qini", sites.index)
 
     results = []
     for method in methods:
         ates, rates, correlations = [], [], []
-        for repeat in range(num_repeats):
+        repeats = int(regions.max()) + 1 if method == _BY_REGION else num_repeats
+        for repeat in range(repeats):
             own = derive_seed(seed, "refute", method, repeat)
-            broken, rows = _break(study, method, subset_share, own)
+            broken, rows = _break(study, method, subset_share, own, regions != repeat)
             fitted = _checked(fit_predict(broken, own % (1 << 31)), len(rows))
             ates.append(clustered_mean(fitted.scores, broken.groups))
             rates.append(rate(fitted.scores, fitted.effect, "qini", broken.groups))
@@ -158,8 +169,8 @@ def refute(
     return tuple(results)
 
 
-def _break(study: Study, method: str, subset_share: float, seed: int) -> tuple[Study, Tensor]:
-    """The study with one thing broken, and which of its rows are left."""
+def _break(study: Study, method: str, subset_share: float, seed: int, elsewhere: Tensor) -> tuple[Study, Tensor]:
+    """The study with one thing broken, and which of its rows are left; ``elsewhere``: outside of a region."""
     n, g = len(study.outcome), generator(seed, "break")
     everyone = torch.arange(n)
     sites = index_groups(study.groups, n)
@@ -180,21 +191,34 @@ def _break(study: Study, method: str, subset_share: float, seed: int) -> tuple[S
             given = torch.as_tensor(study.covariates)
             column = torch.cat([given.reshape(n, -1), column.to(given)], 1)
         return replace(study, covariates=column), everyone
-    kept = torch.zeros(sites.count, dtype=torch.bool)
-    kept[torch.randperm(sites.count, generator=g)[: max(2, round(subset_share * sites.count))]] = True
-    rows = kept[sites.index].nonzero()[:, 0]
-    return (
-        replace(
-            study,
-            outcome=study.outcome[rows],
-            treatment=study.treatment[rows],
-            image_index=study.image_index[rows],
-            covariates=None if study.covariates is None else study.covariates[rows],
-            groups=sites.index[rows],
-            propensity=None if study.propensity is None else study.propensity[rows],
-        ),
-        rows,
-    )
+    if method == _BY_REGION:
+        rows = elsewhere.nonzero()[:, 0]
+    else:
+        kept = torch.zeros(sites.count, dtype=torch.bool)
+        kept[torch.randperm(sites.count, generator=g)[: max(2, round(subset_share * sites.count))]] = True
+        rows = kept[sites.index].nonzero()[:, 0]
+    per_unit = ("outcome", "treatment", "image_index", "covariates", "propensity", "controls", "sample_weight")
+    values = {name: getattr(study, name) for name in per_unit}
+    some: dict[str, Any] = {name: None if value is None else value[rows] for name, value in values.items()}
+    return replace(study, groups=sites.index[rows], regions=None, **some), rows
+
+
+def regions_of(places: Tensor) -> Tensor:
+    """Four regions ``(N,)`` of ``places`` ``(N, 2)``: halves by the median of the first coordinate, each halved by the
+    median of the second, so that all hold about as many.
+    """
+    east = places[:, 0] > places[:, 0].median()
+    north = torch.zeros_like(east)
+    for half in (east, ~east):
+        if bool(half.any()):
+            north[half] = places[half, 1] > places[half, 1].median()
+    return 2 * east.long() + north.long()
+
+
+def _regions(regions: Any, num_rows: int) -> Tensor:
+    if regions is None:
+        raise ValueError(f"{_BY_REGION!r} needs the region of each unit: of ImageCATE, fit with lon_lat")
+    return index_groups(regions, num_rows, least=2).index
 
 
 def _judge(method: str, ate: Estimate, ates: Sequence[Estimate], rates: Sequence[Rate]) -> tuple[bool, str]:

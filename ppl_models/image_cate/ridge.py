@@ -5,7 +5,7 @@ penalties.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["LogisticRidge", "Ridge", "RidgePath"]
 
@@ -116,18 +116,29 @@ class RidgePath:
 
     def fit(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Coefficients ``(P, Q)`` and intercepts ``(Q,)`` of the outcomes ``y`` ``(N, Q)``, of one penalty."""
-        losses = torch.zeros_like(self._penalties)
-        for out, rows in self._parts:
-            turned = rows.project(y[~out])
-            seen = (self._x[out] - rows.shift) @ rows.vectors
-            weight = self._weight[out]
-            for q in range(y.shape[1]):
-                guess = rows.mean(y[~out])[q] + seen @ (rows.shrink(self._penalties) * turned[:, q : q + 1])
-                losses += (weight.unsqueeze(1) * (y[out, q : q + 1] - guess).square()).sum(0)
+        losses = self._losses(y)[:-1]
         best = self._penalties[int(losses.argmin()) if self._parts else len(losses) // 2]
         rows = self._whole
         coefficients = rows.vectors @ (rows.shrink(best.unsqueeze(0)) * rows.project(y))
         return coefficients, rows.mean(y) - rows.shift @ coefficients
+
+    def foretells(self, y: Tensor) -> bool:
+        """Whether some penalty has less squared error over folds than an infinite one: than the mean of the others."""
+        losses = self._losses(y)
+        return bool(losses[:-1].min() < losses[-1])
+
+    def _losses(self, y: Tensor) -> Tensor:
+        """Squared error over folds of each penalty and, last, of an infinite one."""
+        losses = torch.zeros(len(self._penalties) + 1, dtype=y.dtype, device=y.device)
+        for out, rows in self._parts:
+            turned = rows.project(y[~out])
+            seen = (self._x[out] - rows.shift) @ rows.vectors
+            shrink = nn.functional.pad(rows.shrink(self._penalties), (0, 1))
+            weight = self._weight[out]
+            for q in range(y.shape[1]):
+                guess = rows.mean(y[~out])[q] + seen @ (shrink * turned[:, q : q + 1])
+                losses += (weight.unsqueeze(1) * (y[out, q : q + 1] - guess).square()).sum(0)
+        return losses
 
 
 class _Rows:

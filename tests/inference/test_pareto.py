@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from inference.results.pareto import pareto_k, smooth_weights
-from inference.runtime.generators import generator
+from inference.runtime.generators import generator, scoped_seed
 
 
 @pytest.mark.parametrize("spread", [0.3, 1.0, 2.0, 4.0])
@@ -32,6 +32,23 @@ def test_the_shape_of_a_pareto_law(k):
     uniform = torch.rand(100_000, generator=generator(0, "pareto"), dtype=torch.float64)
     # 950 tail draws: the estimator's standard deviation is (1 + k) / sqrt(950), at most 0.062
     assert pareto_k(-k * torch.log(uniform)) == pytest.approx(k, abs=4 * (1 + k) / math.sqrt(950))
+
+
+@pytest.mark.parametrize(("step", "count"), [(1.2, 1000), (1.6, 5000), (1.2, 20_000)])
+def test_the_shape_of_weights_with_ties(step, count):
+    """Geometric draws, P(z >= n) = 2^-n, with weights step^z: the index is log 2 / log step, which is 1 / k."""
+    draws = torch.distributions.Geometric(torch.tensor(0.5, dtype=torch.float64))
+    with scoped_seed(0):
+        log_weights = math.log(step) * draws.sample(torch.Size((count,)))
+    k = math.log(step) / math.log(2)
+    # as above, for 3 sqrt(count) draws of the tail; with the ties left, k comes out above 300
+    assert pareto_k(log_weights) == pytest.approx(k, abs=4 * (1 + k) / math.sqrt(3 * math.sqrt(count)))
+
+
+def test_bounded_weights_with_ties_have_no_tail():
+    with scoped_seed(0):
+        counts = torch.poisson(torch.full((5000,), 3.9, dtype=torch.float64))
+    assert pareto_k(math.log(3 / 3.9) * counts) < 0.1  # weights of Poisson(3) against Poisson(3.9), largest at zero
 
 
 def test_extreme_weights():

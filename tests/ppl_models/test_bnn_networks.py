@@ -156,6 +156,7 @@ def test_nothing_is_created_on_another_device(name: str) -> None:
         ({"in_features": 0}, ValueError, "in_features"),
         ({"in_features": 2.0}, TypeError, "in_features"),
         ({"in_features": 2, "hidden": (5, -1)}, ValueError, r"hidden\[1\]"),
+        ({"in_features": 2, "hidden": 5}, TypeError, "hidden must be a sequence of widths"),
         ({"in_features": 2, "activation": "gelu"}, ValueError, "activation"),
         ({"in_features": 2, "network": "resnet"}, ValueError, "network"),
         ({"network": "lenet5"}, ValueError, "image_shape"),

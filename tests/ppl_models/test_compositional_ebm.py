@@ -34,6 +34,7 @@ from ppl_models.compositional_ebm.noise import (
     HalfLineNoise,
     KernelNoise,
     MixtureNoise,
+    NegativeBinomialNoise,
     PoissonNoise,
     auto_noise,
 )
@@ -247,15 +248,35 @@ def test_noise_models_are_normalised_and_draw_what_they_say() -> None:
     counts, bits = PoissonNoise(torch.tensor([2.0])), BernoulliNoise(torch.tensor([0.3]))
     assert float(counts.log_prob(torch.arange(60.0)[:, None]).exp().sum()) == pytest.approx(1.0, abs=1e-5)
     assert float(bits.log_prob(torch.arange(2.0)[:, None]).exp().sum()) == pytest.approx(1.0, abs=1e-6)
+    spread = NegativeBinomialNoise.fit(torch.tensor([[0.0, 4.0], [40.0, 4.0]]), inflation=1.5)  # mean 20, deviation 20
+    law = dist.GammaPoisson(20.0**2 / (900 - 20), 20.0 / (900 - 20))
+    many = torch.arange(2000.0)
+    found = spread.log_prob(torch.stack([many, torch.zeros_like(many)], 1)) - spread.log_prob(torch.zeros(1, 2))
+    torch.testing.assert_close(found, law.log_prob(many) - law.log_prob(torch.tensor(0.0)), rtol=1e-4, atol=1e-3)
+    drawn = spread.draw(40_000)
+    assert drawn.mean(0).tolist() == pytest.approx([20, 4], rel=0.04)  # four standard errors are 0.6 and 0.04
+    assert drawn.var(0).tolist() == pytest.approx([900, 4], rel=0.1)
 
 
 def test_automatic_noise_follows_the_data() -> None:
     assert isinstance(auto_noise(torch.randn(100, 2)), GaussianNoise)
     assert isinstance(auto_noise(torch.randn(500, 8)), DefensiveMixture)
     assert isinstance(auto_noise(torch.tensor([[0.0, 1.0], [1.0, 1.0]])), BernoulliNoise)
-    assert isinstance(auto_noise(torch.tensor([3.0, 0.0, 7.0])), PoissonNoise)
+    assert isinstance(auto_noise(torch.tensor([3.0, 0.0, 4.0])), PoissonNoise)
+    assert isinstance(auto_noise(torch.tensor([3.0, 0.0, 17.0])), NegativeBinomialNoise)
     assert isinstance(auto_noise(torch.rand(10), constraints.greater_than_eq(0.0)), HalfLineNoise)
     assert isinstance(auto_noise(torch.rand(10), constraints.interval(0.0, 1.0)), BoxNoise)
+
+
+def test_counts_that_vary_more_than_poisson_ones(tmp_path: Path) -> None:
+    """Counts of mean 20 and variance 220, on which Poisson noise collapses: the mean log-likelihood is their law's."""
+    law = dist.GammaPoisson(2.0, 0.1)
+    x = law.sample(torch.Size([600, 1]))
+    ebm = EnergyModel(event_shape=(1,))
+    ebm.fit(x, num_steps=200, progress=False)
+    assert ebm.log_prob(x).mean().item() == pytest.approx(float(law.log_prob(x).mean()), abs=0.05)
+    ebm.save(tmp_path / "counts")
+    assert torch.equal(EnergyModel.load(tmp_path / "counts").log_prob(x), ebm.log_prob(x))
 
 
 def test_flow_noise_learns_while_the_tilt_stays() -> None:
@@ -476,6 +497,13 @@ def test_energies_that_do_not_fit() -> None:
 
     with pytest.raises(NonFiniteError, match=r"NaN or infinite on \d+\.\d% of the rows.*step 1 of"):
         EnergyModel(Breaks(), (2,)).fit(x, num_steps=5, batch_size=30, progress=False)
+
+    class Lost(Wide):
+        def forward(self, x: Tensor) -> Tensor:
+            return math.nan * self.linear(x).squeeze(1)
+
+    with pytest.raises(NonFiniteError, match=r"NaN or infinite on 100\.0% of the rows.*step 1 of"):
+        EnergyModel(Lost(), (2,)).fit(x, num_steps=5, batch_size=30, progress=False)
     with pytest.raises(TypeError, match="torch module"):
         EnergyModel(lambda x: x.sum(1))  # type: ignore[arg-type]
 

@@ -1,6 +1,7 @@
 """Gates of fixed features: what the features see, closed forms against their definitions, and that what is said of an
 image comes from those who did not see it."""
 
+import math
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ppl_models import ImageCATE
 from ppl_models.image_cate.data import make_trial
+from ppl_models.image_cate.estimation import pooled
 from ppl_models.image_cate.evaluation import evaluate
 from ppl_models.image_cate.fixed_features import FixedFeatures, StandardisedFeatures, TextureStatistics
 from ppl_models.image_cate.fixed_gate import fixed_rules, working_effect
@@ -99,25 +101,34 @@ def test_ridge_is_the_weighted_least_squares_with_the_penalty_of_the_folds() -> 
     weight = torch.rand(60, generator=g, dtype=torch.float64) + 0.1
     folds = torch.arange(60) % 3
 
-    def solve(rows: Tensor, penalty: float, w: Tensor) -> tuple[Tensor, Tensor]:
-        share = w[rows] / w[rows].sum()
+    def solve(y: Tensor, rows: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
+        share = weight[rows] / weight[rows].sum()
         mean_x, mean_y = share @ x[rows], share @ y[rows]
         a, b = x[rows] - mean_x, y[rows] - mean_y
         moments = a.mT @ (share[:, None] * a) + penalty * torch.eye(5, dtype=torch.float64)
         slope = torch.linalg.solve(moments, a.mT @ (share[:, None] * b))
         return slope, mean_y - mean_x @ slope
 
-    losses = {}
-    for penalty in (10.0 ** (k / 2) for k in range(-6, 11)):
-        losses[penalty] = 0.0
+    def loss(y: Tensor, penalty: float) -> float:
+        total = 0.0
         for fold in range(3):
-            slope, level = solve(folds != fold, penalty, weight)
+            slope, level = solve(y, folds != fold, penalty)
             out = folds == fold
-            losses[penalty] += float((weight[out, None] * (y[out] - level - x[out] @ slope).square()).sum())
-    best = min(losses, key=lambda p: losses[p])
+            total += float((weight[out, None] * (y[out] - level - x[out] @ slope).square()).sum())
+        return total
+
+    penalties = [10.0 ** (k / 2) for k in range(-6, 11)]
+    best = min(penalties, key=lambda p: loss(y, p))
     path, everyone = RidgePath(x, folds, weight), torch.ones(60, dtype=torch.bool)
-    for found, truth in zip(path.fit(y), solve(everyone, best, weight), strict=True):
+    for found, truth in zip(path.fit(y), solve(y, everyone, best), strict=True):
         torch.testing.assert_close(found, truth)
+
+    answers = set()
+    for share in (1.0, 0.3, 0.1, 0.0, 0.0, 0.0):
+        mixed = share * y[:, :1] + torch.randn(60, 1, generator=g, dtype=torch.float64)
+        answers.add(path.foretells(mixed))
+        assert path.foretells(mixed) == (min(loss(mixed, p) for p in penalties) < loss(mixed, 1e12))
+    assert answers == {True, False}
 
 
 def test_working_effect_of_the_normal_law_is_the_r_learners() -> None:
@@ -215,6 +226,47 @@ def test_ranks_in_folds_share_ties() -> None:
     """By hand: two folds, of which the second has two equal priorities and another scale."""
     found = ranks_in_folds([3.0, 1.0, 2.0, 700.0, 700.0, -5.0, 900.0], [0, 0, 0, 4, 4, 4, 4])
     assert torch.allclose(found, torch.tensor([5 / 6, 1 / 6, 0.5, 0.5, 0.5, 1 / 8, 7 / 8], dtype=torch.float64))
+
+
+def test_a_fold_s_own_outcomes_do_not_turn_its_ranking() -> None:
+    """Effects of one of two folds are reversed.  The member that ranks it knows the other fold alone, and must be
+    wrong, or silent: right is only who has looked."""
+    data = blobs(600, 2.0, seed=5)
+    folds = fit_of(data)._fitted("the folds").folds
+    effect = 2.0 * torch.where(folds == 0, 1 - data["types"], data["types"])
+    noise = data["outcome"] - 2.0 * data["treatment"] * data["types"]
+    found = fit_of({**data, "outcome": effect * data["treatment"] + noise}).cross_fitted()[0]
+    for fold in (0, 1):
+        own = folds == fold
+        assert float(((found - found[own].mean()) * (effect - effect[own].mean()))[own].sum()) <= 1e-3
+
+
+def test_types_in_another_order_are_pooled() -> None:
+    """By hand: the nearest ascending values."""
+    for values, weight, truth in (
+        ([0.0, 1.0, 3.0], [1.0, 1.0, 1.0], [0.0, 1.0, 3.0]),
+        ([1.0, 3.0, 2.0], [1.0, 1.0, 3.0], [1.0, 2.25, 2.25]),
+        ([3.0, 1.0, 2.0], [1.0, 1.0, 2.0], [2.0, 2.0, 2.0]),
+        ([2.0, 1.0], [3.0, 1.0], [1.75, 1.75]),
+    ):
+        torch.testing.assert_close(pooled(torch.tensor(values), torch.tensor(weight)), torch.tensor(truth))
+
+
+def test_nobody_ranks_where_nothing_is_seen() -> None:
+    """With one effect for all most folds are left in ties, with two none; what is said of images is not touched."""
+    tied = []
+    for seed in range(2):
+        data = blobs(300, 1.0, seed=seed)
+        model = fit_of(data, num_folds=3)
+        folds, effect = model._fitted("the folds").folds, model.cross_fitted()[0]
+        assert all(float(effect[folds == fold].std()) > 0.5 for fold in range(3))
+        same = {**data, "outcome": data["outcome"] - 2.0 * data["treatment"] * data["types"]}
+        model = fit_of(same, num_folds=3)
+        effect = model.cross_fitted()[0]
+        tied += [len(effect[folds == fold].unique()) == 1 for fold in range(3)]
+        assert float(model.effect(data["images"]).std()) > 0.01
+    assert all(tied[-3:]) and math.isnan(model.evaluate().qini.ratio)
+    assert sum(tied) >= 4
 
 
 def test_number_of_types() -> None:

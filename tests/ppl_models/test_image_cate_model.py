@@ -348,6 +348,8 @@ def bad(**changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     trial = tabular_trial(40)
     data: dict[str, Any] = {n: trial[n] for n in ("outcome", "treatment", "images")}
     model = {k: changes.pop(k) for k in list(changes) if k in ("num_clusters", "outcome_law", "objective", "num_folds")}
+    if "outcome_law" in model:
+        model["outcome"] = model.pop("outcome_law")
     return {**data, **changes}, model
 
 
@@ -374,6 +376,13 @@ def bad(**changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         ({"images": torch.randn(30, 4)}, "give image_index"),
         ({"lon_lat": torch.zeros(39, 2)}, r"lon_lat must be \(S, 2\)"),
         ({"lon_lat": torch.full((40, 2), torch.nan)}, "lon_lat must be finite"),
+        ({"groups": [3.0] * 39 + [float("nan")]}, "groups holds 1 missing labels, the first at row 39"),
+        ({"groups": [None, "a"] * 20}, "groups holds 20 missing labels"),
+        ({"groups": ["a"] * 40}, "groups holds one group"),
+        ({"outcome": torch.arange(40) / 10, "outcome_law": "bernoulli"}, "needs zeros and ones"),
+        ({"outcome": torch.arange(40) - 3.0, "outcome_law": "lognormal"}, "needs positive values"),
+        ({"outcome": torch.arange(40) / 10, "outcome_law": "poisson"}, "outcome must be counts"),
+        ({"outcome": torch.ones(40), "outcome_law": "hurdle"}, "needs several values at the smallest"),
     ],
 )
 def test_bad_input(changes: dict[str, Any], message: str) -> None:
@@ -382,6 +391,14 @@ def test_bad_input(changes: dict[str, Any], message: str) -> None:
         data["treatment"] = (torch.arange(40) % 2).float()
     with pytest.raises(ValueError, match=message):
         embedding_model(**options).fit(**data, progress=False)
+
+
+def test_a_column_that_is_the_treatment_is_named() -> None:
+    pandas = pytest.importorskip("pandas")
+    data, _ = bad(treatment=(torch.arange(40) % 2).float())
+    frame = pandas.DataFrame({"age": np.arange(40) % 7, "arm": np.arange(40) % 2})
+    with pytest.raises(ValueError, match=r"used as they are: covariate .arm. equals the treatment\. Leave"):
+        embedding_model().fit(**data, covariates=frame, progress=False)
 
 
 def test_rows_with_gaps_are_dropped_and_named() -> None:

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from ppl_models import ImageCATE
 from ppl_models.image_cate.propensity import aipw_scores, cross_fit_outcomes
 from ppl_models.image_cate.rate import ranks_in_folds, rate
-from ppl_models.image_cate.refute import _ONE_SIDED, METHODS, Fitted, Study, refute
+from ppl_models.image_cate.refute import _ONE_SIDED, METHODS, Fitted, Study, refute, regions_of
 from ppl_models.image_cate.simulation import laplacian_texture, village_trial
 
 TRIAL = village_trial(120, 6, noise=0.6, size=16, seed=1)
@@ -96,6 +97,51 @@ def test_what_each_method_breaks() -> None:
     assert len(subset.outcome) == 96 * 6 and len(torch.as_tensor(subset.groups).unique()) == 96
     assert subset.covariates is not None and subset.propensity is not None
     assert len(subset.covariates) == len(subset.propensity) == 576
+
+
+def test_each_region_is_left_out_once() -> None:
+    seen: list[Study] = []
+
+    def record(study: Study, seed: int) -> Fitted:
+        seen.append(study)
+        return honest(study, seed)
+
+    places = torch.randn(120, 2, generator=torch.Generator().manual_seed(0))
+    regions = regions_of(places)
+    assert torch.bincount(regions).tolist() == [30, 30, 30, 30]
+    assert places[regions < 2, 0].max() < places[regions >= 2, 0].min()
+    assert all(places[regions == 2 * h, 1].max() < places[regions == 2 * h + 1, 1].min() for h in (0, 1))
+    by_unit = regions[TRIAL.image_index]
+    study = replace(STUDY, regions=by_unit, controls=STUDY.outcome[:, None], sample_weight=STUDY.outcome)
+    (found,) = refute(study, record, methods=("leave_one_region_out",), num_repeats=7)
+    assert found.passed and len(found.ates) == 4
+    for region, part in enumerate(seen[1:]):
+        kept = study.outcome[by_unit != region]
+        assert part.controls is not None and part.sample_weight is not None
+        assert torch.equal(part.outcome, kept) and torch.equal(part.controls[:, 0], kept)
+        assert torch.equal(part.sample_weight, kept)
+
+    def uneven(study: Study, seed: int) -> Fitted:
+        fitted = honest(study, seed)
+        whole = len(study.outcome) == len(by_unit)
+        return Fitted(fitted.scores + 20.0 * (by_unit == 1) if whole else fitted.scores, fitted.effect)
+
+    assert not refute(study, uneven, methods=("leave_one_region_out",))[0].passed
+    with pytest.raises(ValueError, match="needs the region of each unit"):
+        refute(STUDY, honest, methods=("leave_one_region_out",))
+
+
+def test_refits_of_a_model_have_its_controls_weights_and_places() -> None:
+    """A confounder among the controls, with the propensity for 1/2: without it the average effect would be 2.4 off."""
+    g = torch.Generator().manual_seed(0)
+    c, images = torch.randn(300, generator=g), torch.randn(300, 5, generator=g)
+    t = (torch.rand(300, generator=g) < torch.sigmoid(c)).float()
+    y = t + 3 * c + 0.5 * torch.randn(300, generator=g)
+    model = ImageCATE(backbone="fixed", num_clusters=1, num_samples=20)
+    model.fit(y, t, images, controls=c, propensity=0.5, lon_lat=torch.randn(300, 2, generator=g), progress=False)
+    found = model.refute(("random_common_cause", "leave_one_region_out"))
+    assert all(abs(ate.estimate - model.ate()) < 0.2 for refutation in found for ate in refutation.ates)
+    assert len(found[1].ates) == 4
 
 
 def test_treatments_by_site_are_shuffled_by_site() -> None:

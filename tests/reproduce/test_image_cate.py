@@ -187,7 +187,7 @@ def test_uganda(data_dir: Path) -> None:
 def test_uganda_with_images_exchanged_between_sites(data_dir: Path) -> None:
     """R3: nothing may be found: an absolute ratio above 1.96 in at most 3 of 20, by gates of fixed features."""
     data = _uganda(data_dir)
-    found = 0
+    ratios = []
     for seed in range(20):
         order = np.random.default_rng(seed).permutation(len(data["images"]))
         model = ImageCATE(backbone="fixed", num_samples=50)
@@ -201,8 +201,9 @@ def test_uganda_with_images_exchanged_between_sites(data_dir: Path) -> None:
                 seed=seed,
                 progress=False,
             )
-        found += abs(model.evaluate().qini.ratio) > 1.96
-    assert found <= 3
+        ratios.append(model.evaluate().qini.ratio)  # NaN: nobody ranks before another
+    print("QINI ratios:", ratios)
+    assert sum(abs(ratio) > 1.96 for ratio in ratios) <= 3
 
 
 def test_uganda_refuses_the_design_matrix(data_dir: Path) -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "FlowNoise",
     "GaussianNoise",
     "KernelNoise",
+    "NegativeBinomialNoise",
     "Noise",
     "NoiseDistribution",
     "PoissonNoise",
@@ -133,9 +134,9 @@ class Noise(PyroModule):
 
 
 def _support_of(cls: type, config: Mapping[str, Any]) -> Any:
-    return {"PoissonNoise": constraints.nonnegative_integer, "BernoulliNoise": constraints.boolean}.get(
-        cls.__name__, constraints.real
-    )
+    counts = constraints.nonnegative_integer
+    discrete = {"PoissonNoise": counts, "NegativeBinomialNoise": counts, "BernoulliNoise": constraints.boolean}
+    return discrete.get(cls.__name__, constraints.real)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -265,6 +266,42 @@ class PoissonNoise(Noise):
         """As in ``Noise``."""
         k = _rows(x).to(self.rate.dtype)
         return (k * self.rate.log() - self.rate - torch.lgamma(k + 1)).sum(1)
+
+
+class NegativeBinomialNoise(Noise):
+    """Independent counts that vary more than Poisson ones: Poisson with a gamma-distributed rate.
+
+    Args:
+        mean: ``event``.
+        concentration: of the rates, ``event``; the variance is ``mean + mean^2 / concentration``.
+    """
+
+    mean: Tensor
+    concentration: Tensor
+
+    def __init__(self, mean: Tensor, concentration: Tensor) -> None:
+        super().__init__(mean.shape, constraints.nonnegative_integer)
+        self.register_buffer("mean", mean.detach().clone().reshape(-1))
+        self.register_buffer("concentration", concentration.detach().clone().reshape(-1))
+
+    @classmethod
+    def fit(cls, x: Tensor, inflation: float = 1.3) -> Self:
+        """The law for counts ``(row, *event)``, of their means and ``inflation`` times their standard deviations."""
+        counts = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = counts.mean(0).clamp(min=1e-3)
+        variance = positive("inflation", inflation) ** 2 * counts.var(0, correction=0)
+        return cls(mean, mean.square() / (variance - mean).clamp(min=1e-3 * mean))
+
+    def draw(self, num: int) -> Tensor:
+        """As in ``Noise``."""
+        gamma = torch._standard_gamma(self.concentration.expand(num, -1))
+        return torch.poisson(gamma * (self.mean / self.concentration)).reshape(num, *self.event_shape)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """As in ``Noise``."""
+        k, r = _rows(x).to(self.mean.dtype), self.concentration
+        binomial = torch.lgamma(k + r) - torch.lgamma(k + 1) - torch.lgamma(r)
+        return (binomial - r * torch.log1p(self.mean / r) - k * torch.log1p(r / self.mean)).sum(1)
 
 
 class BernoulliNoise(Noise):
@@ -491,6 +528,7 @@ def noise_from_config(kind: str, config: Mapping[str, Any], state: Mapping[str, 
             HalfLineNoise,
             KernelNoise,
             PoissonNoise,
+            NegativeBinomialNoise,
             BernoulliNoise,
             FlowNoise,
             DefensiveMixture,
