@@ -61,7 +61,11 @@ def check_series(times: Any, observations: Any, mask: Any, shape: tuple[int, ...
         raise TypeError(f"observations must hold real numbers, got {values.dtype}")
     values = values if values.is_floating_point() else values.to(torch.get_default_dtype())
     if values.ndim != 2 + len(shape) or tuple(values.shape[1:]) != (len(clock), *shape) or len(values) == 0:
-        raise ValueError(f"observations must have shape ({what}) for {len(clock)} times, got {tuple(values.shape)}")
+        flat = shape == (1,) and tuple(values.shape[1:]) == (len(clock),)
+        raise ValueError(
+            f"observations must have shape ({what}) for {len(clock)} times, got {tuple(values.shape)}"
+            + ("; give observations[..., None]" if flat else "")
+        )
     if mask is None:
         bad = ~torch.isfinite(values)
         if bool(bad.any()):

@@ -253,6 +253,7 @@ GOOD = torch.zeros(1, 2, 1)
         (([1.0, 1.0], GOOD), {}, "increasing"),
         (([-1.0, 1.0], GOOD), {}, "negative"),
         (([1.0, 2.0], GOOD[0]), {}, "shape"),
+        (([1.0, 2.0], GOOD[..., 0]), {}, r"observations\[..., None\]"),
         (([1.0, 2.0], GOOD * torch.nan), {}, "finite.*mask=torch.isfinite"),
         (([1.0, 2.0], GOOD, torch.zeros(1, 2, 1, dtype=torch.bool)), {}, "no observation"),
         (([1.0, 2.0], GOOD, torch.full((1, 2), 0.5)), {}, "boolean"),
