@@ -216,8 +216,8 @@ class MarginalizationModel(Training):
         values: Tensor, context: Tensor | None, seed: int
     ) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
         """Rows to learn from and rows to set aside, with their contexts."""
-        order = torch.randperm(len(values), generator=generator(seed, "set aside", device=values.device),
-                               device=values.device)  # fmt: skip
+        draw = generator(seed, "set aside", device=values.device)
+        order = torch.randperm(len(values), generator=draw, device=values.device)
         aside = order[: min(len(values) // 10, _MOST_SET_ASIDE)].sort().values
         rest = order[len(aside) :].sort().values
         return tuple((values[i], None if context is None else context[i]) for i in (rest, aside))  # type: ignore[return-value]
