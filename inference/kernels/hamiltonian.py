@@ -114,8 +114,8 @@ class Hamiltonian(Kernel):
         """Unit mass at the starting points, and a first step size that a single leapfrog step accepts about as often
         as 0.8.
 
-        A chain whose own step would be minute (a recursion that explodes, say) is first brought in: dual averaging could
-        not make the step grow again as fast as the energy falls, and the chains' average would stop all of them.
+        A chain whose own step would be minute (a recursion that explodes, say) is first brought in: dual averaging
+        could not make the step grow again as fast as the energy falls, and the chains' average would stop all of them.
         """
         mass = MassMatrix(self.full_mass, potential)
         energy, gradient = potential.value_and_grad(position)
