@@ -111,11 +111,11 @@ class Hamiltonian(Kernel):
 
     # ------------------------------------------------------------------ contract
     def init(self, position: Tensor, potential: Potential) -> Any:
-        """Unit mass at the starting points, and for each chain a first step size of which a single leapfrog step is
-        accepted about as often as 0.8.
+        """Unit mass at the starting points, and a first step size that a single leapfrog step accepts about as often
+        as 0.8.
 
-        A chain whose step would be minute (a recursion that explodes, say) is first brought in: dual averaging could
-        not make the step grow again as fast as the energy falls, and the chains' average would stop all of them.
+        A chain whose own step would be minute (a recursion that explodes, say) is first brought in: dual averaging
+        could not make the step grow again as fast as the energy falls, and the chains' average would stop all of them.
         """
         mass = MassMatrix(self.full_mass, potential)
         energy, gradient = potential.value_and_grad(position)
@@ -124,18 +124,16 @@ class Hamiltonian(Kernel):
         state = self.start(position, energy, gradient, average, moments, mass.identity(position))
         if not self.adapt_step_size:
             return state
-        found = self._with_reasonable_step(state, potential, each=True)
-        far = found.average.log_step < math.log(_MINUTE)
-        if not bool(far.any()):
-            return found
-        position, energy, gradient = descend(position, energy, gradient, potential)
-        row = far[:, None]
-        state = state._replace(
-            position=torch.where(row, position, state.position),
-            potential=torch.where(far, energy, state.potential),
-            gradient=torch.where(row, gradient, state.gradient),
-        )
-        return self._with_reasonable_step(state, potential, each=True)
+        far = self._with_reasonable_step(state, potential, each=True).average.log_step < math.log(_MINUTE)
+        if bool(far.any()):
+            position, energy, gradient = descend(position, energy, gradient, potential)
+            row = far[:, None]
+            state = state._replace(
+                position=torch.where(row, position, state.position),
+                potential=torch.where(far, energy, state.potential),
+                gradient=torch.where(row, gradient, state.gradient),
+            )
+        return self._with_reasonable_step(state, potential)
 
     def controls(self, start: int, stop: int, warmup_steps: int) -> dict[str, Sequence[float]]:
         """Whether this step adapts, and whether its position counts for the mass matrix."""
