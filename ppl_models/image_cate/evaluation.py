@@ -162,6 +162,7 @@ def evaluate(
     num_bootstrap: int = 200,
     num_permutations: int = 999,
     folds: Any = None,
+    weights: Any = None,
 ) -> Evaluation:
     """Every check of this module on one set of scores and cross-fitted predictions.
 
@@ -177,9 +178,10 @@ def evaluate(
             to the model of the others, so that levels and spreads of predictions oppose those of effects between folds:
             with ``folds``, units are ranked by ``ranks_in_folds``, and for the best linear predictor each fold's
             predictions are moved to a common mean.
+        weights: sample weights ``(N,)``, not negative.  None: equal.
 
     Raises:
-        ValueError: NaN, shapes that differ, memberships that do not sum to 1.
+        ValueError: NaN, shapes that differ, memberships that do not sum to 1, a negative weight.
     """
     scores = as_vector("scores", scores)
     n, device = len(scores), scores.device
@@ -192,13 +194,13 @@ def evaluate(
         moved = effect + effect.mean() - means[fold.index]
     check_count("num_permutations", num_permutations)
     return Evaluation(
-        ate=clustered_mean(scores, groups),
-        autoc=rate(scores, priority, "autoc", groups, num_bootstrap, seed),
-        qini=rate(scores, priority, "qini", groups, num_bootstrap, seed),
-        permutation_p_value=permutation_test(scores, priority, "autoc", groups, num_permutations, seed),
-        calibration=blp_scores(scores, moved, groups),
-        gate=gate(scores, cluster_probs, groups),
-        policy=policy_value(scores, effect > 0, groups=groups),
+        ate=clustered_mean(scores, groups, weights),
+        autoc=rate(scores, priority, "autoc", groups, num_bootstrap, seed, weights),
+        qini=rate(scores, priority, "qini", groups, num_bootstrap, seed, weights),
+        permutation_p_value=permutation_test(scores, priority, "autoc", groups, num_permutations, seed, weights),
+        calibration=blp_scores(scores, moved, groups, weights),
+        gate=gate(scores, cluster_probs, groups, weights),
+        policy=policy_value(scores, effect > 0, groups=groups, weights=weights),
         num_units=n,
         num_groups=index_groups(groups, n).count,
     )
@@ -233,38 +235,52 @@ def blp_calibration(
     )
 
 
-def blp_scores(scores: Any, effect: Any, groups: Any = None) -> Calibration:
+def blp_scores(scores: Any, effect: Any, groups: Any = None, weights: Any = None) -> Calibration:
     """The same predictor from doubly robust scores: regress them on ``mean(tau)`` and ``tau - mean(tau)``; CR3 errors.
 
     Args:
         scores: doubly robust scores ``(N,)``.
         effect: predicted effect ``(N,)``.
         groups: group of each unit.
+        weights: sample weights ``(N,)``, not negative.  None: equal.
 
     Raises:
-        ValueError: NaN, or shapes that differ.
+        ValueError: NaN, shapes that differ, or a negative weight.
     """
     scores = as_vector("scores", scores)
-    return _blp(scores, torch.ones_like(scores), as_vector("effect", effect, len(scores), scores.device), groups)
+    effect = as_vector("effect", effect, len(scores), scores.device)
+    return _blp(scores, torch.ones_like(scores), effect, groups, weights)
 
 
-def _blp(target: Tensor, factor: Tensor, effect: Tensor, groups: Any) -> Calibration:
-    mean = effect.mean()
+def _blp(target: Tensor, factor: Tensor, effect: Tensor, groups: Any, weights: Any = None) -> Calibration:
+    mean = effect @ _weights(weights, effect) / len(effect)
     deviation = effect - mean
     size = float(effect.abs().max())
     flat = float(deviation.abs().max()) <= 1e-6 * size  # rounding in single precision is no heterogeneity
     nothing = Estimate(math.nan, math.nan)
     if abs(float(mean)) <= 1e-6 * size:  # a mean prediction of 0 has no multiple; the level is left free
         result = (
-            None if flat else least_squares(torch.stack([factor, factor * deviation], 1), target, groups, None, "CR3")
+            None
+            if flat
+            else least_squares(torch.stack([factor, factor * deviation], 1), target, groups, weights, "CR3")
         )
         slope = nothing if result is None else result.contrast(torch.tensor([0.0, 1.0]))
         return Calibration(nothing, slope)
     columns = [factor * mean] if flat else [factor * mean, factor * deviation]
-    result = least_squares(torch.stack(columns, 1), target, groups, None, "CR3")
+    result = least_squares(torch.stack(columns, 1), target, groups, weights, "CR3")
     if flat:
         return Calibration(result.contrast(torch.ones(1)), nothing)
     return Calibration(result.contrast(torch.tensor([1.0, 0.0])), result.contrast(torch.tensor([0.0, 1.0])))
+
+
+def _weights(weights: Any, like: Tensor) -> Tensor:
+    """Sample weights of mean 1, ``(N,)``."""
+    if weights is None:
+        return torch.ones_like(like)
+    weight = as_vector("weights", weights, len(like), like.device)
+    if bool((weight < 0).any()) or not bool((weight > 0).any()):
+        raise ValueError("weights must not be negative, and not all be 0")
+    return weight / weight.mean()
 
 
 def check_probs(cluster_probs: Any, num_rows: int, device: torch.device | None = None) -> Tensor:
@@ -282,7 +298,7 @@ def check_probs(cluster_probs: Any, num_rows: int, device: torch.device | None =
     return probs
 
 
-def gate(scores: Any, cluster_probs: Any, groups: Any = None) -> GroupEffects:
+def gate(scores: Any, cluster_probs: Any, groups: Any = None, weights: Any = None) -> GroupEffects:
     """Average effect by type, ``sum pi_k Gamma / sum pi_k``, with a joint cluster-robust covariance.
 
     With memberships of 0 and 1 these are the coefficients and the CR1 covariance of regressing the scores on the types'
@@ -292,13 +308,14 @@ def gate(scores: Any, cluster_probs: Any, groups: Any = None) -> GroupEffects:
         scores: doubly robust scores ``(N,)``.
         cluster_probs: ``(N, K)``.
         groups: group of each unit.
+        weights: sample weights ``(N,)``, not negative, that memberships are multiplied by.  None: equal.
 
     Raises:
-        ValueError: NaN, shapes that differ, a type without members.
+        ValueError: NaN, shapes that differ, a type without members, a negative weight.
     """
     scores = as_vector("scores", scores)
     n, device = len(scores), scores.device
-    probs = check_probs(cluster_probs, n, device)
+    probs = check_probs(cluster_probs, n, device) * _weights(weights, scores).unsqueeze(1)
     clusters = index_groups(groups, n, device, least=2)
     size = probs.sum(0)
     if n <= probs.shape[1]:
@@ -309,7 +326,7 @@ def gate(scores: Any, cluster_probs: Any, groups: Any = None) -> GroupEffects:
     return GroupEffects(estimates, factor * (influence.mT @ influence), size / n, size)
 
 
-def policy_value(scores: Any, policy: Any, cost: float = 0.0, groups: Any = None) -> PolicyValue:
+def policy_value(scores: Any, policy: Any, cost: float = 0.0, groups: Any = None, weights: Any = None) -> PolicyValue:
     """Value of treating unit i with probability ``policy_i``, at a cost per treated unit.
 
     Args:
@@ -317,9 +334,10 @@ def policy_value(scores: Any, policy: Any, cost: float = 0.0, groups: Any = None
         policy: who is treated, ``(N,)``, bool or in [0, 1]; it must not be made from these units' scores.
         cost: of treating one unit, in units of the outcome.
         groups: group of each unit.
+        weights: sample weights ``(N,)``, not negative.  None: equal.
 
     Raises:
-        ValueError: NaN, shapes that differ, a policy outside [0, 1].
+        ValueError: NaN, shapes that differ, a policy outside [0, 1], a negative weight.
     """
     scores = as_vector("scores", scores)
     treated = as_vector("policy", policy, len(scores), scores.device)
@@ -329,5 +347,7 @@ def policy_value(scores: Any, policy: Any, cost: float = 0.0, groups: Any = None
         raise ValueError(f"cost must be finite, got {cost}")
     net = scores - cost
     return PolicyValue(
-        clustered_mean(treated * net, groups), clustered_mean((treated - 1) * net, groups), float(treated.mean())
+        clustered_mean(treated * net, groups, weights),
+        clustered_mean((treated - 1) * net, groups, weights),
+        float((_weights(weights, treated) * treated).mean()),
     )

@@ -401,7 +401,7 @@ class ImageCATE(Model):
         found = state.on_units()
         draws = type_effects(found, state.trial.sample_weight)[:, state.order]
         probs = held_out_probs(state)
-        groups = gate(state.scores, probs, state.trial.groups)
+        groups = gate(state.scores, probs, state.trial.groups, state.trial.sample_weight)
         return ClusterEffects(
             effect=draws.mean(0),
             sd=draws.std(0),
@@ -486,8 +486,8 @@ class ImageCATE(Model):
     def evaluate(self, seed: int = 0) -> Evaluation:
         """Whether the effects are there: RATE, calibration, effects by type, policy value, of cross-fitted effects."""
         state = self._fitted("evaluate")
-        folds = state.folds[state.trial.image_index]
-        return evaluate(state.scores, *self.cross_fitted(), state.trial.groups, seed, folds=folds)
+        options: dict[str, Any] = {"folds": state.folds[state.trial.image_index], "weights": state.trial.sample_weight}
+        return evaluate(state.scores, *self.cross_fitted(), state.trial.groups, seed, **options)
 
     def refute(self, methods: Sequence[str] = METHODS, num_repeats: int = 1, seed: int = 0) -> tuple[Refutation, ...]:
         """Refit with data in which nothing may be found, or little may change; see ``refute.refute``."""

@@ -98,9 +98,7 @@ def rate(
     check_kind(kind)
     num_bootstrap = check_count("num_bootstrap", num_bootstrap, 2)
     sites = index_groups(groups, n, device, least=2)
-    weight = scores.new_ones(n) if weights is None else as_vector("weights", weights, n, device)
-    if bool((weight < 0).any()) or not bool((weight > 0).any()):
-        raise ValueError("weights must not be negative, and not all be 0")
+    weight = _checked_weights(weights, scores)
 
     order = torch.argsort(priority, descending=True, stable=True)
     starts, ends = _tie_bounds(priority[order])
@@ -163,7 +161,13 @@ def ranks_in_folds(priority: Any, folds: Any) -> Tensor:
 
 
 def permutation_test(
-    scores: Any, priority: Any, kind: Kind = "autoc", groups: Any = None, num_permutations: int = 999, seed: int = 0
+    scores: Any,
+    priority: Any,
+    kind: Kind = "autoc",
+    groups: Any = None,
+    num_permutations: int = 999,
+    seed: int = 0,
+    weights: Any = None,
 ) -> float:
     """One-sided p-value of "the ranking of sites says nothing about the effect", by permuting priorities over sites.
 
@@ -179,6 +183,7 @@ def permutation_test(
         groups: site of each unit ``(N,)``.
         num_permutations: the p-value is at least ``1 / (num_permutations + 1)``.
         seed: of the permutations.
+        weights: sample weights ``(N,)``, not negative; a site's size is their sum.  None: equal.
 
     Raises:
         ValueError: as ``rate``.
@@ -189,23 +194,33 @@ def permutation_test(
     check_kind(kind)
     num_permutations = check_count("num_permutations", num_permutations)
     sites = index_groups(groups, n, device, least=2)
-    size = group_sums(torch.ones_like(scores), sites)
-    mean_score = group_sums(scores - scores.mean(), sites) / size
-    mean_priority = group_sums(priority, sites) / size
+    weight = _checked_weights(weights, scores)
+    size = group_sums(weight, sites)
+    some = size > 0
+    share = weight / size[sites.index].clamp_min(1e-300)
+    mean_score = group_sums(share * (scores - weight @ scores / weight.sum()), sites)[some]
+    mean_priority, size = group_sums(share * priority, sites)[some], size[some]
     order = torch.argsort(mean_priority, descending=True, stable=True)
     starts, ends = _tie_bounds(mean_priority[order])
     observed, _, _ = _curve(mean_score[order], size[order].unsqueeze(0), starts, ends, kind)
 
     stream = generator(seed, "permutation_test", device=device)
     at_least = 0
-    chunk = max(1, _CELLS // sites.count)
+    chunk = max(1, _CELLS // len(size))
     tolerance = 1e-12 * float(mean_score.abs().max())  # the same ranking, summed in another order, counts as equal
     for first in range(0, num_permutations, chunk):
-        keys = torch.rand(min(chunk, num_permutations - first), sites.count, generator=stream, device=device)
+        keys = torch.rand(min(chunk, num_permutations - first), len(size), generator=stream, device=device)
         permuted = keys.argsort(dim=1)
         value, _, _ = _curve(mean_score[permuted], size[permuted], starts, ends, kind)
         at_least += int((value >= observed - tolerance).sum())
     return (1 + at_least) / (1 + num_permutations)
+
+
+def _checked_weights(weights: Any, scores: Tensor) -> Tensor:
+    weight = torch.ones_like(scores) if weights is None else as_vector("weights", weights, len(scores), scores.device)
+    if bool((weight < 0).any()) or not bool((weight > 0).any()):
+        raise ValueError("weights must not be negative, and not all be 0")
+    return weight
 
 
 def check_kind(kind: str) -> None:

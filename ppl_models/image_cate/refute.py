@@ -151,7 +151,7 @@ def refute(
     study = replace(study, groups=sites.index, image_index=index)
     regions = _regions(study.regions, n) if _BY_REGION in methods else sites.index
     reference = _checked(fit_predict(study, seed) if reference is None else reference, n)
-    found = clustered_mean(reference.scores, sites.index), rate(reference.scores, reference.effect, "qini", sites.index)
+    found = _measured(reference, study)
 
     results = []
     for method in methods:
@@ -161,12 +161,19 @@ def refute(
             own = derive_seed(seed, "refute", method, repeat)
             broken, rows = _break(study, method, subset_share, own, regions != repeat)
             fitted = _checked(fit_predict(broken, own % (1 << 31)), len(rows))
-            ates.append(clustered_mean(fitted.scores, broken.groups))
-            rates.append(rate(fitted.scores, fitted.effect, "qini", broken.groups))
+            ate, qini = _measured(fitted, broken)
+            ates.append(ate)
+            rates.append(qini)
             correlations.append(_correlation(fitted.effect, reference.effect[rows]))
         passed, criterion = _judge(method, found[0], ates, rates)
         results.append(Refutation(method, passed, criterion, *found, tuple(ates), tuple(rates), tuple(correlations)))
     return tuple(results)
+
+
+def _measured(fitted: Fitted, study: Study) -> tuple[Estimate, Rate]:
+    weights = study.sample_weight
+    ate = clustered_mean(fitted.scores, study.groups, weights)
+    return ate, rate(fitted.scores, fitted.effect, "qini", study.groups, weights=weights)
 
 
 def _break(study: Study, method: str, subset_share: float, seed: int, elsewhere: Tensor) -> tuple[Study, Tensor]:

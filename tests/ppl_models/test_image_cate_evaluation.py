@@ -226,3 +226,21 @@ def test_texture_ranks_the_effects_of_the_uganda_trial(data_dir: Path) -> None:
     shuffled = np.random.default_rng(0).permutation(len(summaries))
     void = cross_fit_outcomes(y, t, summaries[shuffled[index]], index, seed=2)
     assert abs(rate(scores, void.mu1 - void.mu0, "qini", index).ratio) < 2.5
+
+
+def test_a_weight_of_two_is_a_unit_twice() -> None:
+    """Every check, with the twin in its unit's group: the same estimates, and errors up to factors of counts."""
+    g = torch.Generator().manual_seed(0)
+    effect = torch.randn(120, generator=g, dtype=torch.float64)
+    scores = 1 + effect + torch.randn(120, generator=g, dtype=torch.float64)
+    probs = torch.stack([torch.sigmoid(effect), torch.sigmoid(-effect)], 1)
+    site, weights = torch.arange(120) // 3, 1.0 + (torch.arange(120) % 5 == 0)
+    twice = torch.repeat_interleave(torch.arange(120), weights.long())
+    options: dict[str, Any] = {"num_bootstrap": 20, "num_permutations": 99}
+    found = evaluate(scores, effect, probs, site, weights=weights, **options).to_dict()
+    truth = evaluate(scores[twice], effect[twice], probs[twice], site[twice], **options).to_dict()
+    plain = evaluate(scores, effect, probs, site, **options).to_dict()
+    for name, value in found.items():
+        if name != "num_units":
+            assert value == pytest.approx(truth[name], rel=0.01), name
+    assert all(abs(found[name] - plain[name]) > 1e-4 for name in ("ate", "qini", "gate_0", "policy_value", "blp_mean"))

@@ -112,14 +112,14 @@ def test_each_region_is_left_out_once() -> None:
     assert places[regions < 2, 0].max() < places[regions >= 2, 0].min()
     assert all(places[regions == 2 * h, 1].max() < places[regions == 2 * h + 1, 1].min() for h in (0, 1))
     by_unit = regions[TRIAL.image_index]
-    study = replace(STUDY, regions=by_unit, controls=STUDY.outcome[:, None], sample_weight=STUDY.outcome)
+    study = replace(STUDY, regions=by_unit, controls=STUDY.outcome[:, None], sample_weight=STUDY.outcome.exp())
     (found,) = refute(study, record, methods=("leave_one_region_out",), num_repeats=7)
     assert found.passed and len(found.ates) == 4
     for region, part in enumerate(seen[1:]):
         kept = study.outcome[by_unit != region]
         assert part.controls is not None and part.sample_weight is not None
         assert torch.equal(part.outcome, kept) and torch.equal(part.controls[:, 0], kept)
-        assert torch.equal(part.sample_weight, kept)
+        assert torch.equal(part.sample_weight, kept.exp())
 
     def uneven(study: Study, seed: int) -> Fitted:
         fitted = honest(study, seed)
