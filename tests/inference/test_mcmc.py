@@ -163,7 +163,8 @@ def test_minibatches_are_shared_or_not(minibatch):
         else None
     )
     assert mcmc is not None
-    same = bool((values[50] == values[50][0]).all())
+    # To rounding: a batched product may round its chains differently.
+    same = torch.allclose(values[50], values[50][0], rtol=0.0, atol=1e-9)
     assert same == (minibatch == "shared")
 
 
