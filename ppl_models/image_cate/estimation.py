@@ -278,7 +278,7 @@ def heads_of(
     if mixture.likelihood.num_noise:
         start["rho"] = mixture.noise_loc.unsqueeze(-1).expand(-1, -1, settings.num_clusters).clone()
     zero = torch.zeros_like(mixture.effect_loc)
-    start |= {"intercept": zero, "slope": zero + 1}
+    start |= {"intercept": torch.zeros_like(start["mu"]), "slope": zero + 1}
     if mixture.num_sites:
         start |= {"site_scale": zero.new_full((), 0.2), "site": zero.new_zeros(mixture.num_sites)}
     return model, design, start

@@ -130,7 +130,7 @@ class Fitted:
         law = self.network.mixture.likelihood
         if law.linear:
             return AtImages(probs, law.scale.to(dtype) * effect[..., 0] + self.shift)
-        base = self._baseline(x, m, c, draws).to(dtype)
+        base = self._baseline(x, m, c, draws, probs).to(dtype)
         share = 0.0 if self.settings.baseline == "joint" else float(self.propensity.mean())
         base = base - share * (probs.unsqueeze(-1) * effect).sum(-2)  # (D, N, L)
         noise = draws["rho"].mT if "rho" in draws else effect.new_zeros(len(effect), 2, effect.shape[-2], 0)
@@ -172,7 +172,7 @@ class Fitted:
             found += [gate.rules(x, m, [f], kernel)[0] for kernel in kernels]
         return found
 
-    def _baseline(self, x: Tensor, m: Tensor, c: Tensor, draws: Mapping[str, Tensor]) -> Tensor:
+    def _baseline(self, x: Tensor, m: Tensor, c: Tensor, draws: Mapping[str, Tensor], probs: Tensor) -> Tensor:
         """Predictors ``b`` of each draw, ``(D, N, L)``."""
         if self.network.baseline is not None:
             found = self.network.baseline(x, torch.cat([m, c], -1))[:, 0]
@@ -180,7 +180,7 @@ class Fitted:
             seen = x if self.fixed is None else self.fixed(x)
             found = torch.stack([model.predict(seen, m, c)[0][:, 0] for model in self._models()]).mean(0)
         found = found.to(draws["mu"].dtype)
-        return draws["intercept"].unsqueeze(1) + draws["slope"].unsqueeze(1) * found
+        return probs.to(found) @ draws["intercept"] + draws["slope"].unsqueeze(1) * found
 
     def _models(self) -> list[Baseline]:
         return [model for model in self.baselines if isinstance(model, Baseline)]

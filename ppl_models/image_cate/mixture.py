@@ -38,8 +38,8 @@ OBJECTIVES = ("gated", "marginal", "relaxed")
 class EffectMixture(PyroModule):
     """The mixture, a Pyro model of the units of some images.
 
-    Sites: ``mu`` ``(K, L)``, ``rho`` ``(2, P, K)`` if the law has noise, ``intercept`` and ``slope`` ``(L,)`` of a
-    cross-fitted baseline, ``site_scale`` and ``site`` with a site effect, ``z`` and ``y`` in the plates ``image``
+    Sites: ``mu`` ``(K, L)``, ``rho`` ``(2, P, K)`` if the law has noise, ``intercept`` ``(K, L)`` and ``slope`` ``(L,)``
+    of a cross-fitted baseline, ``site_scale`` and ``site`` with a site effect, ``z`` and ``y`` in the plates ``image``
     (dim -2) and ``unit`` (dim -1); or, with
     ``summed``, one factor ``y`` of all images in place of both.
 
@@ -52,7 +52,9 @@ class EffectMixture(PyroModule):
         noise_loc: prior mean of the raw noise of each arm, ``(2, P)``.
         noise_spread: prior standard deviation of the raw noise around that, common to all types.
         noise_pooling: that of a type's around the common one.
-        calibrated: whether the baseline is cross-fitted and gets an intercept and a slope.
+        calibrated: whether the baseline is cross-fitted and gets a slope and, for each type, an intercept. With one
+            intercept for all an arm of little noise would decide on the types' effects, through what they say of its
+            own mean.
         num_sites: sites with a random effect in the baseline; 0 for none.
         num_images: images in all, S; a batch of B scales the likelihood by S / B.
         temperature: of the relaxed types.
@@ -95,9 +97,8 @@ class EffectMixture(PyroModule):
         else:
             drawn["rho"] = loc.new_zeros(2, 0, k)
         if self.calibrated:
-            zero = loc.new_zeros(predictors)
-            drawn["intercept"] = pyro.sample("intercept", Normal(zero, 1.0).to_event(1))
-            drawn["slope"] = pyro.sample("slope", Normal(zero + 1, 1.0).to_event(1))
+            drawn["intercept"] = pyro.sample("intercept", Normal(torch.zeros_like(loc), 1.0).to_event(2))
+            drawn["slope"] = pyro.sample("slope", Normal(loc.new_ones(predictors), 1.0).to_event(1))
         if self.num_sites:
             scale = pyro.sample("site_scale", HalfNormal(loc.new_full((), 0.3)))
             raw = pyro.sample("site", Normal(loc.new_zeros(self.num_sites), 1.0).to_event(1))
@@ -109,16 +110,16 @@ class EffectMixture(PyroModule):
     ) -> tuple[Tensor, Tensor]:
         """For all types at once: predictors ``(B, U, K, L)`` and raw noise ``(B, U, K, P)``."""
         effect = drawn["mu"] if deviation is None else drawn["mu"] + deviation
-        average = (logits.softmax(-1).unsqueeze(-1) * effect).sum(-2)
-        start = self.untreated(drawn, baseline, average, units)
+        share = logits.softmax(-1).unsqueeze(-1)
+        if self.calibrated:
+            baseline = (share * drawn["intercept"]).sum(-2) + drawn["slope"] * baseline
+        start = self.untreated(drawn, baseline, (share * effect).sum(-2), units)
         arm = units.treatment[..., None, None]
         noise = drawn["rho"].mT  # (2, K, P)
         return start.unsqueeze(-2) + arm * effect, (1 - arm) * noise[0] + arm * noise[1]
 
     def untreated(self, drawn: dict[str, Tensor], baseline: Tensor, average: Tensor, units: Units) -> Tensor:
         """Predictors f0 without treatment, ``(B, U, L)``, of the average effect ``(B, U or 1, L)``."""
-        if self.calibrated:
-            baseline = drawn["intercept"] + drawn["slope"] * baseline
         if self.num_sites:
             baseline = baseline + drawn["site"][units.site].unsqueeze(-1)
         return baseline - units.propensity.unsqueeze(-1) * average

@@ -409,7 +409,7 @@ def _once(
     if prepared.likelihood.num_noise:
         values["rho"] = prepared.noise_start.unsqueeze(-1).expand(-1, -1, k).clone()
     if model.mixture.calibrated:
-        values["intercept"] = torch.zeros_like(prepared.baseline_start)
+        values["intercept"] = torch.zeros_like(centres)
         values["slope"] = torch.ones_like(prepared.baseline_start)
     if settings.site_effect:
         values["site_scale"] = centres.new_full((), 0.2)

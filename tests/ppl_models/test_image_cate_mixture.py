@@ -256,8 +256,7 @@ def run_on_an_accelerator(settings: Settings) -> None:
     model, baseline = build_networks(prepared, settings, 0), Baseline(prepared, settings, 0)
     values = {"mu": prepared.average_effect.expand(2, -1), "rho": prepared.noise_start.unsqueeze(-1).expand(-1, -1, 2)}
     if model.mixture.calibrated:
-        zero = torch.zeros_like(prepared.baseline_start)
-        values |= {"intercept": zero, "slope": zero + 1}
+        values |= {"intercept": torch.zeros_like(values["mu"]), "slope": torch.ones_like(prepared.baseline_start)}
     if settings.site_effect:
         values |= {"site_scale": torch.tensor(0.2), "site": torch.zeros(prepared.num_sites)}
     guide = TypeGuide(model.mixture, values)
