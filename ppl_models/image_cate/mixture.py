@@ -39,9 +39,8 @@ class EffectMixture(PyroModule):
     """The mixture, a Pyro model of the units of some images.
 
     Sites: ``mu`` ``(K, L)``, ``rho`` ``(2, P, K)`` if the law has noise, ``intercept`` ``(K, L)`` and ``slope``
-    ``(L,)`` of a cross-fitted baseline, ``site_scale`` and ``site`` with a site effect, ``z`` and ``y`` in the plates ``image``
-    (dim -2) and ``unit`` (dim -1); or, with
-    ``summed``, one factor ``y`` of all images in place of both.
+    ``(L,)`` of a cross-fitted baseline, ``site_scale`` and ``site`` with a site effect, ``z`` and ``y`` in the plates
+    ``image`` (dim -2) and ``unit`` (dim -1); or, with ``summed``, one factor ``y`` of all images in place of both.
 
     Args:
         likelihood: law of the outcome.
