@@ -108,10 +108,12 @@ class _Unconstrained(Messenger):
         fn = msg["fn"] = _without_validation(fn)
         if name.endswith("_observed"):
             self._observed[name.removesuffix("_observed")] = msg["mask"]
-        elif name in self.values and (mask := self._observed.get(name.removesuffix("_unobserved"))) is not None:
+        elif name in self.values and name.endswith("_unobserved"):
             # ``obs_mask`` makes such a pair.  Elements of the latent one that are observed are used nowhere and would
             # be flat; under their own law they integrate to one.
-            msg["mask"] = msg["mask"] | mask
+            mask = self._observed.get(name.removesuffix("_unobserved"))
+            if isinstance(mask, Tensor) and isinstance(msg["mask"], Tensor):
+                msg["mask"] = msg["mask"] | mask
         if name in self.values:
             transform = self.transforms[name].inv if name in self.transforms else biject_to(fn.support)
             z = self.values[name]

@@ -496,3 +496,22 @@ def test_a_model_that_fails_at_some_draws_of_its_latents_is_no_faulty_one():
 
     with pytest.raises(ValueError, match="scale"):
         LogDensity(faulty)
+
+
+def test_a_masked_site_that_is_called_observed_is_no_pair_of_the_latent_one() -> None:
+    """Only the two sites that ``obs_mask`` makes belong together: here the latent one has a mask of nobody's."""
+    seen = torch.tensor([True, False, True])
+
+    def model() -> None:
+        depth = pyro.sample("depth", dist.Normal(torch.zeros(()), 1.0))
+        with pyro.plate("n", 3), pyro.poutine.mask(mask=seen):
+            pyro.sample("depth_observed", dist.Normal(depth, 1.0), obs=torch.ones(3))
+
+    def turned() -> None:  # the observed site first
+        with pyro.plate("n", 3), pyro.poutine.mask(mask=seen):
+            pyro.sample("depth_observed", dist.Normal(torch.zeros(3), 1.0), obs=torch.ones(3))
+        pyro.sample("depth", dist.Normal(torch.zeros(()), 1.0))
+
+    z = torch.tensor([[0.5]])
+    for text, gradient in ((model, 0.5 + 2 * (0.5 - 1.0)), (turned, 0.5)):
+        assert float(Potential(LogDensity(text, ())).value_and_grad(z)[1]) == pytest.approx(gradient)
