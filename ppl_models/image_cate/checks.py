@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ppl_models.base import from_array, to_tensor
 
-__all__ = ["Groups", "as_matrix", "as_treatment", "as_vector", "group_sums", "index_groups"]
+__all__ = ["Groups", "as_matrix", "as_treatment", "as_vector", "as_weights", "group_sums", "index_groups"]
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,18 @@ def index_groups(groups: Any, num_rows: int, device: torch.device | None = None,
     if result.count < least:
         raise ValueError(f"groups must hold at least {least} different groups, got {result.count}")
     return result
+
+
+def as_weights(weights: Any, like: Tensor) -> Tensor:
+    """Sample weights ``(N,)`` of the rows of ``like``; None: equal.
+
+    Raises:
+        TypeError, ValueError: not numeric, of another length, negative, or all 0.
+    """
+    weight = torch.ones_like(like) if weights is None else as_vector("weights", weights, len(like), like.device)
+    if bool((weight < 0).any()) or not bool((weight > 0).any()):
+        raise ValueError("weights must not be negative, and not all be 0")
+    return weight
 
 
 def group_sums(values: Tensor, groups: Groups) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from inference.results.brief import brief
 from ppl_models.base import check_count
-from ppl_models.image_cate.checks import as_matrix, as_treatment, as_vector, group_sums, index_groups
+from ppl_models.image_cate.checks import as_matrix, as_treatment, as_vector, as_weights, group_sums, index_groups
 from ppl_models.image_cate.least_squares import Estimate, clustered_mean, least_squares
 from ppl_models.image_cate.propensity import check_scores
 from ppl_models.image_cate.rate import Rate, permutation_test, ranks_in_folds, rate
@@ -275,11 +275,7 @@ def _blp(target: Tensor, factor: Tensor, effect: Tensor, groups: Any, weights: A
 
 def _weights(weights: Any, like: Tensor) -> Tensor:
     """Sample weights of mean 1, ``(N,)``."""
-    if weights is None:
-        return torch.ones_like(like)
-    weight = as_vector("weights", weights, len(like), like.device)
-    if bool((weight < 0).any()) or not bool((weight > 0).any()):
-        raise ValueError("weights must not be negative, and not all be 0")
+    weight = as_weights(weights, like)
     return weight / weight.mean()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from inference.results.brief import brief
 from inference.runtime.generators import generator
 from ppl_models.base import check_count
-from ppl_models.image_cate.checks import as_vector, group_sums, index_groups
+from ppl_models.image_cate.checks import as_vector, as_weights, group_sums, index_groups
 
 __all__ = ["Rate", "permutation_test", "ranks_in_folds", "rate"]
 
@@ -98,7 +98,7 @@ def rate(
     check_kind(kind)
     num_bootstrap = check_count("num_bootstrap", num_bootstrap, 2)
     sites = index_groups(groups, n, device, least=2)
-    weight = _checked_weights(weights, scores)
+    weight = as_weights(weights, scores)
 
     order = torch.argsort(priority, descending=True, stable=True)
     starts, ends = _tie_bounds(priority[order])
@@ -194,7 +194,7 @@ def permutation_test(
     check_kind(kind)
     num_permutations = check_count("num_permutations", num_permutations)
     sites = index_groups(groups, n, device, least=2)
-    weight = _checked_weights(weights, scores)
+    weight = as_weights(weights, scores)
     size = group_sums(weight, sites)
     some = size > 0
     share = weight / size[sites.index].clamp_min(1e-300)
@@ -214,13 +214,6 @@ def permutation_test(
         value, _, _ = _curve(mean_score[permuted], size[permuted], starts, ends, kind)
         at_least += int((value >= observed - tolerance).sum())
     return (1 + at_least) / (1 + num_permutations)
-
-
-def _checked_weights(weights: Any, scores: Tensor) -> Tensor:
-    weight = torch.ones_like(scores) if weights is None else as_vector("weights", weights, len(scores), scores.device)
-    if bool((weight < 0).any()) or not bool((weight > 0).any()):
-        raise ValueError("weights must not be negative, and not all be 0")
-    return weight
 
 
 def check_kind(kind: str) -> None:
