@@ -8,6 +8,7 @@ every function is the identity, and nothing is opened or waited for.
 Every rank must make the same calls in the same order. Values of Python travel as JSON in byte tensors, never as pickle.
 """
 
+import atexit
 import json
 import os
 import signal
@@ -359,6 +360,14 @@ def _join() -> None:
         store = dist.PrefixStore(f"inference/{_attempt()}", store)
         backend = "cpu:gloo,cuda:nccl" if one_each else "gloo"
         dist.init_process_group(backend, store=store, rank=own, world_size=ranks, timeout=_TIMEOUT)
+        # A thread of gloo's lets go of the last call's tensors after the call has returned, for which it takes the
+        # interpreter's lock. If the interpreter ends first, the process aborts: the group's end waits for its threads.
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    if _joined():
+        dist.destroy_process_group()
 
 
 def _attempt() -> str:

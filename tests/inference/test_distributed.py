@@ -47,6 +47,15 @@ def test_a_fit_on_two_ranks_is_that_of_one(ranks, name):
         assert first["steps"] < 400
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are listed by /proc")
+def test_no_thread_of_the_group_outlives_the_interpreter(ranks, folder):
+    """One that still lets go of a tensor when the interpreter ends aborts the process: once in some fifteen jobs."""
+    for rank in range(2):
+        names = (folder / "threads" / str(rank)).read_text().split()
+        assert names
+        assert not any("gloo" in name for name in names)
+
+
 def test_all_ranks_start_from_rank_0(ranks):
     for found in ranks:
         assert same(found["different starts"], ranks[0]["minibatches"]["state"])
