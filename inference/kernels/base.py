@@ -172,7 +172,8 @@ class Kernel(Citable, ABC):
 
         def run(state: State, start: int, stop: int, warmup_steps: int) -> Iterator[Transition]:
             nonlocal moving, memory, advance
-            drawn = streams.block(stop - start, self.controls(start, stop, warmup_steps))
+            noise = None if memory is None else memory.noise
+            drawn = streams.block(stop - start, self.controls(start, stop, warmup_steps), noise)
             if moving is None or memory is None:
                 rows = block_steps(self.noise(potential))
                 memory = StepInputs(
@@ -188,9 +189,10 @@ class Kernel(Citable, ABC):
                 _fill(memory, drawn)
                 overwrite(moving.state, state)
             moving.clock.zero_()
+            transition = Transition(moving.state, moving.info, len(state.position))
             for _ in range(start, stop):
                 advance()
-                yield Transition(moving.state, moving.info, len(state.position))
+                yield transition
 
         return run
 
@@ -239,7 +241,8 @@ def _nothing() -> None:
 def _fill(memory: StepInputs, drawn: StepInputs) -> None:
     for kept, given in zip(memory, drawn, strict=True):
         for name, value in given.items():
-            kept[name][: len(value)] = value
+            if value._base is not kept[name]:  # drawn where it is kept
+                kept[name][: len(value)] = value
 
 
 def _copied(state: Any) -> Any:

@@ -19,6 +19,7 @@ from inference.runtime.philox import PhiloxStreams
 __all__ = ["ChainGenerators", "derive_seed", "generator", "reseed", "scoped_seed"]
 
 _KEYS = 1 << 25  # random keys of minibatches that are held at once
+_FEW = 16  # a subset of k of n costs k^2 / 2 comparisons or n keys, of which a key takes some ten times as long
 
 
 def derive_seed(seed: int, *stream: int | str) -> int:
@@ -79,17 +80,26 @@ class ChainGenerators:
         self._generators = [] if self._philox else [torch.Generator().manual_seed(s) for s in seeds]
         self._identity = seed, stream, list(chains)
 
-    def normal(self, steps: int, size: int, dtype: torch.dtype) -> Tensor:
-        """Standard normals, ``(steps, chain, size)``."""
-        if self._philox is not None:
-            return self._philox.normal(steps, size, dtype)
-        return self._stack(lambda g: torch.randn(steps, size, generator=g, dtype=dtype))
+    def normal(self, steps: int, size: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Standard normals, ``(steps, chain, size)``, in the first rows of ``out`` if it is given."""
+        return self._drawn("normal", torch.randn, steps, size, dtype, out)
 
-    def uniform(self, steps: int, size: int, dtype: torch.dtype) -> Tensor:
-        """Uniforms on [0, 1), ``(steps, chain, size)``."""
+    def uniform(self, steps: int, size: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Uniforms on [0, 1), ``(steps, chain, size)``, in the first rows of ``out`` if it is given."""
+        return self._drawn("uniform", torch.rand, steps, size, dtype, out)
+
+    def _drawn(
+        self, law: str, draw: Callable[..., Tensor], steps: int, size: int, dtype: torch.dtype, out: Tensor | None
+    ) -> Tensor:
         if self._philox is not None:
-            return self._philox.uniform(steps, size, dtype)
-        return self._stack(lambda g: torch.rand(steps, size, generator=g, dtype=dtype))
+            drawn: Tensor = getattr(self._philox, law)(steps, size, dtype)
+            return drawn if out is None else out[:steps].copy_(drawn)
+        chains = len(self._generators)
+        drawn = torch.empty(steps, chains, size, dtype=dtype, device="cpu") if out is None else out[:steps]
+        one = torch.empty(steps, size, dtype=dtype, device="cpu")  # in the cache for all chains
+        for chain, g in enumerate(self._generators):
+            drawn[:, chain] = draw(steps, size, generator=g, out=one)
+        return drawn
 
     def gamma(self, steps: int, concentration: Tensor) -> Tensor:
         """Standard gamma draws of the given ``(size,)`` concentrations, ``(steps, chain, size)``."""
@@ -101,6 +111,8 @@ class ChainGenerators:
 
     def indices(self, steps: int, size: int, batch_size: int) -> Tensor:
         """Uniform random subsets of ``range(size)`` without replacement, ``(steps, chain, batch_size)``."""
+        if batch_size**2 <= _FEW * size:
+            return _subsets(self.uniform(steps, batch_size + batch_size % 2, torch.float64)[..., :batch_size], size)
         if self._philox is None:
             return self._stack(lambda g: torch.rand(steps, size, generator=g).topk(batch_size, sorted=False).indices)
         # Whole blocks of words a step: how many steps share a pass must not move the stream.
@@ -126,3 +138,19 @@ class ChainGenerators:
             self._generators = [torch.Generator(self.device) for _ in range(len(state) - 1)]
         for i, g in enumerate(self._generators):
             g.set_state(state[str(i)])
+
+
+def _subsets(uniform: Tensor, size: int) -> Tensor:
+    """Subsets of ``range(size)`` from uniforms ``(..., k)``: Floyd's algorithm (Bentley and Floyd, "A sample of
+    brilliance", CACM 1987) on all rows at once.
+
+    The i-th member is uniform on ``range(size - k + i + 1)``, or that range's last number if it is a member already.
+    """
+    count = uniform.shape[-1]
+    last = torch.arange(size - count, size, device=uniform.device)
+    chosen = (uniform * (last + 1)).long().to(torch.int32 if size <= 2**31 else torch.int64)
+    chosen = chosen.movedim(-1, 0).contiguous()
+    for i in range(1, count):
+        repeated = ((chosen[:i] - chosen[i]).abs_().amin(0)) == 0
+        chosen[i].masked_fill_(repeated, size - count + i)
+    return chosen.movedim(0, -1).long()

@@ -36,23 +36,25 @@ class Streams:
         owners = range(1) if self._shared else chains
         self._batches = ChainGenerators(seed, owners, self.device, stream="minibatch")
 
-    def noise(self, steps: int) -> dict[str, Tensor]:
+    def noise(self, steps: int, out: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The noise of the next steps: ``normal``, ``uniform`` and ``gamma``, each ``(steps, chain, k)`` where the
-        kernel asks for it.
+        kernel asks for it; the first two in the first rows of ``out`` if it is given.
         """
-        spec = self._spec
+        spec, out = self._spec, out or {}
         drawn: dict[str, Tensor] = {}
         if spec.normal:
-            drawn["normal"] = self._noise.normal(steps, spec.normal, self.dtype)
+            drawn["normal"] = self._noise.normal(steps, spec.normal, self.dtype, out.get("normal"))
         if spec.uniform:
-            drawn["uniform"] = self._noise.uniform(steps, spec.uniform, self.dtype)
+            drawn["uniform"] = self._noise.uniform(steps, spec.uniform, self.dtype, out.get("uniform"))
         if spec.gamma is not None:
             drawn["gamma"] = self._noise.gamma(steps, spec.gamma)
         return drawn
 
-    def block(self, steps: int, controls: Mapping[str, Sequence[float]]) -> "StepInputs":
+    def block(
+        self, steps: int, controls: Mapping[str, Sequence[float]], out: Mapping[str, Tensor] | None = None
+    ) -> "StepInputs":
         """The inputs of the next steps, each with the step as its leading dimension; ``controls`` as the kernel
-        scheduled them.
+        scheduled them, ``out`` as in ``noise``.
         """
         from inference.kernels.base import StepInputs
 
@@ -61,7 +63,7 @@ class Streams:
         for plate in self._plates.values():
             drawn = self._batches.indices(steps, plate.size, plate.batch_size)
             indices[plate.name] = drawn[:, 0] if self._shared else drawn
-        return StepInputs(self.noise(steps), scheduled, indices)
+        return StepInputs(self.noise(steps, out), scheduled, indices)
 
     def inputs(self, steps: int, controls: Mapping[str, Sequence[float]]) -> "list[StepInputs]":
         """``block`` step by step."""

@@ -72,9 +72,10 @@ def test_minibatches_do_not_depend_on_how_many_steps_share_a_pass(monkeypatch: p
         monkeypatch.setattr(generators, "_KEYS", keys)
         streams = ChainGenerators(1, range(3))
         streams._philox = PhiloxStreams([4, 5, 6], torch.device("cpu"))
-        found.append(streams.indices(7, 10, 4))
-    assert torch.equal(*found) and found[0].shape == (7, 3, 4)
-    assert all(len(set(row.tolist())) == 4 for row in found[0].flatten(0, 1))
+        found.append(streams.indices(7, 38, 30))
+        assert streams.indices(7, 38, 4).shape == (7, 3, 4)
+    assert torch.equal(*found) and found[0].shape == (7, 3, 30)
+    assert all(len(set(row.tolist())) == 30 for row in found[0].flatten(0, 1))
 
 
 @on_cuda

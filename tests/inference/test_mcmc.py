@@ -1,5 +1,6 @@
 """The driver: Pyro's interface, seeds, resume to the bit, faults, calibration."""
 
+import math
 import multiprocessing
 import time
 
@@ -124,6 +125,24 @@ def test_a_chains_noise_does_not_depend_on_its_company():
         group_by_chain=True
     )["w"]
     torch.testing.assert_close(four, sixteen[:4], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("size", "batch"), [(6, 3), (6, 6), (70, 35), (1, 1)])
+def test_minibatches_are_uniform_subsets(size, batch):
+    """Each as often as any other: the one subset, all twenty of three of six, or the pairs of larger ones."""
+    drawn = ChainGenerators(2, range(2)).indices(4000, size, batch)
+    assert drawn.shape == (4000, 2, batch)
+    members = torch.zeros(8000, size).scatter_(1, drawn.flatten(0, 1), 1.0)
+    assert (members.sum(1) == batch).all()
+    if batch < size <= 6:
+        counts = torch.unique(members, dim=0, return_counts=True)[1]
+        assert len(counts) == math.comb(size, batch)
+        assert stats.chisquare(counts.numpy()).pvalue > 0.01
+    pairs = members.T @ members / 8000
+    expected = torch.full_like(pairs, batch * (batch - 1) / max(1, size * (size - 1))).fill_diagonal_(batch / size)
+    assert ((pairs - expected).abs() <= 5 * (expected * (1 - expected) / 8000).sqrt() + 1e-6).all()
+    alone = ChainGenerators(2, [1]).indices(4000, size, batch)
+    assert torch.equal(alone[:, 0], drawn[:, 1])
 
 
 def test_same_seed_same_bits_other_seed_other_draws():
