@@ -138,7 +138,7 @@ class OneBlock:
     def __init__(self, inputs: StepInputs) -> None:
         self._inputs = StepInputs(*({n: v[None] for n, v in group.items()} for group in inputs))
 
-    def block(self, steps: int, controls: Any) -> StepInputs:
+    def block(self, steps: int, controls: Any, out: Any) -> StepInputs:
         return self._inputs
 
 

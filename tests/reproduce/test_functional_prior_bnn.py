@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import reproduce
 
@@ -107,8 +108,7 @@ def test_concrete(measure: Measure, noise: float) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("target", "nll", "accuracy"),
-    [("l1-a32", (0, 0.21), (0.92, 1)), ("l1-a1", (0.24, 0.33), (0.88, 1)), ("l16-a1", (0.62, 0.69), (0.55, 0.75))],
+    ("target", "nll", "accuracy"), [("l1-a32", (0, 0.21), (0.92, 1)), ("l1-a1", (0.24, 0.33), (0.88, 1))]
 )
 def test_banana(measure: Measure, target: str, nll: tuple[float, float], accuracy: tuple[float, float]) -> None:
     """Scores on the 400 training points follow the target's length scale and variance.
@@ -118,6 +118,38 @@ def test_banana(measure: Measure, target: str, nll: tuple[float, float], accurac
     row = measure(f"banana/{target}")
     assert nll[0] <= row["train NLL"] <= nll[1]
     assert accuracy[0] <= row["train accuracy"] <= accuracy[1]
+
+
+@pytest.mark.slow
+def test_banana_of_a_long_length_scale(measure: Measure) -> None:
+    """At 16 standard deviations the process itself is all but constant on the data: it scores 0.692 and 0.47, so that
+    a network which learns more (0.66 and 0.67 have been asked of it) has not been matched to it.
+    """
+    row = measure("banana/l16-a1")
+    nll, accuracy = laplace_classifier(reproduce.load("banana"), lengthscale=16.0, variance=1.0)
+    assert row["train NLL"] == pytest.approx(nll, abs=0.02)
+    assert row["train accuracy"] == pytest.approx(accuracy, abs=0.05)
+
+
+def laplace_classifier(data: reproduce.Data, lengthscale: float, variance: float) -> tuple[float, float]:
+    """Training NLL and accuracy of a Gaussian process for each of two classes, by Laplace's method (Rasmussen and
+    Williams, 2006, algorithm 3.1, with MacKay's average of the sigmoid).
+    """
+    x, y = data.x_train.double(), data.y_train.double()
+    x = (x - x.mean(0)) / x.std(0)
+    eye = torch.eye(len(x), dtype=x.dtype)
+    prior = 2 * variance * torch.exp(-0.5 * torch.cdist(x, x) ** 2 / lengthscale**2) + 1e-6 * eye
+    f = torch.zeros_like(y)
+    for _ in range(50):
+        p = torch.sigmoid(f)
+        root = (p * (1 - p)).sqrt()
+        b = root**2 * f + y - p
+        f = prior @ (b - root * torch.linalg.solve(eye + root[:, None] * prior * root, root * (prior @ b)))
+    p = torch.sigmoid(f)
+    spread = torch.linalg.inv(torch.linalg.inv(prior) + torch.diag(p * (1 - p))).diagonal()
+    p = torch.sigmoid(f / (1 + torch.pi * spread / 8).sqrt())
+    right = torch.where(y == 1, p, 1 - p)
+    return float(-right.log().mean()), float((right > 0.5).double().mean())
 
 
 @pytest.mark.slow
