@@ -14,7 +14,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,9 @@ def _settings() -> dict[str, Setting]:
             at_data=True,
             fit=_full_batch(long_trajectories, 22, 40),
         )
+        rows[f"boston/GPi-G-hmc-long/{split}"] = replace(
+            rows[f"boston/GPi-G-hmc/{split}"], fit=_full_batch(long_trajectories, 40, 160)
+        )
     few = {"num_steps": 200, "num_functions": 64, "num_points": 50}
     for split in (2, 5, 9):  # by the default tests
         rows[f"boston-short/GPi-G/{split}"] = Setting("boston", split, match=few, fit=_chain(2000, 200))
@@ -162,9 +165,9 @@ def _settings() -> dict[str, Setting]:
     deep = {"hidden": (100, 100)}
     # After 120 steps the covariance of target (1, 1) is still off by 0.37 of its norm, after 300 by 0.27.
     banana = {"num_steps": 300, "num_functions": 128, "num_points": 100}
-    for lengthscale, variance in ((1.0, 32.0), (1.0, 1.0), (16.0, 1.0)):
+    for lengthscale, variance, warmup, draws in ((1.0, 32.0, 30, 50), (1.0, 1.0, 30, 50), (16.0, 1.0, 100, 300)):
         rows[f"banana/l{lengthscale:g}-a{variance:g}"] = Setting(
-            "banana", 0, deep, banana, lengthscale, variance, fit=_full_batch(short_trajectories, 30, 50)
+            "banana", 0, deep, banana, lengthscale, variance, fit=_full_batch(short_trajectories, warmup, draws)
         )
     letter = _chain(2000, 50, batch_size=100)
     rows["letter/FG"] = Setting("letter", 0, deep, fit=letter)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from inference._errors import NonFiniteError, SamplerWarning
 from inference.citation import Citable
-from inference.kernels.base import Kernel, Noise, block_steps, count
+from inference.kernels.base import Kernel, Noise, count
 from inference.potential import InDims, LogDensity, Potential, PotentialFunction, Program
 from inference.results import diagnostics as _diagnostics
 from inference.results.export import to_arviz
@@ -35,7 +35,7 @@ from inference.runtime.progress import Progress
 from inference.runtime.sampler_files import SamplerFiles
 from inference.runtime.state import restore
 from inference.runtime.stopping import Stop, StopWatch
-from inference.runtime.streams import Streams
+from inference.runtime.streams import Streams, block_steps
 
 __all__ = ["MCMC"]
 

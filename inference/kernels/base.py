@@ -18,12 +18,10 @@ from torch import Tensor
 from inference._checks import count, nonnegative, positive
 from inference.citation import Citable
 from inference.potential import InDims, Potential, Program
-from inference.runtime.streams import Streams
+from inference.runtime.streams import Streams, block_steps
 
 __all__ = ["Kernel", "Lift", "Noise", "StepInputs", "Transition", "count", "nonnegative", "positive"]
 
-_NOISE_PER_BLOCK = 1 << 18  # random numbers of a chain
-_STEPS_PER_BLOCK = 128
 
 State = Any
 Info = dict[str, Tensor]
@@ -226,12 +224,6 @@ class Kernel(Citable, ABC):
             for k, v in sorted(vars(self).items())
             if isinstance(v, plain) or k in ("schedule", "full_mass")
         }
-
-
-def block_steps(spec: Noise) -> int:
-    """Most steps whose noise is drawn at once: bounded in memory, and no function of the number of chains."""
-    per_step = max(1, spec.normal + spec.uniform + (0 if spec.gamma is None else spec.gamma.numel()))
-    return max(1, min(_STEPS_PER_BLOCK, _NOISE_PER_BLOCK // per_step))
 
 
 def _nothing() -> None:

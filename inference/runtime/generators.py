@@ -81,25 +81,30 @@ class ChainGenerators:
         self._identity = seed, stream, list(chains)
 
     def normal(self, steps: int, size: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """Standard normals, ``(steps, chain, size)``, in the first rows of ``out`` if it is given."""
-        return self._drawn("normal", torch.randn, steps, size, dtype, out)
+        """Standard normals, ``(steps, chain, size)``; in the first rows of ``out`` if it is given."""
+        if self._philox is not None:
+            return _put(self._philox.normal(steps, size, dtype), out)
+        return self._rows(lambda row, g: row.normal_(generator=g), steps, size, dtype, out)
 
     def uniform(self, steps: int, size: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """Uniforms on [0, 1), ``(steps, chain, size)``, in the first rows of ``out`` if it is given."""
-        return self._drawn("uniform", torch.rand, steps, size, dtype, out)
-
-    def _drawn(
-        self, law: str, draw: Callable[..., Tensor], steps: int, size: int, dtype: torch.dtype, out: Tensor | None
-    ) -> Tensor:
+        """Uniforms on [0, 1), ``(steps, chain, size)``; in the first rows of ``out`` if it is given."""
         if self._philox is not None:
-            drawn: Tensor = getattr(self._philox, law)(steps, size, dtype)
-            return drawn if out is None else out[:steps].copy_(drawn)
-        chains = len(self._generators)
-        drawn = torch.empty(steps, chains, size, dtype=dtype, device="cpu") if out is None else out[:steps]
-        one = torch.empty(steps, size, dtype=dtype, device="cpu")  # in the cache for all chains
-        for chain, g in enumerate(self._generators):
-            drawn[:, chain] = draw(steps, size, generator=g, out=one)
-        return drawn
+            return _put(self._philox.uniform(steps, size, dtype), out)
+        return self._rows(lambda row, g: row.uniform_(generator=g), steps, size, dtype, out)
+
+    def _rows(
+        self,
+        fill: Callable[[Tensor, torch.Generator], Tensor],
+        steps: int,
+        size: int,
+        dtype: torch.dtype,
+        out: Tensor | None,
+    ) -> Tensor:
+        """Each chain's row filled by its generator, the step put first."""
+        drawn = torch.empty(len(self._generators), steps, size, dtype=dtype, device="cpu")
+        for row, g in zip(drawn.unbind(), self._generators, strict=True):
+            fill(row, g)
+        return _put(drawn.transpose(0, 1), out)
 
     def gamma(self, steps: int, concentration: Tensor) -> Tensor:
         """Standard gamma draws of the given ``(size,)`` concentrations, ``(steps, chain, size)``."""
@@ -138,6 +143,10 @@ class ChainGenerators:
             self._generators = [torch.Generator(self.device) for _ in range(len(state) - 1)]
         for i, g in enumerate(self._generators):
             g.set_state(state[str(i)])
+
+
+def _put(drawn: Tensor, out: Tensor | None) -> Tensor:
+    return drawn.contiguous() if out is None else out[: len(drawn)].copy_(drawn)
 
 
 def _subsets(uniform: Tensor, size: int) -> Tensor:

@@ -3,6 +3,7 @@
 import math
 import multiprocessing
 import time
+from types import SimpleNamespace
 
 import arviz
 import pyro
@@ -12,7 +13,9 @@ import torch
 from scipy import stats
 
 from inference import HMC, MCMC, SGHMC, SGLD, AdaptiveSGHMC, CheckpointError, NonFiniteError, SamplerWarning
+from inference.kernels.base import Noise
 from inference.runtime.generators import ChainGenerators
+from inference.runtime.streams import Streams
 from tests.inference import zoo
 
 # Runs this short of a funnel-like posterior diverge now and then, and the driver says so; the tests of that warning
@@ -125,6 +128,24 @@ def test_a_chains_noise_does_not_depend_on_its_company():
         group_by_chain=True
     )["w"]
     torch.testing.assert_close(four, sixteen[:4], rtol=1e-9, atol=1e-9)
+
+
+def test_noise_does_not_depend_on_how_steps_are_grouped():
+    """Windows of any length get the rows that one block would; so do those after a checkpoint in the middle."""
+    spec = Noise(normal=3, uniform=1, gamma=torch.tensor([0.5, 2.0], dtype=F64))
+    potential = SimpleNamespace(dtype=F64, device=torch.device("cpu"), plates={})
+    streams = [Streams(1, range(4), spec, potential, "shared") for _ in range(3)]
+    first, second = streams[0].noise(128), streams[0].noise(128)
+    whole = {n: torch.cat([first[n], second[n]]) for n in first}
+    memory = {"normal": torch.zeros(128, 4, 3, dtype=F64)}
+    parts = [streams[1].noise(n, memory) for n in (8, 40, 5, 100)]
+    streams[2].load_state_dict(streams[1].state_dict())
+    parts.append(streams[2].noise(103))
+    for name, rows in whole.items():
+        assert torch.equal(torch.cat([part[name] for part in parts]), rows)
+    assert not memory["normal"].any()  # used by whole blocks alone
+    assert streams[2].noise(128, memory)["normal"].data_ptr() == memory["normal"].data_ptr()
+    assert torch.equal(memory["normal"], streams[0].noise(128)["normal"])
 
 
 @pytest.mark.parametrize(("size", "batch"), [(6, 3), (6, 6), (70, 35), (1, 1)])

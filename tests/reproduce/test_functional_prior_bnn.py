@@ -74,9 +74,10 @@ def test_boston_standard_prior(measure: Measure) -> None:
 
 @pytest.mark.slow
 def test_boston_matched_prior(measure: Measure) -> None:
-    """The notebook's means are 2.797 and 2.470, better than FG on 10 splits of 10."""
+    """The notebook's means are 2.797 and 2.470, better than FG on 10 splits of 10, for 4 x 82,000 gradients."""
     standard = [measure(f"boston/FG/{split}") for split in range(10)]
-    matched = [measure(f"boston/GPi-G/{split}") for split in range(10)]
+    matched = [measure(f"boston/GPi-G-hmc-long/{split}") for split in range(10)]
+    assert all(row["gradients"] < 4 * 82_000 / 3 for row in matched)
     assert max(row["R-hat"] for row in matched) < 1.05
     assert statistics.mean(row["RMSE"] for row in matched) <= 2.80
     assert statistics.mean(row["NLL"] for row in matched) <= 2.47
@@ -122,18 +123,20 @@ def test_banana(measure: Measure, target: str, nll: tuple[float, float], accurac
 
 @pytest.mark.slow
 def test_banana_of_a_long_length_scale(measure: Measure) -> None:
-    """At 16 standard deviations the process itself is all but constant on the data: it scores 0.692 and 0.47, so that
-    a network which learns more (0.66 and 0.67 have been asked of it) has not been matched to it.
+    """At 16 standard deviations the process itself is all but constant on the data: an NLL of 0.692, little below
+    log 2, so that a network which learns more (0.66 has been asked of it) has not been matched to it.
     """
     row = measure("banana/l16-a1")
-    nll, accuracy = laplace_classifier(reproduce.load("banana"), lengthscale=16.0, variance=1.0)
+    nll = laplace_classifier(reproduce.load("banana"), lengthscale=16.0, variance=1.0)
+    assert nll == pytest.approx(0.692, abs=0.001)
     assert row["train NLL"] == pytest.approx(nll, abs=0.02)
-    assert row["train accuracy"] == pytest.approx(accuracy, abs=0.05)
+    assert row["R-hat"] < 1.05
+    assert 0.45 <= row["train accuracy"] <= 0.75  # of probabilities that are all near a half
 
 
-def laplace_classifier(data: reproduce.Data, lengthscale: float, variance: float) -> tuple[float, float]:
-    """Training NLL and accuracy of a Gaussian process for each of two classes, by Laplace's method (Rasmussen and
-    Williams, 2006, algorithm 3.1, with MacKay's average of the sigmoid).
+def laplace_classifier(data: reproduce.Data, lengthscale: float, variance: float) -> float:
+    """Training NLL of a Gaussian process for each of two classes, by Laplace's method (Rasmussen and Williams, 2006,
+    algorithm 3.1, with MacKay's average of the sigmoid).
     """
     x, y = data.x_train.double(), data.y_train.double()
     x = (x - x.mean(0)) / x.std(0)
@@ -148,8 +151,7 @@ def laplace_classifier(data: reproduce.Data, lengthscale: float, variance: float
     p = torch.sigmoid(f)
     spread = torch.linalg.inv(torch.linalg.inv(prior) + torch.diag(p * (1 - p))).diagonal()
     p = torch.sigmoid(f / (1 + torch.pi * spread / 8).sqrt())
-    right = torch.where(y == 1, p, 1 - p)
-    return float(-right.log().mean()), float((right > 0.5).double().mean())
+    return float(-torch.where(y == 1, p, 1 - p).log().mean())
 
 
 @pytest.mark.slow
