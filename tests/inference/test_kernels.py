@@ -182,7 +182,7 @@ def test_full_batch_noise_correction_warns_and_narrows(linear_data):
 
 @pytest.mark.parametrize("full_mass", [False, True])
 def test_hmc_samples_linear_regression(linear_data, full_mass):
-    """16 x 800 draws: means within 0.1 sd, sds within 6%; of 250 the least of the sds errs by 3.5%, give or take 1.4."""
+    """16 x 800 draws: means within 0.1 sd, sds within 6%; of 250 the least sd errs by 3.5%, give or take 1.4."""
     x, y, mean, sd = linear_data
     mcmc = MCMC(
         HMC(linear_model, num_steps=8, full_mass=full_mass),
