@@ -1,13 +1,13 @@
-"""Monotone Boltzmann machines beside their peers: solvers, competing updates, marginals, cost, and images.
+"""Monotone Boltzmann machines beside their peers: solvers, competing updates, marginals and cost.
 
-    python -m benchmarks.monotone_dbm solvers updates marginals cost images --out out
+    python -m benchmarks.monotone_dbm solvers updates marginals cost --out out
 
 ``solvers``: products with Phi and milliseconds a thousand queries to a residual of 1e-6 on a stiff problem, beside
 torchdeq's solvers on the published map, and Newton-CG at 1e-3 beside three dense passes.  ``updates``: residuals of the
 competing updates, on a monotone and an unconstrained machine.  ``marginals``: error of mean field, its correction and
-loopy belief propagation against enumeration.  ``cost``: products against the stiffness and the size.  ``images``:
-Fashion-MNIST at equal time.  Peers that are not installed are left out; pgmax goes in with ``pip install --no-deps
-pgmax`` beside jax, since what it declares drags in a documentation tool and TensorFlow.
+loopy belief propagation against enumeration.  ``cost``: products against the stiffness and the size.  Images are in
+``benchmarks.monotone_dbm_images``.  Peers that are not installed are left out; pgmax goes in with ``pip install
+--no-deps pgmax`` beside jax, since what it declares drags in a documentation tool and TensorFlow.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.record import markdown_table, save
-from ppl_models import ConvMonotoneDBM, MonotoneDBM
+from ppl_models import MonotoneDBM
 from ppl_models.monotone_dbm.mean_field import SOLVERS, MeanFieldProblem, solve
 from ppl_models.monotone_dbm.operators import PairwiseMap
 from ppl_models.monotone_dbm.prox import prox_softmax
@@ -330,139 +330,12 @@ def cost(out: Path) -> list[Row]:
     return rows
 
 
-def images(out: Path, seconds: float, size: int, tests: int) -> list[Row]:
-    """Fashion-MNIST: label accuracy and mean squared error of hidden pixels, each trained method with the same time.
-
-    Trained machines are kept in ``out`` and taken from there by a second run.
-    """
-    from sklearn.impute import KNNImputer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.neighbors import KNeighborsClassifier
-
-    from ppl_models.datasets import load_fashion_mnist
-
-    data = load_fashion_mnist()
-    x, y = (data.x_train[:size] * 3.999).floor() / 3, data.y_train[:size]
-    test, truth = (data.x_test[:tests] * 3.999).floor() / 3, data.y_test[:tests]
-    flat, flat_test = x.flatten(1), test.flatten(1)
-    net = _trained(out / "dbm_fashion.net", x, y, seconds)
-    rbm, passes = _trained_rbm(out / "dbm_fashion_rbm.npz", flat, y, seconds)
-    train_mask = torch.rand(size, 784, generator=torch.Generator().manual_seed(0)) < 0.4
-    some = min(size, 10_000)
-    encoded = torch.cat([flat * train_mask, train_mask.float()], 1)[:some]
-    logistic = LogisticRegression(max_iter=100).fit(encoded.numpy(), y[:some].numpy())
-    few = min(size, 3000)
-    imputer = KNNImputer(n_neighbors=5).fit(flat[:few].numpy())
-    nearest = KNeighborsClassifier(1).fit(flat.numpy(), y.numpy())
-    rows: list[Row] = []
-    for share in (0.2, 0.4, 0.6):
-        mask = torch.rand(tests, 784, generator=torch.Generator().manual_seed(1)) < share
-        hidden = ~mask
-        square = mask.reshape(tests, 28, 28)
-        filled = torch.tensor(imputer.transform(torch.where(mask, flat_test, torch.nan).numpy()))
-        rbm_pixels, rbm_labels = _rbm_query(rbm, flat_test, mask)
-        means = flat.mean(0).expand(tests, -1)
-        coded = torch.cat([flat_test * mask, mask.float()], 1)
-        distance = (mask.float() @ flat.square().T) - 2 * (flat_test * mask) @ flat.T
-        completed = net.complete(test, square).flatten(1)
-        table: dict[str, tuple[Tensor | None, Tensor | None]] = {
-            "ConvMonotoneDBM": (completed, net.classify(test, square).argmax(1)),
-            f"RBM, 256 hidden, {passes} passes": (rbm_pixels, rbm_labels),
-            f"logistic regression on {some} masked images": (None, torch.tensor(logistic.predict(coded.numpy()))),
-            "1-NN on the observed pixels": (flat[distance.argmin(1)], y[distance.argmin(1)]),
-            f"5-NN imputation from {few}, 1-NN on it": (filled, torch.tensor(nearest.predict(filled.numpy()))),
-            "training mean": (means, None),
-        }
-        for name, (pixels, labels) in table.items():
-            error = "" if pixels is None else f"{float((pixels - flat_test)[hidden].square().mean()):.4f}"
-            accuracy = "" if labels is None else f"{float((labels == truth).float().mean()):.3f}"
-            rows.append({"observed": f"{share:.0%}", "method": name, "accuracy": accuracy, "MSE": error})
-    _pictures(out, net, test, truth)
-    return rows
-
-
-def _trained(path: Path, x: Tensor, y: Tensor, seconds: float) -> ConvMonotoneDBM:
-    """A machine trained for so many seconds of processor time, of which one step in twenty is timed beforehand."""
-    if path.exists():
-        return ConvMonotoneDBM.load(path)
-    options: Row = {"observed_fraction": (0.2, 0.6), "batch_size": 64, "progress": False}
-    probe = ConvMonotoneDBM((1, 28, 28), 4, 10, curvature=2)
-    started = time.process_time()
-    probe.fit(x, y, num_steps=30, **options)
-    each = (time.process_time() - started) / 31
-    net = ConvMonotoneDBM((1, 28, 28), 4, 10, curvature=2)
-    steps, started = max(20, int(seconds / each)), time.process_time()
-    net.fit(x, y, num_steps=steps, **options)
-    print(f"ConvMonotoneDBM: {steps} steps in {time.process_time() - started:.0f} s of processor time")
-    net.save(path)
-    return net
-
-
-def _trained_rbm(path: Path, flat: Tensor, y: Tensor, seconds: float) -> tuple[tuple[Tensor, ...], int]:
-    """scikit-learn's machine on pixels and label as one vector: weights, biases, and the passes over the images."""
-    import numpy as np
-    from sklearn.neural_network import BernoulliRBM
-
-    if not path.exists():
-        joint = torch.cat([flat, torch.nn.functional.one_hot(y, 10).float()], 1)
-        rbm = BernoulliRBM(256, learning_rate=0.05, batch_size=64, n_iter=1, random_state=0)
-        started, passes = time.process_time(), 0
-        rbm.fit(joint[:64].numpy())
-        while time.process_time() - started < seconds:
-            for part in joint[torch.randperm(len(joint), generator=torch.Generator().manual_seed(passes))].split(64):
-                rbm.partial_fit(part.numpy())
-            passes += 1
-        np.savez(path, w=rbm.components_, b=rbm.intercept_visible_, c=rbm.intercept_hidden_, passes=passes)
-    with np.load(path) as held:
-        return tuple(torch.tensor(held[k], dtype=torch.float32) for k in "wbc"), int(held["passes"])
-
-
-def _rbm_query(rbm: tuple[Tensor, ...], pixels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden pixels and labels by mean-field iterations with the observed pixels held."""
-    w, b, c = rbm
-    v = torch.full((len(pixels), w.shape[1]), 0.5)
-    v[:, :784] = torch.where(mask, pixels, 0.5)
-    v[:, 784:] = 0.1
-    for _ in range(50):
-        made = torch.sigmoid(torch.sigmoid(v @ w.T + c) @ w + b)
-        v[:, :784] = torch.where(mask, pixels, made[:, :784])
-        v[:, 784:] = made[:, 784:]
-    return v[:, :784], v[:, 784:].argmax(1)
-
-
-def _pictures(out: Path, net: ConvMonotoneDBM, test: Tensor, truth: Tensor) -> None:
-    """Completions of a few test images, and of one image's upper half under each class."""
-    import matplotlib.pyplot as plt
-
-    chosen = [int((truth == c).nonzero()[0]) for c in range(10) if bool((truth == c).any())]
-    some = test[chosen]
-    mask = torch.rand(len(some), 28, 28, generator=torch.Generator().manual_seed(2)) < 0.4
-    shown = torch.where(mask[:, None], some, 0.5)
-    completed = net.complete(some, mask)
-    half = torch.zeros(28, 28, dtype=torch.bool)
-    half[:10] = True
-    repeated = test[chosen[:1]].expand(10, -1, -1, -1)
-    by_class = net.complete(repeated, half, labels=torch.arange(10))
-    rows = {"image": some, "40% shown": shown, "completed": completed, "top given,\neach class": by_class}
-    figure, axes = plt.subplots(len(rows), 10, figsize=(9, 4), layout="constrained")
-    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
-        for axis, picture in zip(line, pictures, strict=False):
-            axis.imshow(picture[0], cmap="gray", vmin=0, vmax=1)
-        for axis in line:
-            axis.set(xticks=[], yticks=[])
-    figure.savefig(out / "dbm_fashion.png", dpi=150)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ("solvers", "updates", "marginals", "cost", "images")
+    names = ("solvers", "updates", "marginals", "cost")
     parser.add_argument("parts", nargs="*", choices=names, default=list(names))
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--groups", type=int, nargs="+", default=[96, 192, 768], help="sizes of the solvers' problems")
-    parser.add_argument("--seconds", type=float, default=600.0, help="training time of each image method")
-    parser.add_argument("--size", type=int, default=10_000, help="training images")
-    parser.add_argument("--tests", type=int, default=1_000, help="test images")
     given = parser.parse_args()
     torch.set_num_threads(1)
     given.out.mkdir(parents=True, exist_ok=True)
@@ -471,12 +344,11 @@ def main() -> None:
         "updates": lambda: updates(given.out),
         "marginals": marginals,
         "cost": lambda: cost(given.out),
-        "images": lambda: images(given.out, given.seconds, given.size, given.tests),
     }
     for name in given.parts:
         rows = runs[name]()
         print(f"\n{name}\n{markdown_table(rows)}", flush=True)
-        save(given.out / f"dbm_{name}.json", rows, ["torch", "torchdeq", "scikit-learn"])
+        save(given.out / f"dbm_{name}.json", rows, ["torch", "torchdeq"])
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ class LowRank:
         self.rank = len(factor)
         parts = [part.permute(1, 2, 0) for part in groups.parts(self.factor)]
         self._blocks = [part.contiguous() for part in parts]  # (count, k, rank)
-        self._own = [block @ block.transpose(1, 2) for block in self._blocks]  # (count, k, k)
-        self._transposed = self.factor.T.contiguous()
+        self.own = [block @ block.transpose(1, 2) for block in self._blocks]  # (count, k, k)
+        self.transposed = self.factor.T.contiguous()
 
     @staticmethod
     def cheap(groups: Groups, rank: int) -> bool:
@@ -52,11 +52,11 @@ class LowRank:
 
     def apply(self, x: Tensor) -> Tensor:
         """Phi x, ``(B, N)``, through the factor."""
-        return self._diagonal(x) - (x @ self._transposed) @ self.factor
+        return self._diagonal(x) - (x @ self.transposed) @ self.factor
 
     def _diagonal(self, x: Tensor) -> Tensor:
         """D x."""
-        made = [_blockwise(part, own) for part, own in zip(self.groups.parts(x), self._own, strict=True)]
+        made = [_blockwise(part, own) for part, own in zip(self.groups.parts(x), self.own, strict=True)]
         return self.groups.join(made)
 
     def direction(self, q: Tensor, r: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class LowRank:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def _solve(self, q: Tensor, r: Tensor) -> Tensor:
-        responses = [_response(part, own) for part, own in zip(self.groups.parts(q), self._own, strict=True)]
+        responses = [_response(part, own) for part, own in zip(self.groups.parts(q), self.own, strict=True)]
 
         def weighted(v: Tensor) -> Tensor:
             parts = self.groups.parts(v)
@@ -82,7 +82,7 @@ class LowRank:
         inner = self.factor @ (rows[0] if len(rows) == 1 else torch.cat(rows, 1))
         inner.diagonal(dim1=1, dim2=2).add_(1.0)
         root = torch.linalg.cholesky_ex(inner)[0]
-        y = torch.cholesky_solve((weighted(r) @ self._transposed)[..., None], root)[..., 0]
+        y = torch.cholesky_solve((weighted(r) @ self.transposed)[..., None], root)[..., 0]
         z = r - y @ self.factor
         return z + self._diagonal(weighted(z))
 

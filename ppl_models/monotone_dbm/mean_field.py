@@ -3,9 +3,12 @@
 All solvers stop on the same residual, the largest ``|softmax(Phi q + b) - q|`` over the groups that are not observed,
 count their products with Phi, and say of each query whether it converged:
 
-* ``newton``: Newton on the logits, with mirror descent for what it leaves over. The default. Its linear systems are
-  solved exactly where Phi is diagonal blocks minus a low rank (``newton_direct``, see ``low_rank``: a product and a
-  system of the rank's size a step), else by conjugate gradients (``newton_cg``).
+* ``newton``: the default, the fastest that there is for Phi. Where Phi is diagonal blocks minus a low rank, Newton in
+  the few numbers ``A q`` with one curvature for the whole batch (see ``dual``), and what that leaves over by
+  ``newton_direct``; else ``newton_cg``. Mirror descent is for what Newton leaves over.
+* ``newton_direct``: Newton on the logits, each system solved exactly by the low rank of Phi (see ``low_rank``): the
+  fewest products, and a system of the rank's size for each query and step.
+* ``newton_cg``: the same by conjugate gradients, for any Phi.
 * ``coordinate``: one group (or graph colour) after another; the free energy always falls.
 * ``parallel``: all at once, undamped; cycles once the smallest eigenvalue of Phi is well below -1.
 * ``damped``: ``q <- (1 - a) q + a softmax(.)``.
@@ -32,6 +35,7 @@ from torch import Tensor
 
 from inference.fixed_point import FixedPoint, fixed_point
 from inference.newton_cg import metric_cg, newton_cg
+from ppl_models.monotone_dbm.dual import solve_dual
 from ppl_models.monotone_dbm.groups import Groups
 from ppl_models.monotone_dbm.operators import PairwiseMap
 from ppl_models.monotone_dbm.prox import prox_softmax
@@ -136,7 +140,7 @@ def solve(
         solver: one of the above.
         initial: first probabilities ``(B, N)`` of the free groups; one step from uniform by default.
         tolerance: on the residual; by default 1e-10 in float64 and 2e-5 in float32.
-        max_iterations: 50 Newton steps, 2,000 sweeps or updates by default.
+        max_iterations: 50 Newton steps (16 in ``A q`` before them), 2,000 sweeps or updates by default.
         step_size: a of the damped updates; by default the largest that is safe.
         anderson: accelerate the update.
         colours: groups that may be updated at once, for ``coordinate``.
@@ -157,6 +161,18 @@ def solve(
     limit = max_iterations if max_iterations is not None else _MOST.get(solver, 2000)
     tiny = torch.finfo(problem.bias.dtype).tiny
     direct = None if low_rank is None or solver not in ("newton", "newton_direct") else low_rank.direction
+    found = None
+    if solver == "newton" and thin and limit and len(problem.clamped):
+        assert low_rank is not None
+        found = solve_dual(
+            low_rank,
+            *(problem.bias, problem.clamped, problem.free),
+            tolerance=tolerance,
+            initial=initial,
+            max_iterations=max_iterations,
+            callback=callback,
+        )
+        counter.made = found.evaluations
     if initial is not None:
         logits = initial.clamp_min(tiny).log()
     elif direct is not None:  # whose first step is worth more than a product with uniform probabilities
@@ -164,11 +180,15 @@ def solve(
     else:
         logits = problem.first_logits()
     if solver in _NEWTON:
-        options: dict[str, Any] = {"tolerance": tolerance, "max_iterations": limit, "callback": callback}
-        found = newton_cg(problem, logits, direction=direct, **options)
+        options: dict[str, Any] = {"tolerance": tolerance, "callback": callback, "direction": direct}
+        if found is None:
+            found = newton_cg(problem, logits, max_iterations=limit, **options)
+        elif max_iterations is None and not bool(found.converged.all()):
+            found = _on_the_rest(found, tolerance, problem, lambda some, at: newton_cg(some, at, **options))
         # On rows that Newton leaves over, for rounding or a limit, descend with guaranteed steps.
         if max_iterations is None and not bool(found.converged.all()):
-            found = _finish(problem, phi, found, tolerance)
+            mirror = (tolerance, 2000, None, False, None, None)
+            found = _on_the_rest(found, tolerance, problem, lambda some, at: _iterate(some, phi, "mirror", at, *mirror))
     elif solver == "coordinate":
         found = _coordinate(problem, logits, tolerance, limit, colours, callback)
     else:
@@ -176,10 +196,15 @@ def solve(
     return found._replace(evaluations=counter.made)
 
 
-def _finish(problem: MeanFieldProblem, phi: PairwiseMap, found: FixedPoint, tolerance: float) -> FixedPoint:
+def _on_the_rest(
+    found: FixedPoint,
+    tolerance: float,
+    problem: MeanFieldProblem,
+    solver: Callable[[MeanFieldProblem, Tensor], FixedPoint],
+) -> FixedPoint:
+    """What was found, and better by another solver where it has not converged."""
     rows = (~found.converged).nonzero()[:, 0]
-    some = problem.rows(rows)
-    more = _iterate(some, phi, "mirror", found.value[rows], tolerance, 2000, None, False, None, None)
+    more = solver(problem.rows(rows), found.value[rows])
     better = more.residual < found.residual[rows]
     value, residual, converged = found.value.clone(), found.residual.clone(), found.converged.clone()
     value[rows] = torch.where(better[:, None], more.value, value[rows])

@@ -1,0 +1,111 @@
+"""Newton in ``A q`` with one curvature for the batch: the default where Phi is diagonal blocks minus a low rank."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ppl_models import MonotoneDBM
+from ppl_models.monotone_dbm import dual
+from ppl_models.monotone_dbm.mean_field import solve
+from ppl_models.monotone_dbm.pairwise import Query
+from tests.ppl_models.dbm_cases import D
+
+
+def stiff(sizes: list[int], curvature: int | str = 1, rank: int = 6) -> MonotoneDBM:
+    """Columns of A that share a direction, so that Phi has one eigenvalue far below zero."""
+    model = MonotoneDBM(sizes, rank=rank, monotonicity=0.01, curvature=curvature).double()
+    noise, states = torch.Generator().manual_seed(0), model.groups.num_states
+    with torch.no_grad():
+        weight = 0.3 * torch.randn(rank, states, generator=noise, dtype=D)
+        weight[0] += torch.cat([torch.linspace(-1.5, 1.5, k, dtype=D) for k in sizes])
+        model.operator.weight.copy_(weight)  # type: ignore[operator, union-attr]
+        model.bias.copy_(torch.randn(states, generator=noise, dtype=D))
+    return model
+
+
+def queries(model: MonotoneDBM, shares: Tensor) -> Query:
+    """Random states, of which each row shows its share."""
+    noise, count = torch.Generator().manual_seed(1), model.groups.num_groups
+    states = (torch.rand(len(shares), count, generator=noise) * torch.tensor(model.groups.sizes)).long()
+    mask = torch.rand(len(shares), count, generator=noise) < shares[:, None]
+    return Query(states * mask, mask)
+
+
+@pytest.mark.parametrize("curvature", [1, 2, "pinsker"])
+def test_it_finds_the_fixed_points_of_groups_of_any_size(curvature: int | str) -> None:
+    model = stiff([3] * 20 + [2] + [5] * 9 + [2], curvature)
+    query = queries(model, torch.tensor([0.0, 0.3, 0.6, 1.0]))
+    with torch.no_grad():
+        phi = model.operator.prepare()
+        problem = model.problem(phi, query)
+        assert phi.low_rank is not None and phi.low_rank.thin and model.spectrum()[0] < -20
+        truth = solve(problem, phi, "newton_cg", tolerance=1e-11)
+        uniform = problem.response(torch.zeros_like(problem.clamped))
+        for initial in (None, uniform):
+            found = solve(problem, phi, tolerance=1e-10, initial=initial)
+            assert found.converged.all()
+            torch.testing.assert_close(found.value, truth.value, rtol=0, atol=1e-7)
+            q = problem.response(found.value)
+            assert problem.residual(q, problem.apply(q) + problem.bias).max() < 1e-9
+
+
+def test_one_curvature_serves_queries_that_see_little_and_much() -> None:
+    """Without each query's share of the variance, 16 updates leave half of these rows over."""
+    model = stiff([4] * 60)
+    query = queries(model, torch.linspace(0, 0.9, 32))
+    with torch.no_grad():
+        phi = model.operator.prepare()
+        problem = model.problem(phi, query)
+        assert phi.low_rank is not None
+        found = dual.solve_dual(phi.low_rank, problem.bias, problem.clamped, problem.free, tolerance=1e-6)
+    assert found.converged.all() and found.evaluations <= 12
+
+
+def test_what_it_leaves_over_is_left_to_newton(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = stiff([4] * 60)
+    query = queries(model, torch.tensor([0.0, 0.5, 0.9]))
+    whole = model.marginals(*query)
+    monkeypatch.setattr(dual, "_MOST", 2)
+    short = model.marginals(*query)
+    assert short.converged.all() and (short.iterations > 2).all()
+    torch.testing.assert_close(short.probabilities, whole.probabilities, rtol=0, atol=1e-8)
+    limited = model.marginals(*query, max_iterations=2)
+    assert not limited.converged.any() and (limited.iterations == 2).all() and limited.probabilities.isfinite().all()
+
+
+def test_a_coarse_answer_in_double_precision_is_no_worse_than_it_says() -> None:
+    """It comes from updates in single precision, from which the double precision goes on where they end."""
+    model = stiff([4] * 120)
+    query = queries(model, torch.full((8,), 0.3))
+    exact = model.marginals(*query, tolerance=1e-11)
+    coarse = model.marginals(*query, tolerance=1e-3)
+    assert coarse.converged.all() and coarse.residual.max() <= 1e-3 and coarse.probabilities.dtype == D
+    assert (coarse.probabilities - exact.probabilities).abs().max() < 1e-3
+    assert coarse.products < exact.products
+
+
+class Operators(TorchDispatchMode):
+    """Counts what is dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.made += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_batch_of_queries_takes_few_operators() -> None:
+    """In small models they are what takes the time: 1,100 of conjugate gradients and of exact steps."""
+    model = stiff([4] * 96)
+    query = queries(model, torch.full((32,), 0.4))
+    with torch.no_grad():
+        phi = model.operator.prepare()
+        problem = model.problem(phi, query)
+        with Operators() as count:
+            assert solve(problem, phi, tolerance=1e-3).converged.all()
+    assert count.made < 300
