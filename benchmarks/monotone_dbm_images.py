@@ -190,7 +190,7 @@ def ask_rbms(path: Path, x: Tensor, mask: Tensor, sweeps: int = 0) -> Answer:
     given = torch.nn.functional.one_hot((3 * x).round().long(), 4).float()
     shown = mask[:, :, None]
     start = b.softmax(1).expand(len(x), -1, -1)
-    v, total = torch.cat([torch.where(shown, given, start[:, :784]), start[:, 784:]], 1), 0.0
+    v, total = torch.cat([torch.where(shown, given, start[:, :784]), start[:, 784:]], 1), torch.zeros_like(start)
     for number in range(sweeps or 50):
         h = torch.sigmoid(v.flatten(1) @ flat + c)
         if sweeps:

@@ -220,7 +220,7 @@ class ConvOperator(ScaledOperator):
             eye = torch.diag(root)
             rows = self._rows(self._split(eye), weights)
             a = torch.cat([row.flatten(1) for row in rows], 1)  # (N, outputs): A^ transposed
-            return of_matrix(hollow(-(a @ a.T), self.groups))
+            return of_matrix(hollow(-(a @ a.T), self.groups), monotone=self.monotone)
 
         def apply(x: Tensor) -> Tensor:
             z = [root * part for root, part in zip(roots, self._split(x), strict=True)]
@@ -228,7 +228,7 @@ class ConvOperator(ScaledOperator):
             own = [self._own(tile, part, j) for j, (tile, part) in enumerate(zip(tiles, z, strict=True))]
             return self._join([root * (d - o) for root, d, o in zip(roots, own, out, strict=True)])
 
-        return PairwiseMap(apply, None)
+        return PairwiseMap(apply, None, monotone=self.monotone)
 
     def _rows(self, z: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
         """A z, one image a row."""

@@ -102,8 +102,8 @@ class Groups(nn.Module):
 
     def covariance(self, q: Tensor, v: Tensor) -> Tensor:
         """``(diag(q) - q q') v`` of each group; zero where q is one-hot."""
-        weighted = q * v
-        return weighted - q * self.spread(self.totals(weighted))
+        pairs = zip(self.parts(q), self.parts(v), strict=True)
+        return self.join([p * (u - (p * u).sum(-1, keepdim=True)) for p, u in pairs])
 
     def spread(self, per_group: Tensor) -> Tensor:
         """``(..., G)`` repeated for the states of each group, ``(..., N)``."""

@@ -3,9 +3,9 @@
 All solvers stop on the same residual, the largest ``|softmax(Phi q + b) - q|`` over the groups that are not observed,
 count their products with Phi, and say of each query whether it converged:
 
-* ``newton``: the default, the fastest that there is for Phi. Where Phi is diagonal blocks minus a low rank, Newton in
-  the few numbers ``A q`` with one curvature for the whole batch (see ``dual``), and what that leaves over by
-  ``newton_direct``; else ``newton_cg``. Mirror descent is for what Newton leaves over.
+* ``newton``: the default, the fastest that there is for Phi and so many queries. Newton with one curvature for the
+  whole batch (see ``batch_newton``) where that pays, and what that leaves over by ``newton_direct`` where Phi is
+  diagonal blocks minus a low rank, else by ``newton_cg``. Mirror descent is for what Newton leaves over.
 * ``newton_direct``: Newton on the logits, each system solved exactly by the low rank of Phi (see ``low_rank``): the
   fewest products, and a system of the rank's size for each query and step.
 * ``newton_cg``: the same by conjugate gradients, for any Phi.
@@ -35,7 +35,7 @@ from torch import Tensor
 
 from inference.fixed_point import FixedPoint, fixed_point
 from inference.newton_cg import metric_cg, newton_cg
-from ppl_models.monotone_dbm.dual import solve_dual
+from ppl_models.monotone_dbm.batch_newton import pays, solve_batch
 from ppl_models.monotone_dbm.groups import Groups
 from ppl_models.monotone_dbm.operators import PairwiseMap
 from ppl_models.monotone_dbm.prox import prox_softmax
@@ -140,7 +140,7 @@ def solve(
         solver: one of the above.
         initial: first probabilities ``(B, N)`` of the free groups; one step from uniform by default.
         tolerance: on the residual; by default 1e-10 in float64 and 2e-5 in float32.
-        max_iterations: 50 Newton steps (16 in ``A q`` before them), 2,000 sweeps or updates by default.
+        max_iterations: 50 Newton steps (16 with one curvature before them), 2,000 sweeps or updates by default.
         step_size: a of the damped updates; by default the largest that is safe.
         anderson: accelerate the update.
         colours: groups that may be updated at once, for ``coordinate``.
@@ -162,11 +162,10 @@ def solve(
     tiny = torch.finfo(problem.bias.dtype).tiny
     direct = None if low_rank is None or solver not in ("newton", "newton_direct") else low_rank.direction
     found = None
-    if solver == "newton" and thin and limit and len(problem.clamped):
-        assert low_rank is not None
-        found = solve_dual(
-            low_rank,
-            *(problem.bias, problem.clamped, problem.free),
+    if solver == "newton" and limit and pays(phi, len(problem.clamped)):
+        found = solve_batch(
+            phi,
+            *(problem.groups, problem.bias, problem.clamped, problem.free),
             tolerance=tolerance,
             initial=initial,
             max_iterations=max_iterations,

@@ -62,22 +62,24 @@ class PairwiseMap(NamedTuple):
         apply: ``(B, N) -> (B, N)``, differentiable in the parameters.
         matrix: Phi ``(N, N)``, or None where it would be too large.
         low_rank: Phi as diagonal blocks minus a low rank, without its graph, where that makes Newton steps cheap.
+        monotone: whether mean field is known to have one fixed point.
     """
 
     apply: Callable[[Tensor], Tensor]
     matrix: Tensor | None
     low_rank: LowRank | None = None
+    monotone: bool = False
 
     def detach(self) -> "PairwiseMap":
         """The same numbers without their graph."""
         if self.matrix is None:
-            return PairwiseMap(_without_grad(self.apply), None, self.low_rank)
-        return of_matrix(self.matrix.detach(), self.low_rank)
+            return self._replace(apply=_without_grad(self.apply))
+        return of_matrix(self.matrix.detach(), self.low_rank, self.monotone)
 
 
-def of_matrix(phi: Tensor, low_rank: LowRank | None = None) -> PairwiseMap:
+def of_matrix(phi: Tensor, low_rank: LowRank | None = None, monotone: bool = False) -> PairwiseMap:
     """Products with a symmetric matrix."""
-    return PairwiseMap(lambda x: x @ phi, phi, low_rank)
+    return PairwiseMap(lambda x: x @ phi, phi, low_rank, monotone)
 
 
 def _without_grad(apply: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -223,8 +225,8 @@ class DenseOperator(ScaledOperator):
         a = self.scaled_weight()
         low_rank = LowRank(self.groups, a) if self.monotone and LowRank.cheap(self.groups, len(a)) else None
         if low_rank is not None and self.groups.num_states > _DENSE_LIMIT:
-            return PairwiseMap(LowRank(self.groups, a, graph=True).apply, None, low_rank)
-        return of_matrix(hollow(-(a.T @ a), self.groups), low_rank)
+            return PairwiseMap(LowRank(self.groups, a, graph=True).apply, None, low_rank, True)
+        return of_matrix(hollow(-(a.T @ a), self.groups), low_rank, self.monotone)
 
 
 class FreeOperator(PairwiseOperator):

@@ -15,6 +15,8 @@ from inference.fixed_point import cheap_to_read
 from inference.newton_cg import newton_cg
 from inference.results.brief import brief
 from inference.results.export import to_arviz
+from ppl_models.monotone_dbm.batch_newton import fits, solve_batch
+from ppl_models.monotone_dbm.mean_field import solve
 from ppl_models.monotone_dbm.operators import ScaledOperator
 from ppl_models.monotone_dbm.pairwise import PairwiseModel, Query
 
@@ -22,7 +24,9 @@ __all__ = ["DBMFit", "conditional_of", "slow_temperatures", "to_query"]
 
 _LOOSE, _TIGHT = 3e-2, 3e-3  # residual that is asked of the solver at the start of a fit, and at its end
 _ADJOINT = 1e-2  # relative residual of the gradient's linear system; the minibatch's noise is far above it
-_STEPS, _INNER = 6, 12  # Newton steps and products in each where the device is not waited for
+_UPDATES = 10  # where the device is not waited for
+_STEPS, _INNER = 6, 12  # the same of Newton's method, and products in each step
+_BACK = 16  # products for the gradient there; 9 to 12 reach _ADJOINT
 
 
 @brief
@@ -68,14 +72,17 @@ def mean_field_logits(model: PairwiseModel, query: Query, progress: Tensor) -> T
     cases = query if model.summed is None else model.all_cases(query)
     problem = model.problem(phi.detach(), cases)
     waits = cheap_to_read(progress)
-    tolerance = _LOOSE * (_TIGHT / _LOOSE) ** float(progress) if waits else None
-    steps, inner = (20, 200) if waits else (_STEPS, _INNER)
     with torch.no_grad():
-        direction = None if phi.low_rank is None else phi.low_rank.direction
-        start = problem.first_logits() if direction is None else problem.bias.expand_as(problem.clamped).clone()
-        options: dict[str, Any] = {"max_iterations": steps, "max_inner": inner, "direction": direction}
-        found = newton_cg(problem, start, tolerance=tolerance, **options)
-    logits = model.attach(phi, problem, found, tolerance=_ADJOINT, wait=waits, max_iterations=2 * inner)
+        if waits:
+            tolerance = _LOOSE * (_TIGHT / _LOOSE) ** float(progress)
+            found = solve(problem, phi.detach(), tolerance=tolerance)
+        elif fits(phi):
+            parts = (model.groups, problem.bias, problem.clamped, problem.free)
+            found = solve_batch(phi.detach(), *parts, tolerance=None, max_iterations=_UPDATES)
+        else:
+            start = problem.first_logits()
+            found = newton_cg(problem, start, tolerance=None, max_iterations=_STEPS, max_inner=_INNER)
+    logits = model.attach(phi, problem, found, tolerance=_ADJOINT, wait=waits, max_iterations=400 if waits else _BACK)
     if cases is query:
         return model.tempered(logits)
     return model.mixed(query, logits, model.energies(phi, problem, logits))

@@ -1,4 +1,4 @@
-"""Newton in ``A q`` with one curvature for the batch: the default where Phi is diagonal blocks minus a low rank."""
+"""Newton with one curvature for the batch, in its two forms: Phi a matrix, and Phi diagonal blocks minus a low rank."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppl_models import MonotoneDBM
-from ppl_models.monotone_dbm import dual
+from ppl_models.monotone_dbm import batch_newton
 from ppl_models.monotone_dbm.mean_field import solve
 from ppl_models.monotone_dbm.pairwise import Query
 from tests.ppl_models.dbm_cases import D
@@ -60,7 +60,7 @@ def test_one_curvature_serves_queries_that_see_little_and_much() -> None:
         phi = model.operator.prepare()
         problem = model.problem(phi, query)
         assert phi.low_rank is not None
-        found = dual.solve_dual(phi.low_rank, problem.bias, problem.clamped, problem.free, tolerance=1e-6)
+        found = batch_newton.solve_batch(phi, model.groups, problem.bias, problem.clamped, problem.free, tolerance=1e-6)
     assert found.converged.all() and found.evaluations <= 12
 
 
@@ -68,7 +68,7 @@ def test_what_it_leaves_over_is_left_to_newton(monkeypatch: pytest.MonkeyPatch) 
     model = stiff([4] * 60)
     query = queries(model, torch.tensor([0.0, 0.5, 0.9]))
     whole = model.marginals(*query)
-    monkeypatch.setattr(dual, "_MOST", 2)
+    monkeypatch.setattr(batch_newton, "_MOST", 2)
     short = model.marginals(*query)
     assert short.converged.all() and (short.iterations > 2).all()
     torch.testing.assert_close(short.probabilities, whole.probabilities, rtol=0, atol=1e-8)
