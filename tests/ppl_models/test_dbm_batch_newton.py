@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ppl_models import MonotoneDBM
-from ppl_models.monotone_dbm import batch_newton
+from ppl_models import ConvMonotoneDBM, MonotoneDBM
+from ppl_models.monotone_dbm import DeepBoltzmannMachine, batch_newton, training
 from ppl_models.monotone_dbm.mean_field import solve
 from ppl_models.monotone_dbm.pairwise import Query
 from tests.ppl_models.dbm_cases import D
@@ -109,3 +109,61 @@ def test_a_batch_of_queries_takes_few_operators() -> None:
         with Operators() as count:
             assert solve(problem, phi, tolerance=1e-3).converged.all()
     assert count.made < 300
+
+
+def full(curvature: int | str = 2) -> MonotoneDBM:
+    """A trained-like Phi of full rank, of which a matrix is made."""
+    model = MonotoneDBM([4] * 20 + [3] * 10, rank=110, monotonicity=0.01, curvature=curvature).double()
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        model.operator.weight.add_(0.3 * torch.randn(110, 110, generator=noise, dtype=D))  # type: ignore[operator]
+        model.operator.weight[:4] += 0.6 * torch.randn(4, 110, generator=noise, dtype=D)  # type: ignore[index]
+        model.bias.copy_(torch.randn(110, generator=noise, dtype=D))
+    return model
+
+
+@pytest.mark.parametrize("curvature", [1, 2, "pinsker"])
+def test_it_solves_with_a_matrix(curvature: int | str) -> None:
+    model = full(curvature)
+    query = queries(model, torch.linspace(0.2, 0.6, 48))
+    assert batch_newton.pays(model.operator.prepare(), 48) and not batch_newton.pays(model.operator.prepare(), 2)
+    found, truth = (model.marginals(*query, solver=s, tolerance=1e-9) for s in ("newton", "newton_cg"))
+    assert found.converged.all()
+    torch.testing.assert_close(found.probabilities, truth.probabilities, rtol=0, atol=1e-7)
+    found, truth = (model.marginals(*query, solver=s, tolerance=1e-4) for s in ("newton", "newton_cg"))
+    assert found.converged.all() and 1.5 * found.products < truth.products
+
+
+def test_a_machine_without_a_bound_is_left_to_descent() -> None:
+    """Its curvature may be indefinite, and a step without descent may end at a saddle."""
+    phi = torch.tensor([[0.0, 3.0], [3.0, 0.0]], dtype=D).kron(torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=D))
+    machine = DeepBoltzmannMachine.from_potentials(phi, torch.zeros(4, dtype=D), [2, 2])
+    assert not batch_newton.fits(machine.operator.prepare())
+    monotone = full()
+    assert batch_newton.fits(monotone.operator.prepare())
+
+
+def test_a_training_step_that_never_waits_takes_few_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """5,200 of Newton's method with conjugate gradients; its loss and gradient are those of an exact solve."""
+    net = ConvMonotoneDBM((1, 4, 4), 4, 3)
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        net.operator.weight.add_(0.3 * torch.randn(net.operator.weight.shape, generator=noise))  # type: ignore[operator, union-attr, arg-type]
+        net.bias.copy_(torch.randn(len(net.bias), generator=noise))
+    query = net.image_query(torch.rand(24, 1, 4, 4, generator=noise), torch.rand(24, 4, 4, generator=noise) < 0.4)
+
+    def learned() -> tuple[Tensor, Tensor]:
+        net.zero_grad()
+        logits = training.mean_field_logits(net, query, torch.tensor(1.0))
+        (logits[:, :64].log_softmax(1)[:, 3].mean() + logits[:, -3:].log_softmax(1)[:, 1].mean()).backward()
+        return logits.detach(), net.operator.weight.grad.clone()  # type: ignore[union-attr, operator]
+
+    monkeypatch.setattr(training, "_TIGHT", 1e-6)
+    monkeypatch.setattr(training, "_ADJOINT", 1e-5)
+    exact = learned()
+    monkeypatch.setattr(training, "cheap_to_read", lambda value: False)
+    with Operators() as count:
+        found = learned()
+    assert count.made < 1800
+    torch.testing.assert_close(found[0], exact[0], rtol=0, atol=1e-3)
+    assert (found[1] - exact[1]).norm() < 0.01 * exact[1].norm()
