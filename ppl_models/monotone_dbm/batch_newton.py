@@ -221,7 +221,7 @@ class _LowRankRun(_Run):
         return [torch.baddbmm(*of) for of in zip(self.parts(c), blocks, q, strict=True)]
 
     def update(self) -> Tensor:
-        for _ in range(_ROUNDS):
+        for _ in range(_ROUNDS if self.products else 1):  # the first y is too far off for more
             self.q = _softmax(self._inside(self.c, self.q, self.own))
         left = self.factor @ _flat(self.q) - self.y
         self.products += 1
