@@ -161,7 +161,11 @@ def solve(
     limit = max_iterations if max_iterations is not None else _MOST.get(solver, 2000)
     tiny = torch.finfo(problem.bias.dtype).tiny
     direct = None if low_rank is None or solver not in ("newton", "newton_direct") else low_rank.direction
-    found = None
+
+    def descend(some: MeanFieldProblem, logits: Tensor) -> FixedPoint:
+        """With guaranteed steps, where Newton ends for rounding or a limit."""
+        return _iterate(some, phi, "mirror", logits, tolerance, 2000, None, False, None, None)
+
     if solver == "newton" and limit and pays(phi, len(problem.clamped)):
         found = solve_batch(
             phi,
@@ -172,6 +176,11 @@ def solve(
             callback=callback,
         )
         counter.made = found.evaluations
+        if max_iterations is None:
+            options: dict[str, Any] = {"tolerance": tolerance, "direction": direct}
+            found = _on_the_rest(found, tolerance, problem, lambda some, at: newton_cg(some, at, **options))
+            found = _on_the_rest(found, tolerance, problem, descend)
+        return found._replace(evaluations=counter.made)
     if initial is not None:
         logits = initial.clamp_min(tiny).log()
     elif direct is not None:  # whose first step is worth more than a product with uniform probabilities
@@ -179,15 +188,10 @@ def solve(
     else:
         logits = problem.first_logits()
     if solver in _NEWTON:
-        options: dict[str, Any] = {"tolerance": tolerance, "callback": callback, "direction": direct}
-        if found is None:
-            found = newton_cg(problem, logits, max_iterations=limit, **options)
-        elif max_iterations is None and not bool(found.converged.all()):
-            found = _on_the_rest(found, tolerance, problem, lambda some, at: newton_cg(some, at, **options))
-        # On rows that Newton leaves over, for rounding or a limit, descend with guaranteed steps.
-        if max_iterations is None and not bool(found.converged.all()):
-            mirror = (tolerance, 2000, None, False, None, None)
-            found = _on_the_rest(found, tolerance, problem, lambda some, at: _iterate(some, phi, "mirror", at, *mirror))
+        options = {"tolerance": tolerance, "max_iterations": limit, "callback": callback, "direction": direct}
+        found = newton_cg(problem, logits, **options)
+        if max_iterations is None:
+            found = _on_the_rest(found, tolerance, problem, descend)
     elif solver == "coordinate":
         found = _coordinate(problem, logits, tolerance, limit, colours, callback)
     else:
@@ -202,6 +206,8 @@ def _on_the_rest(
     solver: Callable[[MeanFieldProblem, Tensor], FixedPoint],
 ) -> FixedPoint:
     """What was found, and better by another solver where it has not converged."""
+    if bool(found.converged.all()):
+        return found
     rows = (~found.converged).nonzero()[:, 0]
     more = solver(problem.rows(rows), found.value[rows])
     better = more.residual < found.residual[rows]
