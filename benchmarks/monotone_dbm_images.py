@@ -36,7 +36,7 @@ Answer = tuple[Tensor | None, Tensor | None]  # pixels (n, 784), labels (n,)
 _SHARES = (0.2, 0.4, 0.6)
 _BATCH = 64
 _RBMS_CHOICES = ((0.05, 1), (0.2, 1), (0.5, 1), (0.2, 5))  # rate of rbms's normalised gradient, sweeps a step
-_RBMS = (0.2, 1)
+_RBMS = (0.5, 1)
 
 
 class Data(NamedTuple):
