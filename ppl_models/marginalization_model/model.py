@@ -135,7 +135,8 @@ class MarginalizationModel(Training):
             patience: validations in a row without improvement after which a stage ends, with its best parameters;
                 None runs to the end.
             checkpoint: file to resume from; the second stage's stands beside it.
-            progress: progress bar, or a function that receives its fields.
+            progress: a progress bar for each stage and for the draws between them, or a function that receives its
+                fields, of which ``description`` names the stage: ``"conditionals"``, ``"draws"``, ``"marginals"``.
 
         Returns:
             Histories, and one pass compared with the chain rule on held-out rows.  A ``KeyboardInterrupt`` ends the fit
@@ -186,29 +187,37 @@ class MarginalizationModel(Training):
             joint: nn.Module = self._penalised(
                 likelihood, consistency, penalty, rows if own is None else own, settings["batch"], seed
             )
+            settings["description"] = "both networks"
             history, second = self._train(joint, data, held, num_steps, seed, path, **settings), None
             return self._result(history, second, *judged, seed)
-        history = self._train(likelihood, data, held, num_steps, seed, path, **settings)
+        history = self._train(likelihood, data, held, num_steps, seed, path, description="conditionals", **settings)
         if history.interrupted:
             return self._result(history, None, *judged, seed)
         steps = -(-num_steps // 2) if marginal_steps is None else check_count("marginal_steps", marginal_steps)
-        pool, pool_c, paths = self._pool(values, c, rows if own is None else own, num_rows, seed, loss == "path")
-        if own is None and rows in ("model", "mixture"):  # the model's own law, without the accidents of the data
+        with_paths = loss == "path"
+        few = None if held_out is None or not with_paths else held_out[:num_rows]
+        drawn = own is None and rows in ("model", "mixture")
+        passes = self.num_variables * (num_rows * (drawn + with_paths) + (0 if few is None else len(few)))
+        with self._reported("draws", passes, progress):
+            pool, pool_c, paths = self._pool(values, c, rows if own is None else own, num_rows, seed, with_paths)
+            held = present(held_out, held_c)
+            if few is not None:
+                few_c = None if held_c is None else held_c[:num_rows]
+                held = present(few, *self._paths(few, few_c, seed), few_c)
+        if drawn:  # the model's own law, without the accidents of the data
             self.marginals.base.learn(pool, generator=generator(seed, "classes", device=pool.device))
         stage: nn.Module = self._consistency(kind, depth, children, False)
         if paths:
             products = None if self.context_features else pair_products(self.conditionals, self.cardinalities)
             pairs = None if products is None else PairMarginals(products, self.cardinalities)
             stage = PathConsistency(self.marginals, pairs=pairs)
-        held = present(held_out, held_c)
-        if held_out is not None and paths:
-            few = held_out[:num_rows]
-            held = present(few, *self._paths(few, None if held_c is None else held_c[:num_rows], seed), held_c)
         second_path = None if path is None else path.with_name(path.name + ".marginals")
         settings["batch"] = min(size, len(pool))
         if patience is None:
             settings["average_last"] = _AVERAGED
-        second = self._train(stage, present(pool, *paths, pool_c), held, steps, seed, second_path, **settings)
+        second = self._train(
+            stage, present(pool, *paths, pool_c), held, steps, seed, second_path, description="marginals", **settings
+        )
         return self._result(history, second, *judged, seed)
 
     @staticmethod

@@ -1,6 +1,7 @@
 """How a marginalization model is trained: rows and orders of stage two, the shared loop, the check at the end."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from inference.fit import FitResult, fit
 from inference.objectives.masked_completion import MaskedCompletion
 from inference.objectives.persistent_chains import PersistentChains, uniform_values
 from inference.objectives.self_consistency import Penalised, SelfConsistency
+from inference.runtime import distributed
 from inference.runtime.generators import generator
+from inference.runtime.progress import Progress as Bar
 from ppl_models.marginalization_model.evaluation import compare
 from ppl_models.marginalization_model.queries import Queries
 from ppl_models.marginalization_model.results import MarginalizationResult
@@ -114,6 +117,23 @@ class Training(Queries):
         # The order of the chain rule is a fresh one: along the order that a row was drawn in, its probability is high.
         return chosen, c, self._paths(chosen, c, seed) if with_paths else ()
 
+    @contextmanager
+    def _reported(self, description: str, passes: int, progress: Progress) -> Iterator[None]:
+        """A progress bar over so many rows' passes of the conditionals."""
+        done = 0
+        with Bar(passes, description, progress if passes and distributed.is_main() else False) as bar:
+
+            def count(module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
+                nonlocal done
+                done = min(passes, done + len(outputs))
+                bar.update(done)
+
+            hook = self.conditionals.register_forward_hook(count)
+            try:
+                yield
+            finally:
+                hook.remove()
+
     @torch.no_grad()
     def _paths(self, values: Tensor, context: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:
         ranks = random_ranks(values, generator(seed, "paths", device=values.device))
@@ -134,6 +154,7 @@ class Training(Queries):
         weight_decay: float,
         patience: int | None,
         progress: Progress,
+        description: str = "fit",
         average_last: float = 0.0,
     ) -> FitResult:
         """One stage: the parameters that are best on held-out rows, or averaged over a share of the last updates."""
@@ -158,6 +179,7 @@ class Training(Queries):
                 checkpoint=checkpoint,
                 checkpoint_every=_SAVE_EVERY,
                 progress=progress,
+                description=description,
             )
         finally:
             self.eval()

@@ -137,6 +137,28 @@ def test_a_fit_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path, from_en
     assert same(parameters(fresh), parameters(whole))
 
 
+@pytest.mark.parametrize(
+    ("options", "stages"),
+    [
+        ({}, ["conditionals", "draws", "marginals"]),
+        ({"rows": "data", "loss": "pair"}, ["conditionals", "marginals"]),
+        ({"method": "joint"}, ["both networks"]),
+    ],
+)
+def test_each_stage_of_a_fit_says_what_it_is(options: dict[str, Any], stages: list[str]) -> None:
+    """The rows that are drawn between two stages take as long as a stage, and are counted too."""
+    seen: list[dict[str, Any]] = []
+    mam = MarginalizationModel([2] * 9, **SMALL)
+    mam.fit(X, X[:7], **QUICK | options | {"progress": seen.append})
+    names = [fields["description"] for fields in seen]
+    assert list(dict.fromkeys(names)) == stages
+    assert all(b == a or b not in names[:i] for i, (a, b) in enumerate(zip(names, names[1:], strict=False), 1))
+    draws = [fields for fields in seen if fields["description"] == "draws"]
+    for fields in draws[-1:]:  # 30 rows drawn and scored, 7 scored, each in 9 passes
+        assert fields["total"] == 9 * (30 + 30 + 7) and 0.9 <= fields["step"] / fields["total"] <= 1
+    assert not mam.conditionals._forward_hooks
+
+
 def test_results_are_read_by_arviz() -> None:
     mam = MarginalizationModel([2] * 9, **SMALL)
     idata = mam.fit(X, X[:10], **QUICK).to_arviz(num_samples=7)
