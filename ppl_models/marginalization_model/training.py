@@ -14,8 +14,9 @@ from inference.fit import FitResult, fit
 from inference.objectives.masked_completion import MaskedCompletion
 from inference.objectives.persistent_chains import PersistentChains, uniform_values
 from inference.objectives.self_consistency import Penalised, SelfConsistency
+from inference.objectives.small_sets import SingleConditions, pair_frequencies
 from inference.runtime import distributed
-from inference.runtime.generators import generator
+from inference.runtime.generators import derive_seed, generator
 from inference.runtime.progress import Progress as Bar
 from ppl_models.marginalization_model.evaluation import compare
 from ppl_models.marginalization_model.queries import Queries
@@ -57,6 +58,32 @@ class Training(Queries):
         self.marginals.kind = kind
         self._target = target
         self.marginals.freeze_trunk = True
+
+    def _likelihood(self, values: Tensor) -> MaskedCompletion:
+        frequencies = None if self.context_features else pair_frequencies(values, self.cardinalities)
+        singles = None if frequencies is None else SingleConditions(frequencies, values, self.cardinalities)
+        return MaskedCompletion(self.conditionals, singles)
+
+    def _refit(
+        self,
+        values: Tensor,
+        context: Tensor | None,
+        count: int,
+        held_out: tuple[Tensor, ...],
+        num_steps: int,
+        seed: int,
+        checkpoint: Path | None,
+        **settings: Any,
+    ) -> FitResult:
+        """Fit the conditionals once more, to their own draws along random orders.
+
+        Such draws come from one law, the mixture over orders, whose conditionals agree.
+        """
+        with self._reported("draws", count * self.num_variables, settings["progress"]):
+            rows, c, _ = self._pool(values, context, "model", count, derive_seed(seed, "refit"), False)
+        settings["batch"] = min(settings["batch"], count)
+        settings |= {"description": "conditionals of draws", "dropout": False}
+        return self._train(self._likelihood(rows), present(rows, c), held_out, num_steps, seed, checkpoint, **settings)
 
     def _consistency(self, loss: str, depth: str, children: int, learn: bool) -> SelfConsistency:
         self.marginals.freeze_trunk = not learn
@@ -156,11 +183,12 @@ class Training(Queries):
         progress: Progress,
         description: str = "fit",
         average_last: float = 0.0,
+        dropout: bool = True,
     ) -> FitResult:
         """One stage: the parameters that are best on held-out rows, or averaged over a share of the last updates."""
         keep_best = bool(held_out) and not average_last
         objective.train()
-        if self.marginals.kind != "data":  # an energy has no rows to learn by heart
+        if self.marginals.kind != "data" or not dropout:  # an energy has no rows to learn by heart
             for module in objective.modules():
                 if isinstance(module, nn.Dropout | nn.MultiheadAttention):
                     module.eval()
@@ -189,8 +217,14 @@ class Training(Queries):
         return max(8, min(_CHECK_ROWS, _CHECK_VARIABLES // self.num_variables))
 
     def _result(
-        self, first: FitResult, second: FitResult | None, values: Tensor, context: Tensor | None, seed: int
+        self,
+        first: FitResult,
+        second: FitResult | None,
+        values: Tensor,
+        context: Tensor | None,
+        seed: int,
+        refit: FitResult | None = None,
     ) -> MarginalizationResult:
         count = self._check_count()
         check = compare(self, values[:count], None if context is None else context[:count], CHECK_ORDERS, seed)
-        return MarginalizationResult(self, first, second, check)
+        return MarginalizationResult(self, first, second, check, refit=refit)

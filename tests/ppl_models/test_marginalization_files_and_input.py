@@ -114,21 +114,24 @@ def test_hostile_and_damaged_files_are_refused(tmp_path: Path) -> None:
         MarginalizationModel.load(tmp_path / "odd")
 
 
-@pytest.mark.parametrize("from_energy", [False, True])
-def test_a_fit_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path, from_energy: bool) -> None:
+@pytest.mark.parametrize("stage", ["fit", "conditionals", "conditionals of draws", "marginals"])
+def test_a_fit_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path, stage: str) -> None:
+    """Stopped at a stage's first report."""
+    from_energy = stage == "fit"
+
     def run(model: MarginalizationModel, path: Path | None, watch: Any) -> None:
         options = {**(ENERGY if from_energy else QUICK), "num_steps": 40, "progress": watch, "checkpoint": path}
         if from_energy:
             model.fit_energy(LATTICE.log_density, **options)
         else:
-            model.fit(X, **options)
+            model.fit(X, refit_rows=50, **options)
 
     def stop(fields: dict[str, Any]) -> None:
-        calls.append(fields)
-        if len(calls) == 1:
+        if fields["description"] == stage and not stopped:
+            stopped.append(stage)
             raise KeyboardInterrupt
 
-    calls: list[dict[str, Any]] = []
+    stopped: list[str] = []
     whole, parts = (MarginalizationModel([2] * 9, **SMALL) for _ in range(2))
     run(whole, None, False)
     run(parts, tmp_path / "c", stop)
@@ -142,6 +145,7 @@ def test_a_fit_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path, from_en
     ("options", "stages"),
     [
         ({}, ["conditionals", "draws", "marginals"]),
+        ({"refit_rows": 40}, ["conditionals", "draws", "conditionals of draws", "draws", "marginals"]),
         ({"rows": "data", "loss": "pair"}, ["conditionals", "marginals"]),
         ({"method": "joint"}, ["both networks"]),
     ],
@@ -244,6 +248,8 @@ def test_bad_models(arguments: dict[str, Any], error: type[Exception], message: 
         (X, {"valid": X[:, :3]}, ValueError, "valid"),
         (X, {"batch_size": 61}, ValueError, "batch_size"),
         (X, {"num_steps": 0}, ValueError, "num_steps"),
+        (X, {"refit_rows": -1}, ValueError, "refit_rows"),
+        (X, {"refit_rows": 9, "method": "joint"}, ValueError, "refit_rows"),
         (X, {"method": "three"}, ValueError, "method"),
         (X, {"loss": "l1"}, ValueError, "loss"),
         (X, {"rows": "test"}, ValueError, "rows"),
