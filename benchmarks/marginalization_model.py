@@ -129,7 +129,7 @@ def data_task(options: argparse.Namespace, device: torch.device) -> None:
     if options.quick:
         train, valid, test = train[:1000], valid[:100], test[:100]
     if name in ("moses", "text"):
-        valid, test = valid[:1000], test[:500]
+        valid, test = valid[:500], test[:500]
     train, valid, test = (part.to(device) for part in (train, valid, test))
     size = train.shape[1]
     mam = MarginalizationModel(
@@ -170,7 +170,11 @@ def data_task(options: argparse.Namespace, device: torch.device) -> None:
     emit(
         **common, what="training", seconds=wall, processor_seconds=cpu, best_step=best, network=network, dropout=dropout
     )
-    for what, rows in (("complete", test), ("half observed", half_observed(test))):
+    for what, rows in (
+        ("validation rows", valid),
+        ("complete", test),
+        ("half observed", half_observed(test)),
+    ):
         found = mam.evaluate(rows, seed=options.seed)
         scale = size * math.log(2)
         emit(**common, what=what, **found._asdict(), bits_per_variable=-found.ensemble / scale)
