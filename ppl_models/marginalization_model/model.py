@@ -126,9 +126,9 @@ class MarginalizationModel(Training):
             rows: where consistency is asked: ``"data"``, ``"model"`` (draws), ``"mixture"`` (rows of the data in which
                 a random share of the variables is drawn anew), ``"uniform"`` values, or rows of your own ``(M, D)``.
             num_rows: how many of them are made for the second stage.
-            refit_rows: after the first stage the conditionals are fitted once more, without dropout, to so many of
-                their own draws along random orders (0: they are not).  The draws come from one law, the mixture over
-                orders, so that afterwards orders agree better, and f with them.  For few rows of many variables.
+            refit_rows: after the first stage the conditionals are fitted once more, to so many of their own draws
+                along random orders (0: they are not).  The draws come from one law, the mixture over orders, so that
+                afterwards orders agree better, and f with them.  For few rows of many variables.
             loss: ``"path"``, where each row has an order along which the chain rule is known beforehand; or with fresh
                 orders ``"pair"`` (the paper's), ``"segment"``, ``"sum_rule"`` or ``"kl"``: see
                 ``inference.objectives.self_consistency``.  Joint fits take ``"pair"`` for ``"path"``.

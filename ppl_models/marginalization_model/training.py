@@ -82,7 +82,7 @@ class Training(Queries):
         with self._reported("draws", count * self.num_variables, settings["progress"]):
             rows, c, _ = self._pool(values, context, "model", count, derive_seed(seed, "refit"), False)
         settings["batch"] = min(settings["batch"], count)
-        settings |= {"description": "conditionals of draws", "dropout": False}
+        settings["description"] = "conditionals of draws"
         return self._train(self._likelihood(rows), present(rows, c), held_out, num_steps, seed, checkpoint, **settings)
 
     def _consistency(self, loss: str, depth: str, children: int, learn: bool) -> SelfConsistency:
@@ -183,12 +183,11 @@ class Training(Queries):
         progress: Progress,
         description: str = "fit",
         average_last: float = 0.0,
-        dropout: bool = True,
     ) -> FitResult:
         """One stage: the parameters that are best on held-out rows, or averaged over a share of the last updates."""
         keep_best = bool(held_out) and not average_last
         objective.train()
-        if self.marginals.kind != "data" or not dropout:  # an energy has no rows to learn by heart
+        if self.marginals.kind != "data":  # an energy has no rows to learn by heart
             for module in objective.modules():
                 if isinstance(module, nn.Dropout | nn.MultiheadAttention):
                     module.eval()
