@@ -83,6 +83,7 @@ def fit(
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 1000,
     progress: bool | Callable[[dict[str, Any]], None] = True,
+    description: str = "fit",
 ) -> FitResult:
     """Minimise ``objective(*batch)`` over ``objective.parameters()``, in place.
 
@@ -130,6 +131,7 @@ def fit(
         progress: True for a line on the terminal, False for none, or a function of a dictionary with ``step``,
             ``total``, ``loss`` (mean since the last call), ``learning_rate`` and, with held-out data,
             ``validation_loss``; called about twice a second.
+        description: what is fitted, for the progress bar.
 
     Returns:
         The histories. A ``KeyboardInterrupt`` ends the run early and returns what there is.
@@ -194,7 +196,7 @@ def fit(
         distributed.shard(size, "rows of a batch")  # refuses more ranks than rows
     if not distributed.is_main():
         progress = False
-    with isolated(objective, settings), Progress(total, "fit", progress) as bar:
+    with isolated(objective, settings), Progress(total, description, progress) as bar:
         loss_dtype = first_call(objective, train, settings)
         warn_unless_a_mean(objective, train, settings)
         made, schedule = _make_optimizer(objective, optimizer, rate, scheduler, bool(held_out))

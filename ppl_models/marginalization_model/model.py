@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from inference.any_order import ancestral, as_proposal, block_gibbs, chain_rule, random_ranks
 from inference.objectives.energy_consistency import EnergyConsistency
-from inference.objectives.masked_completion import MaskedCompletion
 from inference.objectives.persistent_chains import uniform_values
 from inference.objectives.reverse_kl import AutoregressiveKL, MarginalKL, MarginalRegression
 from inference.objectives.self_consistency import PathConsistency
-from inference.objectives.small_sets import PairMarginals, SingleConditions, pair_frequencies, pair_products
+from inference.objectives.small_sets import PairMarginals, pair_products
 from inference.results.evidence import LogPartition, from_weights, sandwich
 from inference.runtime.generators import derive_seed, generator
 from ppl_models.base import check_batch_size, check_count, check_counts
@@ -99,6 +98,7 @@ class MarginalizationModel(Training):
         weight_decay: float = 0.01,
         rows: str | Any = "mixture",
         num_rows: int = 16384,
+        refit_rows: int = 0,
         loss: str = "path",
         depth: str = "uniform",
         children: int = 1,
@@ -126,6 +126,9 @@ class MarginalizationModel(Training):
             rows: where consistency is asked: ``"data"``, ``"model"`` (draws), ``"mixture"`` (rows of the data in which
                 a random share of the variables is drawn anew), ``"uniform"`` values, or rows of your own ``(M, D)``.
             num_rows: how many of them are made for the second stage.
+            refit_rows: after the first stage the conditionals are fitted once more, to so many of their own draws
+                along random orders (0: they are not).  The draws come from one law, the mixture over orders, so that
+                afterwards orders agree better, and f with them.  For few rows of many variables.
             loss: ``"path"``, where each row has an order along which the chain rule is known beforehand; or with fresh
                 orders ``"pair"`` (the paper's), ``"segment"``, ``"sum_rule"`` or ``"kl"``: see
                 ``inference.objectives.self_consistency``.  Joint fits take ``"pair"`` for ``"path"``.
@@ -134,8 +137,10 @@ class MarginalizationModel(Training):
             penalty: weight of consistency in a joint fit.
             patience: validations in a row without improvement after which a stage ends, with its best parameters;
                 None runs to the end.
-            checkpoint: file to resume from; the second stage's stands beside it.
-            progress: progress bar, or a function that receives its fields.
+            checkpoint: file to resume from; those of the further stages stand beside it.
+            progress: a progress bar for each stage and for the draws between them, or a function that receives its
+                fields, of which ``description`` names the stage: ``"conditionals"``, ``"draws"``, ``"marginals"``
+                (of a refit, ``"conditionals of draws"``).
 
         Returns:
             Histories, and one pass compared with the chain rule on held-out rows.  A ``KeyboardInterrupt`` ends the fit
@@ -160,6 +165,9 @@ class MarginalizationModel(Training):
             held_c = self._check_context(valid_context, len(held_out), "valid_context")
         check_count("num_steps", num_steps)
         check_count("num_rows", num_rows, 2)
+        count = check_count("refit_rows", refit_rows, 0)
+        if count and method == "joint":
+            raise ValueError("refit_rows is of two-stage fits: a joint one has no stage to refit after")
         size = check_batch_size(batch_size, len(values), _BATCH) or len(values)
         own = None if isinstance(rows, str) else self._training_rows("rows", rows)
         if (own is not None or rows != "data") and self.context_features and method == "joint":
@@ -178,38 +186,48 @@ class MarginalizationModel(Training):
         data, held = present(kept, kept_c), present(held_out, held_c)
         held = tuple(part.repeat(-(-_MASKS // len(part)), 1) for part in held)
         settings["batch"] = min(size, len(kept))
-        frequencies = None if self.context_features else pair_frequencies(kept, self.cardinalities)
-        singles = None if frequencies is None else SingleConditions(frequencies, kept, self.cardinalities)
-        likelihood = MaskedCompletion(self.conditionals, singles)
+        likelihood = self._likelihood(kept)
         if method == "joint":
             consistency = self._consistency(kind, depth, children, True)
             joint: nn.Module = self._penalised(
                 likelihood, consistency, penalty, rows if own is None else own, settings["batch"], seed
             )
+            settings["description"] = "both networks"
             history, second = self._train(joint, data, held, num_steps, seed, path, **settings), None
             return self._result(history, second, *judged, seed)
-        history = self._train(likelihood, data, held, num_steps, seed, path, **settings)
-        if history.interrupted:
-            return self._result(history, None, *judged, seed)
+        history = self._train(likelihood, data, held, num_steps, seed, path, description="conditionals", **settings)
+        refit = None
+        if count and not history.interrupted:
+            again = None if path is None else path.with_name(path.name + ".refit")
+            refit = self._refit(values, c, count, held, num_steps, seed, again, **settings)
+        if (history if refit is None else refit).interrupted:
+            return self._result(history, None, *judged, seed, refit)
         steps = -(-num_steps // 2) if marginal_steps is None else check_count("marginal_steps", marginal_steps)
-        pool, pool_c, paths = self._pool(values, c, rows if own is None else own, num_rows, seed, loss == "path")
-        if own is None and rows in ("model", "mixture"):  # the model's own law, without the accidents of the data
+        with_paths = loss == "path"
+        few = None if held_out is None or not with_paths else held_out[:num_rows]
+        drawn = own is None and rows in ("model", "mixture")
+        passes = self.num_variables * (num_rows * (drawn + with_paths) + (0 if few is None else len(few)))
+        with self._reported("draws", passes, progress):
+            pool, pool_c, paths = self._pool(values, c, rows if own is None else own, num_rows, seed, with_paths)
+            held = present(held_out, held_c)
+            if few is not None:
+                few_c = None if held_c is None else held_c[:num_rows]
+                held = present(few, *self._paths(few, few_c, seed), few_c)
+        if drawn:  # the model's own law, without the accidents of the data
             self.marginals.base.learn(pool, generator=generator(seed, "classes", device=pool.device))
         stage: nn.Module = self._consistency(kind, depth, children, False)
         if paths:
             products = None if self.context_features else pair_products(self.conditionals, self.cardinalities)
             pairs = None if products is None else PairMarginals(products, self.cardinalities)
             stage = PathConsistency(self.marginals, pairs=pairs)
-        held = present(held_out, held_c)
-        if held_out is not None and paths:
-            few = held_out[:num_rows]
-            held = present(few, *self._paths(few, None if held_c is None else held_c[:num_rows], seed), held_c)
         second_path = None if path is None else path.with_name(path.name + ".marginals")
         settings["batch"] = min(size, len(pool))
         if patience is None:
             settings["average_last"] = _AVERAGED
-        second = self._train(stage, present(pool, *paths, pool_c), held, steps, seed, second_path, **settings)
-        return self._result(history, second, *judged, seed)
+        second = self._train(
+            stage, present(pool, *paths, pool_c), held, steps, seed, second_path, description="marginals", **settings
+        )
+        return self._result(history, second, *judged, seed, refit)
 
     @staticmethod
     def _split(

@@ -120,6 +120,7 @@ class MarginalizationResult:
         marginals: history of the stage that taught the marginals; None where there was one stage.
         check: one pass against the chain rule, on validation rows (training rows without them; draws, of an energy).
         restarts: chains that disagreed and were drawn anew (energy training).
+        refit: history of the conditionals' fit to their own draws, if there was one.
     """
 
     model: "Queries"
@@ -127,23 +128,26 @@ class MarginalizationResult:
     marginals: FitResult | None
     check: Evaluation | None
     restarts: int = 0
+    refit: FitResult | None = None
+
+    @property
+    def _stages(self) -> dict[str, FitResult]:
+        found = {"conditionals": self.conditionals, "refit": self.refit, "marginals": self.marginals}
+        return {name: stage for name, stage in found.items() if stage is not None}
 
     @property
     def losses(self) -> Tensor:
         """Training losses of all updates, in order."""
-        parts = [self.conditionals.losses] + ([] if self.marginals is None else [self.marginals.losses])
-        return torch.cat(parts)
+        return torch.cat([stage.losses for stage in self._stages.values()])
 
     @property
     def seconds(self) -> float:
         """Wall time of the updates."""
-        return self.conditionals.seconds + (0.0 if self.marginals is None else self.marginals.seconds)
+        return sum(stage.seconds for stage in self._stages.values())
 
     def summary(self) -> str:
         """How it went, and how far one pass may be trusted."""
-        lines = [f"conditionals: {self.conditionals.summary()}"]
-        if self.marginals is not None:
-            lines.append(f"marginals: {self.marginals.summary()}")
+        lines = [f"{name}: {stage.summary()}" for name, stage in self._stages.items()]
         return "\n".join([*lines, *([] if self.check is None else [self.check.summary()])])
 
     def to_arviz(self, num_samples: int = 1000, seed: int = 0) -> Any:

@@ -1,6 +1,7 @@
 """How a marginalization model is trained: rows and orders of stage two, the shared loop, the check at the end."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from inference.fit import FitResult, fit
 from inference.objectives.masked_completion import MaskedCompletion
 from inference.objectives.persistent_chains import PersistentChains, uniform_values
 from inference.objectives.self_consistency import Penalised, SelfConsistency
-from inference.runtime.generators import generator
+from inference.objectives.small_sets import SingleConditions, pair_frequencies
+from inference.runtime import distributed
+from inference.runtime.generators import derive_seed, generator
+from inference.runtime.progress import Progress as Bar
 from ppl_models.marginalization_model.evaluation import compare
 from ppl_models.marginalization_model.queries import Queries
 from ppl_models.marginalization_model.results import MarginalizationResult
@@ -54,6 +58,32 @@ class Training(Queries):
         self.marginals.kind = kind
         self._target = target
         self.marginals.freeze_trunk = True
+
+    def _likelihood(self, values: Tensor) -> MaskedCompletion:
+        frequencies = None if self.context_features else pair_frequencies(values, self.cardinalities)
+        singles = None if frequencies is None else SingleConditions(frequencies, values, self.cardinalities)
+        return MaskedCompletion(self.conditionals, singles)
+
+    def _refit(
+        self,
+        values: Tensor,
+        context: Tensor | None,
+        count: int,
+        held_out: tuple[Tensor, ...],
+        num_steps: int,
+        seed: int,
+        checkpoint: Path | None,
+        **settings: Any,
+    ) -> FitResult:
+        """Fit the conditionals once more, to their own draws along random orders.
+
+        Such draws come from one law, the mixture over orders, whose conditionals agree.
+        """
+        with self._reported("draws", count * self.num_variables, settings["progress"]):
+            rows, c, _ = self._pool(values, context, "model", count, derive_seed(seed, "refit"), False)
+        settings["batch"] = min(settings["batch"], count)
+        settings["description"] = "conditionals of draws"
+        return self._train(self._likelihood(rows), present(rows, c), held_out, num_steps, seed, checkpoint, **settings)
 
     def _consistency(self, loss: str, depth: str, children: int, learn: bool) -> SelfConsistency:
         self.marginals.freeze_trunk = not learn
@@ -114,6 +144,23 @@ class Training(Queries):
         # The order of the chain rule is a fresh one: along the order that a row was drawn in, its probability is high.
         return chosen, c, self._paths(chosen, c, seed) if with_paths else ()
 
+    @contextmanager
+    def _reported(self, description: str, passes: int, progress: Progress) -> Iterator[None]:
+        """A progress bar over so many rows' passes of the conditionals."""
+        done = 0
+        with Bar(passes, description, progress if passes and distributed.is_main() else False) as bar:
+
+            def count(module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
+                nonlocal done
+                done = min(passes, done + len(outputs))
+                bar.update(done)
+
+            hook = self.conditionals.register_forward_hook(count)
+            try:
+                yield
+            finally:
+                hook.remove()
+
     @torch.no_grad()
     def _paths(self, values: Tensor, context: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:
         ranks = random_ranks(values, generator(seed, "paths", device=values.device))
@@ -134,6 +181,7 @@ class Training(Queries):
         weight_decay: float,
         patience: int | None,
         progress: Progress,
+        description: str = "fit",
         average_last: float = 0.0,
     ) -> FitResult:
         """One stage: the parameters that are best on held-out rows, or averaged over a share of the last updates."""
@@ -158,6 +206,7 @@ class Training(Queries):
                 checkpoint=checkpoint,
                 checkpoint_every=_SAVE_EVERY,
                 progress=progress,
+                description=description,
             )
         finally:
             self.eval()
@@ -167,8 +216,14 @@ class Training(Queries):
         return max(8, min(_CHECK_ROWS, _CHECK_VARIABLES // self.num_variables))
 
     def _result(
-        self, first: FitResult, second: FitResult | None, values: Tensor, context: Tensor | None, seed: int
+        self,
+        first: FitResult,
+        second: FitResult | None,
+        values: Tensor,
+        context: Tensor | None,
+        seed: int,
+        refit: FitResult | None = None,
     ) -> MarginalizationResult:
         count = self._check_count()
         check = compare(self, values[:count], None if context is None else context[:count], CHECK_ORDERS, seed)
-        return MarginalizationResult(self, first, second, check)
+        return MarginalizationResult(self, first, second, check, refit=refit)

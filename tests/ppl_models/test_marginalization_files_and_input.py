@@ -1,5 +1,6 @@
 """Seeds, files, resumed fits, and every bad input with its error."""
 
+import itertools
 import math
 import pickle
 from collections.abc import Callable
@@ -113,21 +114,24 @@ def test_hostile_and_damaged_files_are_refused(tmp_path: Path) -> None:
         MarginalizationModel.load(tmp_path / "odd")
 
 
-@pytest.mark.parametrize("from_energy", [False, True])
-def test_a_fit_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path, from_energy: bool) -> None:
+@pytest.mark.parametrize("stage", ["fit", "conditionals", "conditionals of draws", "marginals"])
+def test_a_fit_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path, stage: str) -> None:
+    """Stopped at a stage's first report."""
+    from_energy = stage == "fit"
+
     def run(model: MarginalizationModel, path: Path | None, watch: Any) -> None:
         options = {**(ENERGY if from_energy else QUICK), "num_steps": 40, "progress": watch, "checkpoint": path}
         if from_energy:
             model.fit_energy(LATTICE.log_density, **options)
         else:
-            model.fit(X, **options)
+            model.fit(X, refit_rows=50, **options)
 
     def stop(fields: dict[str, Any]) -> None:
-        calls.append(fields)
-        if len(calls) == 1:
+        if fields["description"] == stage and not stopped:
+            stopped.append(stage)
             raise KeyboardInterrupt
 
-    calls: list[dict[str, Any]] = []
+    stopped: list[str] = []
     whole, parts = (MarginalizationModel([2] * 9, **SMALL) for _ in range(2))
     run(whole, None, False)
     run(parts, tmp_path / "c", stop)
@@ -135,6 +139,27 @@ def test_a_fit_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path, from_en
     fresh = MarginalizationModel([2] * 9, **SMALL)
     run(fresh, tmp_path / "c", False)
     assert same(parameters(fresh), parameters(whole))
+
+
+@pytest.mark.parametrize(
+    ("options", "stages"),
+    [
+        ({}, ["conditionals", "draws", "marginals"]),
+        ({"refit_rows": 40}, ["conditionals", "draws", "conditionals of draws", "draws", "marginals"]),
+        ({"rows": "data", "loss": "pair"}, ["conditionals", "marginals"]),
+        ({"method": "joint"}, ["both networks"]),
+    ],
+)
+def test_each_stage_of_a_fit_says_what_it_is(options: dict[str, Any], stages: list[str]) -> None:
+    """The rows that are drawn between two stages take as long as a stage, and are counted too."""
+    seen: list[dict[str, Any]] = []
+    mam = MarginalizationModel([2] * 9, **SMALL)
+    mam.fit(X, X[:7], **QUICK | options | {"progress": seen.append})
+    assert [stage for stage, _ in itertools.groupby(fields["description"] for fields in seen)] == stages
+    draws = [fields for fields in seen if fields["description"] == "draws"]
+    for fields in draws[-1:]:  # 30 rows drawn and scored, 7 scored, each in 9 passes
+        assert fields["total"] == 9 * (30 + 30 + 7) and 0.9 <= fields["step"] / fields["total"] <= 1
+    assert not mam.conditionals._forward_hooks
 
 
 def test_results_are_read_by_arviz() -> None:
@@ -223,6 +248,8 @@ def test_bad_models(arguments: dict[str, Any], error: type[Exception], message: 
         (X, {"valid": X[:, :3]}, ValueError, "valid"),
         (X, {"batch_size": 61}, ValueError, "batch_size"),
         (X, {"num_steps": 0}, ValueError, "num_steps"),
+        (X, {"refit_rows": -1}, ValueError, "refit_rows"),
+        (X, {"refit_rows": 9, "method": "joint"}, ValueError, "refit_rows"),
         (X, {"method": "three"}, ValueError, "method"),
         (X, {"loss": "l1"}, ValueError, "loss"),
         (X, {"rows": "test"}, ValueError, "rows"),

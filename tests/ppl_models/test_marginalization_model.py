@@ -135,6 +135,21 @@ def test_the_rows_of_the_second_stage_have_orders_of_their_own() -> None:
     assert (drawn - law).abs().max() < 0.012
 
 
+def test_orders_agree_after_a_refit_to_draws() -> None:
+    """60 rows leave the conditionals at odds with each other; their draws come from one law, which is no worse."""
+    spread, log_p, last = [], [], None
+    for count in (0, 4000):
+        mam = MarginalizationModel([2] * 8, hidden=64, depth=2, dropout=0.0)
+        options = QUICK | {"num_steps": 200, "marginal_steps": 1}
+        last = mam.fit(ROWS[:60], HELD_OUT, refit_rows=count, lr=4e-3, **options)
+        found = mam.log_prob_autoregressive(HELD_OUT)
+        spread.append(float(found.spread.mean()))
+        log_p.append((float(found.mean.mean()), float(found.ensemble.mean())))
+    assert spread[1] < 0.75 * spread[0]
+    assert log_p[1][0] > log_p[0][0] + 0.05 and log_p[1][1] > log_p[0][1]
+    assert last is not None and last.refit is not None and "refit" in last.summary()
+
+
 @pytest.mark.parametrize("network", ["mlp", "transformer"])
 def test_what_needs_no_dropout_is_learned_without(network: str) -> None:
     """Energies have no rows to learn by heart, and f is a regression on as many rows as are drawn."""
