@@ -124,7 +124,8 @@ def gradients(repeats: int) -> list[dict[str, Any]]:
 def weak(paths: int = 1000, finest: int = 400) -> list[dict[str, Any]]:
     """Weak errors with the networks at work (times 5, so that they move the path), all grids on one Brownian path.
 
-    The truth is that of the most exact steps, its KL by the trapezoidal rule.  Without networks the law of X(1) under a scheme is known: its variance's error is exact, not simulated.
+    The truth is that of the most exact steps, its KL by the trapezoidal rule.  Without networks the law of X(1) under a
+    scheme is known: its variance's error is exact, not simulated.
     """
     noise = noise_of(PROCESSES)
     weights, speeds, truth = noise.weights, noise.speeds, float(noise.covariance([1.0])[0, 0])

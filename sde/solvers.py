@@ -61,8 +61,8 @@ class Path(NamedTuple):
         times: of the kept states, ``(T,)``.
         x: ``(T, B, D)``.
         y: the processes V at the last time, ``(B, D, K)``: a start for going on.
-        kl: what KL(Q || P) is the mean of, per path and dimension, ``(B, D)``: 1/2 int u^2 dt by ``kl_rule``, or the sum
-            of a guide's closed-form KLs. Sum over D.
+        kl: what KL(Q || P) is the mean of, per path and dimension, ``(B, D)``: 1/2 int u^2 dt, or the sum of a guide's
+            closed-form KLs. Sum over D.
         log_ratio: log dP/dQ, per path and dimension, ``(B, D)``. Sum over D.
     """
 
@@ -138,9 +138,9 @@ def solve(
         checkpoint_segments: number of segments whose inner states are recomputed in the backward pass, or ``"sqrt"``
             for sqrt(N) of them, with which memory grows like sqrt(N) (with a short ``keep``). Gradients are the same.
         kl_rule: of a control's KL. ``"chain"``: 1/2 sum u_n^2 h, that of the stepped chain, exactly: a bound holds with
-            any control. ``"trapezoid"``: that of the continuous path, the integral with an error of order h^2 instead of
-            h, for a control that is smooth in time and can be asked at the end of the grid (one more call of it); no
-            bound for the chain, as one with values of its own for each step could make the first large at half price.
+            any control. ``"trapezoid"``: that of the continuous path, the integral with an error of order h^2 instead
+            of h, for a control that is smooth in time and can be asked at the end of the grid (one more call of it);
+            no bound for the chain: one with values of its own for each step could make the first large at half price.
         check: look once, at the end, whether a state or diffusion went wrong.
 
     Raises:
