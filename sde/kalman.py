@@ -250,7 +250,8 @@ def _in_blocks(steps: Transitions, seen: tuple[Tensor, ...], increments: bool = 
         return part.unflatten(0, (blocks, length)).transpose(0, 1)
 
     of = (cut(matrix, eye), cut(steps.offset), cut(steps.factor))
-    return _Pieces(*(part.unsqueeze(2) for part in of), *(cut(part) for part in seen))
+    values, mask, std = seen
+    return _Pieces(*(part.unsqueeze(2) for part in of), cut(values), cut(mask), cut(std, std.new_ones(())))
 
 
 def _sweep(
@@ -351,39 +352,56 @@ def backward_information(
     Returns:
         Information at grid times 0..N, each without an observation at that very time.
     """
-    matrix, offset, _, factor = (part.unsqueeze(1) if part.ndim < 2 + k else part
-                                 for part, k in zip(transitions[1:], (2, 1, 1, 2), strict=True))  # fmt: skip
-    size = matrix.shape[-1]
-    std = torch.as_tensor(noise_std, dtype=matrix.dtype, device=matrix.device)
-    here = torch.ones_like(observations[:, :1, :1]) if mask is None else mask.to(matrix.dtype)
-    lead = torch.broadcast_shapes(here.shape[1:], std.shape, matrix.shape[1:2])
-    lead = (lead[-2] if len(lead) > 1 else 1, lead[-1])
-    root = matrix.new_zeros(*lead, size, size)
-    vector = matrix.new_zeros(*observations.shape[1:], size)
-    first = torch.zeros(size, dtype=matrix.dtype, device=matrix.device)
+    if transitions.matrix.ndim == 3:
+        transitions = Transitions(transitions.steps, *(part.unsqueeze(1) for part in transitions[1:]))
+    like, count = transitions.matrix, len(transitions.steps)
+    std = torch.as_tensor(noise_std, dtype=like.dtype, device=like.device)
+    here = torch.ones_like(observations[:, :1, :1]) if mask is None else mask
+    place = index.to(like.device)
+    values, there = (
+        like.new_zeros(count + 1, *part.shape[1:]).index_copy(0, place, part.to(like.dtype))[1:]
+        for part in (observations, here)
+    )
+    pieces = _in_blocks(transitions, (values, there, std.expand(count, 1, observations.shape[2])))
+    lead = torch.broadcast_shapes(there.shape[1:], like.shape[1:2], std.shape[-1:])
+    root = like.new_zeros(lead[0], lead[-1], *like.shape[-2:])
+    vector = like.new_zeros(*observations.shape[1:], like.shape[-1])
+    ends = [(root, vector)]
+    if pieces.matrix.shape[1] > 1:
+        parts = [part[1:].flip(0).unbind() for part in _elements(pieces, vector, root)]
+        for rows, errors, matrix, offset, noise in zip(*parts, strict=True):
+            root, vector = _one_back(matrix, offset, noise, *ends[-1])
+            root = lower_factor(torch.cat([root, rows.mT], -1))
+            ends.append((root, vector + (rows.mT @ errors.unsqueeze(-1)).squeeze(-1)))
+    roots, vectors = (torch.stack(part[::-1]) for part in zip(*ends, strict=True))
+    first = torch.zeros(like.shape[-1], dtype=like.dtype, device=like.device)
     first[0] = 1
-    observed = {int(n): i for i, n in enumerate(index.tolist())}
-    roots, vectors = [root], [vector]
-    eye = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+    out = []
+    length = len(pieces.matrix)
+    observed = {(n - 1) % length for n in index.tolist() if n}
     # Taken apart once: the gradient of one step's part by an index is a tensor of all steps.
-    matrices, offsets, factors, seen = (part.unbind() for part in (matrix, offset, factor, observations))
-    for n in range(len(matrix) - 1, -1, -1):
-        i = observed.get(n + 1)
-        if i is not None:
-            row = (here[i] / std).expand(lead)
-            root = lower_factor(torch.cat([root, (row.unsqueeze(-1) * first).unsqueeze(-1)], -1))
-            vector = vector + (here[i] * seen[i].to(matrix.dtype) / std**2).unsqueeze(-1) * first
-        g, f = factors[n], matrices[n]
-        # nu of z before the offset: -1/2 (z + o)' Lambda (z + o) + nu' (z + o)
-        vector = vector - (root @ (root.mT @ offsets[n].unsqueeze(-1))).squeeze(-1)
-        t = g.mT @ root
-        inner = torch.linalg.cholesky(eye + t.mT @ t)
-        correction = root @ torch.cholesky_solve(t.mT @ (g.mT @ vector.unsqueeze(-1)), inner)
-        vector = (f.mT @ (vector.unsqueeze(-1) - correction)).squeeze(-1)
-        root = f.mT @ torch.linalg.solve_triangular(inner, root.mT, upper=False).mT
-        roots.append(root)
-        vectors.append(vector)
-    return Information(torch.stack(roots[::-1]), torch.stack(vectors[::-1]))
+    steps = list(zip(*(part.unbind() for part in pieces), strict=True))
+    for n in range(length - 1, -1, -1):
+        matrix, offset, noise, value, here, error = steps[n]
+        if n in observed:
+            row = (here / error).expand(roots.shape[:-2])
+            roots = lower_factor(torch.cat([roots, (row.unsqueeze(-1) * first).unsqueeze(-1)], -1))
+            vectors = vectors + (here * value / error**2).unsqueeze(-1) * first
+        roots, vectors = _one_back(matrix, offset, noise, roots, vectors)
+        out.append((roots, vectors))
+    joined = (torch.stack(part[::-1]).transpose(0, 1).flatten(0, 1)[:count] for part in zip(*out, strict=True))
+    return Information(*(torch.cat([part, last.unsqueeze(0)]) for part, last in zip(joined, ends[0], strict=True)))
+
+
+def _one_back(matrix: Tensor, offset: Tensor, noise: Tensor, root: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
+    """Information on z from that on F z + o + G eps."""
+    # nu of z before the offset: -1/2 (z + o)' Lambda (z + o) + nu' (z + o)
+    vector = vector - (root @ (root.mT @ offset.unsqueeze(-1))).squeeze(-1)
+    t = noise.mT @ root
+    inner = torch.linalg.cholesky(torch.eye(t.shape[-1], dtype=t.dtype, device=t.device) + t.mT @ t)
+    correction = root @ torch.cholesky_solve(t.mT @ (noise.mT @ vector.unsqueeze(-1)), inner)
+    vector = (matrix.mT @ (vector.unsqueeze(-1) - correction)).squeeze(-1)
+    return matrix.mT @ torch.linalg.solve_triangular(inner, root.mT, upper=False).mT, vector
 
 
 def kalman_smoother(

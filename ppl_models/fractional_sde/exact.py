@@ -1,7 +1,7 @@
 """Exact inference in the linear form: evidence, posterior at any times, joint draws, and the Pyro model of parameters.
 
 Up to some hundred times the observations' covariance is factorised at once; beyond, the square-root Kalman filter and
-smoother of ``sde`` take over.  Both are the same Gaussian law.
+smoother of ``sde`` take over, in blocks of times side by side.  Both are the same Gaussian law.
 """
 
 import math
@@ -19,8 +19,9 @@ from sde.noise import is_uniform
 
 __all__ = ["ExactEvidence", "GaussianLaw", "ParameterModel", "gaussian_log_likelihood", "posterior_law"]
 
-_DENSE = 400  # times up to which a Cholesky factor is faster than a loop over them
-_DENSE_UNIFORM = 1200  # the same at equal distances, where the covariance is a product and a look-up
+_DENSE = 200  # times up to which a Cholesky factor is faster than the filter's blocks
+_DENSE_UNIFORM = 500  # the same at equal distances, where the covariance is a product and a look-up
+_DENSE_POSTERIOR = 800  # times, observed and wanted, up to which the posterior comes with its joint covariance
 
 
 class GaussianLaw(NamedTuple):
@@ -79,7 +80,7 @@ def posterior_law(
         ValueError: for long series observed without error, between whose times nothing can be interpolated stably.
     """
     union, place = torch.unique(torch.cat([times, wanted]), return_inverse=True)
-    if len(union) > 2 * _DENSE:
+    if len(union) > _DENSE_POSTERIOR:
         return _smoothed(linear, union, place, len(times), values, mask, noise_std)
     size = values.shape[2]
     mean, covariance = linear.moments(union)
