@@ -167,11 +167,9 @@ class FractionalSDE(PathModel):
             if isinstance(system.drift, NeuralDrift):
                 system.drift.rate.fill_(10 / span)
             if isinstance(system.drift, LinearDrift):
-                if system.drift.theta is not None:
-                    system.drift.theta.fill_(2 / span)
-                if system.drift.constant is not None:
-                    moving = found.slope if system.drift.theta is None else found.mean * system.drift.theta
-                    system.drift.constant.copy_(moving)
+                system.drift.set_units(data.times, found.jump)
+                theta = 2 / span if system.drift.reverts else None
+                system.drift.set(theta, found.slope if theta is None else found.mean * theta)
             if isinstance(system.diffusion, ConstantDiffusion) and system.diffusion.learned:
                 system.diffusion.log_scale.copy_(found.jump.log())
             if isinstance(system.diffusion, DiagonalNeuralDiffusion):
@@ -182,6 +180,7 @@ class FractionalSDE(PathModel):
                 std = first.std(0) if len(first) > 2 else found.std
                 system.start_mean.copy_(mean)
                 system.log_start_std.copy_(torch.where(std > 0, std, found.std).log())
+            self.posterior.drift.set_units(data.times, found.jump)
             self.posterior.centre.copy_(found.mean)
             self.posterior.spread.copy_(found.std)
             self.posterior.log_scale.copy_(found.jump.log())
@@ -196,9 +195,7 @@ class FractionalSDE(PathModel):
             b = self.system.drift(x.new_zeros(()), x)
             slope = torch.autograd.grad(b.sum(), x, allow_unused=True)[0]
         theta = torch.zeros_like(point) if slope is None else (-slope[0]).clamp_min(0)
-        with torch.no_grad():
-            self.posterior.theta.copy_(theta)
-            self.posterior.constant.copy_(b[0].detach() + theta * point)
+        self.posterior.drift.set(theta, b[0].detach() + theta * point)
 
     def _evidence(self, values: Tensor, mask: Tensor) -> Evidence:
         """From ``(B, T, D)`` data; a mask that all series share is held once."""
@@ -429,10 +426,7 @@ class FractionalSDE(PathModel):
                 system.noise.raw_hurst.copy_(torch.logit(values["hurst"]))
             if "scale" in values:
                 diffusion.log_scale.copy_(values["scale"].log().expand(self.state_size))
-            if "theta" in values and drift.theta is not None:
-                drift.theta.copy_(values["theta"])
-            if "constant" in values and drift.constant is not None:
-                drift.constant.copy_(values["constant"])
+            drift.set(values.get("theta"), values.get("constant"))
             if "noise_std" in values:
                 self.likelihood.log_std.copy_(values["noise_std"].log().expand(self.state_size))
 

@@ -159,8 +159,7 @@ class PathPosterior(nn.Module):
         size, count = system.state_size, system.noise.num_processes
         self.mode, self.initial, self.size, self.count = mode, initial, size, count
         # The stand-in's drift, where the model's own is not linear.
-        self.theta = nn.Parameter(torch.zeros(size))
-        self.constant = nn.Parameter(torch.zeros(size))
+        self.drift = LinearDrift(size)
         self.log_scale = nn.Parameter(torch.zeros(size))
         self.residual = _Residual(size, count, context_size, hidden)
         # q(z0) in coordinates in which p(z0) is standard normal
@@ -175,17 +174,17 @@ class PathPosterior(nn.Module):
         The gradient of the bound that this leaves out vanishes where the stand-in's posterior is the best.
         """
         noise = system.noise.current(system.noise.hurst.detach())
-        theta, constant = self.theta.double(), self.constant.double()
+        theta, constant = self.drift.theta, self.drift.constant
         if isinstance(system.drift, LinearDrift):
-            zero = torch.zeros_like(theta)
-            own = system.drift
-            theta = zero if own.theta is None else own.theta.detach().double()
-            constant = zero if own.constant is None else own.constant.detach().double()
+            theta, constant = (part if part is None else part.detach()
+                               for part in (system.drift.theta, system.drift.constant))  # fmt: skip
+        zero = torch.zeros_like(self.log_scale)
+        theta, constant = (zero if part is None else part for part in (theta, constant))
         scale = self.log_scale.exp()
         if isinstance(system.diffusion, ConstantDiffusion):
             scale = system.diffusion.scale.detach()
         return LinearSDE(
-            noise, theta, scale.double(), constant, system.start_mean.detach().double(),
+            noise, theta.double(), scale.double(), constant.double(), system.start_mean.detach().double(),
             system.start_std.detach().double(),
         )  # fmt: skip
 

@@ -113,6 +113,9 @@ class HurstNoise(nn.Module):
         if self.given is None and not self.brownian:
             start = torch.full_like(self.raw_hurst, 0.5, dtype=torch.float64)
             self._base = MarkovFractionalBrownianMotion(start, horizon=horizon, **self.settings)
+            # At H = 1/2, where a learned H starts, few weights are needed; those for other H may cancel.
+            for index in (0.3, 0.7) if self.learned else ():
+                self._base.with_hurst(torch.full_like(start, index)).warn_of_cancelling()
 
     def current(self, hurst: Tensor | None = None) -> MarkovNoise:
         """The noise at the present H, or at the one given."""
