@@ -24,7 +24,6 @@ from ppl_models.fractional_sde.data import SeriesData, check_series
 from ppl_models.fractional_sde.networks import (
     ConstantDiffusion,
     DiagonalNeuralDiffusion,
-    LinearDrift,
     NeuralDrift,
     check_sizes,
 )
@@ -392,8 +391,7 @@ class LatentFractionalSDE(PathModel):
         with torch.no_grad():
             jump = torch.full_like(self.posterior.log_scale, span**-0.5)
             self.posterior.drift.set_units(times, jump)
-            if isinstance(self.system.drift, LinearDrift):
-                self.system.drift.set_units(times, jump)
+            self.system.set_units(times, jump)
             if isinstance(self.system.drift, NeuralDrift):
                 self.system.drift.rate.fill_(4 / span)
             self.posterior.log_scale.fill_(-0.5 * math.log(span))

@@ -159,6 +159,7 @@ class FractionalSDE(PathModel):
         """Starting values and units from the data."""
         found = scales(data)
         system, span = self.system, float(data.times[-1])
+        system.set_units(data.times, found.jump)
         with torch.no_grad():
             for module in (system.drift, system.diffusion):
                 if isinstance(module, NeuralDrift | DiagonalNeuralDiffusion):
@@ -167,7 +168,6 @@ class FractionalSDE(PathModel):
             if isinstance(system.drift, NeuralDrift):
                 system.drift.rate.fill_(10 / span)
             if isinstance(system.drift, LinearDrift):
-                system.drift.set_units(data.times, found.jump)
                 theta = 2 / span if system.drift.reverts else None
                 system.drift.set(theta, found.slope if theta is None else found.mean * theta)
             if isinstance(system.diffusion, ConstantDiffusion) and system.diffusion.learned:
@@ -419,13 +419,13 @@ class FractionalSDE(PathModel):
     def _put(self, values: Mapping[str, Tensor]) -> None:
         """Set parameters of the linear form."""
         system = self.system
-        drift, diffusion = system.drift, system.diffusion
-        assert isinstance(drift, LinearDrift) and isinstance(diffusion, ConstantDiffusion)
+        drift = system.drift
+        assert isinstance(drift, LinearDrift)
         with torch.no_grad():
             if "hurst" in values:
                 system.noise.raw_hurst.copy_(torch.logit(values["hurst"]))
             if "scale" in values:
-                diffusion.log_scale.copy_(values["scale"].log().expand(self.state_size))
+                system.put_scale(values["scale"].expand(self.state_size))
             drift.set(values.get("theta"), values.get("constant"))
             if "noise_std" in values:
                 self.likelihood.log_std.copy_(values["noise_std"].log().expand(self.state_size))

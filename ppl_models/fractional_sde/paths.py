@@ -178,6 +178,6 @@ class PathModel(Model):
         self, noise: MarkovNoise, grid: SolverGrid, x0: Tensor, v0: Tensor, seed: int | None = None
     ) -> Path:
         return solve(
-            self.system.drift, self.system.diffusion, noise, grid.steps, x0, y0=v0,
+            self.system.drift, self.system.field, noise, grid.steps, x0, y0=v0,
             additive=self.system.additive, keep=grid.keep, seed=seed,
         )  # fmt: skip

@@ -148,6 +148,7 @@ class FractionalSystem(nn.Module):
     """
 
     given_start_std: Tensor
+    tick: Tensor
 
     def __init__(
         self, state_size: int, drift: Any, diffusion: Any, noise: HurstNoise, initial: Any, hidden: Sequence[int]
@@ -157,6 +158,7 @@ class FractionalSystem(nn.Module):
         self.drift = build_drift(drift, state_size, hidden)
         self.diffusion = build_diffusion(diffusion, state_size, hidden)
         self.noise = noise
+        self.register_buffer("tick", torch.ones(()))
         self.learns_start = initial == "learn" if isinstance(initial, str) else False
         if self.learns_start:
             self.start_mean = nn.Parameter(torch.zeros(state_size))
@@ -180,6 +182,37 @@ class FractionalSystem(nn.Module):
         """Standard deviation of X(0), ``(D,)``."""
         return self.log_start_std.exp() if self.learns_start else self.given_start_std
 
+    def set_units(self, times: Tensor, jump: Tensor) -> None:
+        """From the data's times and what x moves by in a unit of time, ``(D,)``: see ``LinearDrift`` and ``scale``."""
+        if isinstance(self.drift, LinearDrift):
+            self.drift.set_units(times, jump)
+        self.tick.fill_(float(times[-1]) / len(times) ** 0.5)
+
+    @property
+    def scale(self) -> Tensor:
+        """s of a constant diffusion, ``(D,)``.
+
+        Noise of index H moves X by s t^H in time t.  What is learned is this move in a ``tick`` of the data's time,
+        over the tick's root: s itself would have to follow every change of H by the tick to its power.
+        """
+        assert isinstance(self.diffusion, ConstantDiffusion)
+        own = self.diffusion.scale
+        return own * self.tick ** (0.5 - self.noise.hurst) if self.diffusion.learned else own
+
+    def put_scale(self, value: Tensor) -> None:
+        """Set s of a learned constant diffusion, at the present H."""
+        assert isinstance(self.diffusion, ConstantDiffusion)
+        with torch.no_grad():
+            self.diffusion.log_scale.copy_(value.log() - (0.5 - self.noise.hurst) * self.tick.log())
+
+    @property
+    def field(self) -> Any:
+        """The diffusion as a function of time and state, for a solver."""
+        if not isinstance(self.diffusion, ConstantDiffusion):
+            return self.diffusion
+        scale = self.scale
+        return lambda time, x: scale.expand_as(x)
+
     @property
     def linear(self) -> bool:
         """Whether likelihood and posterior are exact: linear drift, constant diffusion and H."""
@@ -196,9 +229,9 @@ class FractionalSystem(nn.Module):
 
     def parameters_now(self) -> dict[str, Tensor]:
         """Values of the linear form: ``hurst``, ``theta``, ``constant``, ``scale``, ``start_mean``, ``start_std``."""
-        drift, diffusion = self.drift, self.diffusion
-        assert isinstance(drift, LinearDrift) and isinstance(diffusion, ConstantDiffusion)
-        out = {"scale": diffusion.scale, "start_mean": self.start_mean, "start_std": self.start_std}
+        drift = self.drift
+        assert isinstance(drift, LinearDrift)
+        out = {"scale": self.scale, "start_mean": self.start_mean, "start_std": self.start_std}
         out["hurst"] = self.noise.hurst
         if drift.theta is not None:
             out["theta"] = drift.theta
