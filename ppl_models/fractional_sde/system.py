@@ -183,10 +183,10 @@ class FractionalSystem(nn.Module):
         return self.log_start_std.exp() if self.learns_start else self.given_start_std
 
     def set_units(self, times: Tensor, jump: Tensor) -> None:
-        """From the data's times and what x moves by in a unit of time, ``(D,)``: see ``LinearDrift`` and ``scale``."""
+        """From the data's times and what x moves by in a unit of time, ``(D,)``; a tick is the mean gap."""
         if isinstance(self.drift, LinearDrift):
             self.drift.set_units(times, jump)
-        self.tick.fill_(float(times[-1]) / len(times) ** 0.5)
+        self.tick.fill_(float(times[-1]) / len(times))
 
     @property
     def scale(self) -> Tensor:
