@@ -165,9 +165,12 @@ def test_nile_by_nuts() -> None:
 
 
 def test_missing_points_are_interpolated_better_than_by_lines() -> None:
-    """Half the points of rough series (H = 0.3) are missing: error below that of straight lines."""
+    """Half the points of 1,000 rough series (H = 0.3) are missing: error below that of straight lines.
+
+    Measured 0.4505 for 0.4643 with H = 0.297, and frozen: most of the error is what no method can know of rough paths.
+    """
     times = torch.arange(1, 31).double() / 10
-    x = FractionalOrnsteinUhlenbeck(0.3, 1.0).sample(times, 200, seed=0).T.unsqueeze(-1)
+    x = FractionalOrnsteinUhlenbeck(0.3, 1.0).sample(times, 1000, seed=0).T.unsqueeze(-1)
     g = torch.Generator().manual_seed(0)
     y = x + 0.1 * torch.randn(x.shape, generator=g, dtype=x.dtype)
     mask = torch.rand(x.shape, generator=g) > 0.5
@@ -183,7 +186,10 @@ def test_missing_points_are_interpolated_better_than_by_lines() -> None:
         share = (torch.arange(30) - left) / (right - left)
         line[i, :, 0] = y[i, left, 0] * (1 - share) + y[i, right, 0] * share
     errors = [float((guess - x)[~mask].square().mean().sqrt()) for guess in (found, line)]
+    print(f"H {float(model.hurst):.3f}, root mean square error {errors[0]:.4f}, of lines {errors[1]:.4f}")
     assert errors[0] < errors[1]
+    assert abs(errors[0] - 0.4505) < 0.002
+    assert abs(float(model.hurst) - 0.3) < 0.02
 
 
 def test_moving_digits() -> None:
