@@ -160,11 +160,12 @@ def kalman_filter(
     lead = torch.broadcast_shapes(factor.shape[:-2], data.mask.shape[1:], data.std.shape[1:])
     factor = factor.expand(*lead, -1, -1)
     done: list[_Updated] = []
-    seen = data[1:]
+    seen: tuple[Tensor, ...] = data[1:]
     grid = data.times
     if float(grid[0]) == 0:  # an observation of the start
-        done.append(_update(mean, factor, *(part[0] for part in seen)))
-        mean, factor, seen = done[0].mean, done[0].factor, tuple(part[1:] for part in seen)
+        first = _update(mean, factor, *(part[0] for part in seen))
+        done.append(_Updated(*(part.unsqueeze(0) for part in first)))
+        mean, factor, seen = first.mean, first.factor, tuple(part[1:] for part in seen)
     else:
         grid = torch.cat([grid.new_zeros(1), grid])
     if len(grid) > 1:
@@ -172,12 +173,8 @@ def kalman_filter(
         starts, factors = _starts(pieces, mean, factor)
         swept = _sweep(pieces, starts, factors)[0]
         count = len(grid) - 1
-        after = _Updated(*(part.transpose(0, 1).flatten(0, 1)[:count] for part in swept))
-        done.append(after)
-    means, factors, errors, alphas, _ = (
-        torch.cat([part if part.ndim == full else part.unsqueeze(0) for part in parts])
-        for parts, full in zip(zip(*done, strict=True), (4, 5, 3, 3, 4), strict=True)
-    )
+        done.append(_Updated(*(part.transpose(0, 1).flatten(0, 1)[:count] for part in swept)))
+    means, factors, errors, alphas, _ = (torch.cat(parts) for parts in zip(*done, strict=True))
     safe = torch.where(data.mask > 0, alphas, 1.0)
     total = -0.5 * (data.mask * (torch.log(2 * math.pi * safe) + errors**2 / safe)).sum(0)
     return Filtered(total, means, factors, errors, alphas)
@@ -249,9 +246,11 @@ def _in_blocks(steps: Transitions, seen: tuple[Tensor, ...], increments: bool = 
             part = torch.cat([part, more])
         return part.unflatten(0, (blocks, length)).transpose(0, 1)
 
-    of = (cut(matrix, eye), cut(steps.offset), cut(steps.factor))
     values, mask, std = seen
-    return _Pieces(*(part.unsqueeze(2) for part in of), cut(values), cut(mask), cut(std, std.new_ones(())))
+    return _Pieces(
+        cut(matrix, eye).unsqueeze(2), cut(steps.offset).unsqueeze(2), cut(steps.factor).unsqueeze(2),
+        cut(values), cut(mask), cut(std, std.new_ones(())),
+    )  # fmt: skip
 
 
 def _sweep(
