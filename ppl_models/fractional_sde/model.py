@@ -73,7 +73,8 @@ class FractionalSDE(PathModel):
             ``posterior="neural"``), or a number or ``(D,)`` tensor in (0, 1).
         kind: ``"mvn"`` or 1 (stationary increments), ``"rl"`` or 2.
         num_processes, max_speed, normalisation, grid, start: of the noise, see
-            ``sde.MarkovFractionalBrownianMotion``.
+            ``sde.MarkovFractionalBrownianMotion``; without ``max_speed`` the fastest process of the default grid also
+            keeps up with the observations.
         horizon: time up to which the noise's weights are optimal and predictions can be asked for; twice the last
             observation time by default.
         initial: law of X(0): ``"learn"``, or (mean, std); std 0 for a known start.
