@@ -192,6 +192,27 @@ def test_missing_points_are_interpolated_better_than_by_lines() -> None:
     assert abs(float(model.hurst) - 0.3) < 0.02
 
 
+def stochastic_lorenz(count: int) -> Tensor:
+    """torchsde's example: dX = f(X) dt + diag(a X) dW (Ito), a = (0.1, 0.28, 0.3), 100 times on [0, 2], X(0) standard
+    normal; standardised, with errors of 0.01.  By Euler steps of a tenth of the gap; ``(count, 100, 3)``.
+    """
+    g = torch.Generator().manual_seed(0)
+
+    def normals() -> Tensor:
+        return torch.randn(count, 3, generator=g, dtype=torch.float64)
+
+    x, h, a = normals(), 2 / 99 / 10, torch.tensor([0.1, 0.28, 0.3], dtype=torch.float64)
+    out = [x]
+    for i in range(990):
+        p, q, r = x.unbind(-1)
+        x = x + torch.stack([10 * (q - p), p * (28 - r) - q, p * q - 8 / 3 * r], -1) * h + a * x * normals() * h**0.5
+        if i % 10 == 9:
+            out.append(x)
+    y = torch.stack(out, 1)
+    y = (y - y.mean((0, 1))) / y.std((0, 1))
+    return (y + 0.01 * torch.randn(y.shape, generator=g, dtype=y.dtype)).float()
+
+
 def test_moving_digits() -> None:
     """Reconstruction at least 2 dB above each series' mean frame, with learned H; Brownian noise is beside it."""
     video = moving_digits(300, 15, side=32, seed=0)
