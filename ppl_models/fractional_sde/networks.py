@@ -107,7 +107,7 @@ class NeuralDrift(nn.Module):
 
 
 class ConstantDiffusion(nn.Module):
-    """s, positive, one a dimension, given; or learned, then s of a system is its ``scale``, which goes by H and a tick."""
+    """s, positive, one a dimension, given; or learned: s is then a system's ``scale``, which goes by H and a tick."""
 
     additive = True
 
