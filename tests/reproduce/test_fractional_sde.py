@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from inference.runtime.generators import derive_seed
 from ppl_models import FractionalSDE, LatentFractionalSDE
 from ppl_models.datasets import moving_digits
+from ppl_models.fractional_sde.bound import PathBound
 from ppl_models.fractional_sde.exact import gaussian_log_likelihood
 from sde import FractionalBrownianMotion, FractionalOrnsteinUhlenbeck, LinearSDE
 
@@ -211,6 +213,35 @@ def stochastic_lorenz(count: int) -> Tensor:
     y = torch.stack(out, 1)
     y = (y - y.mean((0, 1))) / y.std((0, 1))
     return (y + 0.01 * torch.randn(y.shape, generator=g, dtype=y.dtype)).float()
+
+
+def test_stochastic_lorenz() -> None:
+    """Data of Brownian noise: H within 0.1 of 1/2, and the held-out bound with H learned not below the Brownian one by
+    more than a standard error.
+
+    Measured at 150 steps: H = 0.562, and a bound 24.2 (1.05) nats a series above.  The SDE is fitted to the states
+    themselves; below an encoder and a decoder, as in torchsde's example, it was not measured.
+    """
+    y, times = stochastic_lorenz(192), torch.linspace(0, 2, 100)
+    found, hurst = {}, {}
+    for noise in ("fractional", "brownian"):
+        model = FractionalSDE(3, "neural", "neural", noise=noise, hidden=(64, 64))
+        model.fit(
+            times, y[:128], noise_std=0.01, num_steps=150, lr=0.02, batch_size=16, num_particles=1, max_step=0.021,
+            **QUIET,
+        )  # fmt: skip
+        objective = PathBound(model, model._grid(times.double()), 1, "elbo", 0)
+        with torch.no_grad():
+            found[noise] = torch.stack([
+                objective.evaluate(one, torch.ones_like(one, dtype=torch.bool), 8, derive_seed(0, i))[0]
+                for i, one in enumerate(y[128:].split(1))
+            ])  # fmt: skip
+        hurst[noise] = float(model.hurst)
+    gap = found["fractional"] - found["brownian"]
+    error = float(gap.std()) / len(gap) ** 0.5
+    print(f"H {hurst['fractional']:.3f}, fractional minus Brownian {float(gap.mean()):.1f} ({error:.2f})")
+    assert abs(hurst["fractional"] - 0.5) < 0.1
+    assert float(gap.mean()) > -error
 
 
 def test_moving_digits() -> None:
