@@ -26,6 +26,7 @@ from ppl_models.fractional_sde.bound import PathBound
 
 SIDE, FRAMES, TRAIN, TEST = 20, 15, 1000, 100
 TIMES = torch.arange(1, FRAMES + 1).float() / 10
+NOISE_STD = 0.15  # of a pixel: near the error that both arms end with
 
 
 def decibel(found: Tensor, truth: Tensor) -> float:
@@ -60,7 +61,7 @@ def run(arm: str, steps: int, stop: int | None, seed: int, out: Path) -> dict[st
 
     name = f"fractional_sde_video_{arm}_{seed}"
     result = model.fit(
-        TIMES, train, noise_std=0.1, num_steps=steps, batch_size=16, lr=3e-3, seed=seed, progress=progress,
+        TIMES, train, noise_std=NOISE_STD, num_steps=steps, batch_size=16, lr=3e-3, seed=seed, progress=progress,
         checkpoint=out / f"{name}.checkpoint",
     )  # fmt: skip
     assert result.history is not None
@@ -74,6 +75,9 @@ def run(arm: str, steps: int, stop: int | None, seed: int, out: Path) -> dict[st
         "PSNR, dB": round(decibel(shown, test), 2),
         "PSNR of mean frames": round(decibel(test.mean(1, keepdim=True).expand_as(test), test), 2),
         "bound, nats": round(float(bounds.mean()), 1),
+        "energy of differences, reconstruction / data": round(
+            float(shown.diff(dim=1).square().mean() / test.diff(dim=1).square().mean()), 3
+        ),
         "energy of differences, prior / data": round(
             float(drawn.diff(dim=1).square().mean() / train.diff(dim=1).square().mean()), 3
         ),

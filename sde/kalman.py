@@ -4,8 +4,14 @@ Observations y = X(t) + noise of a ``LinearSDE``.  The filter carries a factor L
 update at an observation, QR at a transition), the backward filter a factor R of the information R R', so that neither
 loses positivity however rank-deficient the step noise is; the smoother combines them without inverting either.
 
+Both run in about sqrt(T) blocks side by side.  A first pass takes each block from a start of its own that is known, and
+keeps what a move of that start does; from this follow the laws with which the blocks begin, one after the other; a
+second pass runs all blocks from there.  3 sqrt(T) small batched operations stand for T, and the laws are the same.
+
 G. J. Bierman, *Factorization Methods for Discrete Sequential Estimation*, 1977; D. Q. Mayne, *A solution of the
-smoothing problem for linear dynamic systems*, Automatica 1966 (two-filter form).
+smoothing problem for linear dynamic systems*, Automatica 1966 (two-filter form); S. Sarkka and A. F. Garcia-Fernandez,
+*Temporal parallelization of Bayesian smoothers*, IEEE Transactions on Automatic Control 2021, arXiv 1905.13002 (the law
+of a block given its start is theirs).
 """
 
 import math
@@ -18,6 +24,8 @@ from sde._checks import Times, as_positive, as_times
 from sde.linear import LinearSDE, Transitions, lower_factor
 
 __all__ = ["Filtered", "Information", "Smoothed", "backward_information", "kalman_filter", "kalman_smoother"]
+
+_MIN_SPLIT = 64  # transitions below which one block is not slower than several
 
 
 class Filtered(NamedTuple):
@@ -147,63 +155,177 @@ def kalman_filter(
         ValueError: for shapes that don't match, times that are unsorted or beyond the noise's horizon.
     """
     data = _data(model, times, observations, noise_std, mask)
-    steps, mean, factor = _start(model, data)
-    batch, dim = data.values.shape[1:]
-    mean = mean.expand(batch, dim, -1)
+    mean, factor = _start(model)
+    mean = mean.expand(*data.values.shape[1:], -1)
     lead = torch.broadcast_shapes(factor.shape[:-2], data.mask.shape[1:], data.std.shape[1:])
     factor = factor.expand(*lead, -1, -1)
-    total = torch.zeros_like(data.values[0])
-    means, factors, errors, alphas = [], [], [], []
-    variance = data.std**2
-    for n in range(len(data.times)):
-        if n > 0 or steps.ahead:
-            mean, factor = _forward(steps.of, n - 1 + steps.ahead, mean, factor, increments)
-        # Potter's update with H = (1, 0, ..): v = L' H', P = L (I - gamma v v')^2 L'
-        v = factor[..., 0, :]
-        alpha = v.square().sum(-1) + variance[n]
-        column = (factor @ v.unsqueeze(-1)).squeeze(-1)
-        error = data.values[n] - mean[..., 0]
-        here = data.mask[n]
-        safe = torch.where(here > 0, alpha, 1.0)
-        total = total - 0.5 * here * (torch.log(2 * math.pi * safe) + error**2 / safe)
-        mean = mean + (here / safe * error).unsqueeze(-1) * column
-        gamma = here / (safe + data.std[n] * safe.sqrt())
-        factor = factor - (gamma.unsqueeze(-1) * column).unsqueeze(-1) * v.unsqueeze(-2)
-        means.append(mean)
-        factors.append(factor)
-        errors.append(error)
-        alphas.append(alpha)
-    return Filtered(total, *(torch.stack(part) for part in (means, factors, errors, alphas)))
+    done: list[_Updated] = []
+    seen: tuple[Tensor, ...] = data[1:]
+    grid = data.times
+    if float(grid[0]) == 0:  # an observation of the start
+        first = _update(mean, factor, *(part[0] for part in seen))
+        done.append(_Updated(*(part.unsqueeze(0) for part in first)))
+        mean, factor, seen = first.mean, first.factor, tuple(part[1:] for part in seen)
+    else:
+        grid = torch.cat([grid.new_zeros(1), grid])
+    if len(grid) > 1:
+        pieces = _in_blocks(_transitions(model, grid), seen, increments)
+        starts, factors = _starts(pieces, mean, factor)
+        swept = _sweep(pieces, starts, factors)[0]
+        count = len(grid) - 1
+        done.append(_Updated(*(part.transpose(0, 1).flatten(0, 1)[:count] for part in swept)))
+    means, factors, errors, alphas, _ = (torch.cat(parts) for parts in zip(*done, strict=True))
+    safe = torch.where(data.mask > 0, alphas, 1.0)
+    total = -0.5 * (data.mask * (torch.log(2 * math.pi * safe) + errors**2 / safe)).sum(0)
+    return Filtered(total, means, factors, errors, alphas)
 
 
-class _Steps(NamedTuple):
-    of: Transitions | None
-    ahead: int  # 1 where a transition from time 0 leads to the first observation
+class _Pieces(NamedTuple):
+    """Transitions and the observation after each, time within a block first: ``(L, blocks, B or 1, D or 1, ...)``."""
+
+    matrix: Tensor
+    offset: Tensor
+    noise: Tensor
+    values: Tensor
+    mask: Tensor
+    std: Tensor
 
 
-def _start(model: LinearSDE, data: _Data) -> tuple[_Steps, Tensor, Tensor]:
-    ahead = int(float(data.times[0]) > 0)
-    grid = torch.cat([data.times.new_zeros(ahead), data.times])
+class _Updated(NamedTuple):
+    mean: Tensor
+    factor: Tensor
+    error: Tensor
+    variance: Tensor
+    gain: Tensor
+
+
+def _update(mean: Tensor, factor: Tensor, value: Tensor, here: Tensor, std: Tensor) -> _Updated:
+    """Potter's update with H = (1, 0, ..): v = L' H', P = L (I - gamma v v')^2 L'."""
+    v = factor[..., 0, :]
+    alpha = v.square().sum(-1) + std**2
+    column = (factor @ v.unsqueeze(-1)).squeeze(-1)
+    error = value - mean[..., 0]
+    safe = torch.where(here > 0, alpha, 1.0)
+    gain = (here / safe).unsqueeze(-1) * column
+    gamma = here / (safe + std * safe.sqrt())
+    factor = factor - (gamma.unsqueeze(-1) * column).unsqueeze(-1) * v.unsqueeze(-2)
+    return _Updated(mean + error.unsqueeze(-1) * gain, factor, error, alpha, gain)
+
+
+def _start(model: LinearSDE) -> tuple[Tensor, Tensor]:
+    """Mean ``(1, D or 1, S)`` and factor ``(1, D or 1, S, S)`` of the state at time 0."""
     mean, factor = model.start()
-    transitions = model.transitions(grid) if len(grid) > 1 else None
     if not model.dims:
         mean, factor = mean.unsqueeze(0), factor.unsqueeze(0)
-        if transitions is not None:
-            transitions = Transitions(transitions.steps, *(part.unsqueeze(1) for part in transitions[1:]))
-    return _Steps(transitions, ahead), mean.unsqueeze(0), factor.unsqueeze(0)
+    return mean.unsqueeze(0), factor.unsqueeze(0)
 
 
-def _forward(
-    steps: Transitions | None, n: int, mean: Tensor, factor: Tensor, increments: bool
-) -> tuple[Tensor, Tensor]:
-    assert steps is not None
-    matrix = steps.matrix[n]
+def _transitions(model: LinearSDE, grid: Tensor) -> Transitions:
+    """With a dimension for D, if of size 1."""
+    found = model.transitions(grid)
+    if model.dims:
+        return found
+    return Transitions(found.steps, *(part.unsqueeze(1) for part in found[1:]))
+
+
+def _in_blocks(steps: Transitions, seen: tuple[Tensor, ...], increments: bool = False) -> _Pieces:
+    """Of N transitions and observations; the last block is filled up with steps that do nothing."""
+    count, size = len(steps.steps), steps.matrix.shape[-1]
+    blocks = 1 if count < _MIN_SPLIT else math.isqrt(2 * count)
+    length = -(-count // blocks)
+    blocks = -(-count // length)
+    spare = blocks * length - count
+    matrix = steps.matrix
     if increments:  # X starts anew at 0
         matrix = torch.cat([torch.zeros_like(matrix[..., :1]), matrix[..., 1:]], -1)
-    mean = (matrix @ mean.unsqueeze(-1)).squeeze(-1) + steps.offset[n]
-    moved = matrix @ factor
-    noise = steps.factor[n].expand(*moved.shape[:-1], -1)
-    return mean, lower_factor(torch.cat([moved, noise], -1))
+    eye = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+
+    def cut(part: Tensor, fill: Tensor | None = None) -> Tensor:
+        if spare:
+            more = part.new_zeros(spare, *part.shape[1:]) if fill is None else fill.expand(spare, *part.shape[1:])
+            part = torch.cat([part, more])
+        return part.unflatten(0, (blocks, length)).transpose(0, 1)
+
+    values, mask, std = seen
+    return _Pieces(
+        cut(matrix, eye).unsqueeze(2), cut(steps.offset).unsqueeze(2), cut(steps.factor).unsqueeze(2),
+        cut(values), cut(mask), cut(std, std.new_ones(())),
+    )  # fmt: skip
+
+
+def _sweep(
+    pieces: _Pieces, mean: Tensor, factor: Tensor, response: Tensor | None = None
+) -> tuple[_Updated, Tensor | None, Tensor | None]:
+    """All blocks from their starts ``(blocks, B, D, S)`` and ``(blocks, B or 1, D, S, S)``.
+
+    ``response`` is what a move of the start does to the mean, ``(blocks, B or 1, D, S, S)``: returned for the end and,
+    in its first row, for each forecast ``(L, blocks, B or 1, D, S)``.
+    """
+    done, rows = [], []
+    for matrix, offset, noise, *seen in zip(*(part.unbind() for part in pieces), strict=True):
+        mean = (matrix @ mean.unsqueeze(-1)).squeeze(-1) + offset
+        moved = matrix @ factor
+        factor = lower_factor(torch.cat([moved, noise.expand(*moved.shape[:-1], -1)], -1))
+        new = _update(mean, factor, *seen)
+        mean, factor = new.mean, new.factor
+        done.append(new)
+        if response is not None:
+            response = matrix @ response
+            row = response[..., :1, :]
+            rows.append(row.squeeze(-2))
+            response = response - new.gain.unsqueeze(-1) * row
+    parts = _Updated(*(torch.stack(part) for part in zip(*done, strict=True)))
+    return parts, response, torch.stack(rows) if rows else None
+
+
+class _Elements(NamedTuple):
+    """What a block says of its start z0 and of its end: e - A z0 is standard normal, z = M z0 + c + P eps.
+
+    Attributes:
+        rows: A, ``(blocks, B or 1, D, L, S)``.
+        errors: e, ``(blocks, B, D, L)``.
+        matrix: M, ``(blocks, B or 1, D, S, S)``.
+        mean: c, ``(blocks, B, D, S)``.
+        factor: P, ``(blocks, B or 1, D, S, S)``.
+    """
+
+    rows: Tensor
+    errors: Tensor
+    matrix: Tensor
+    mean: Tensor
+    factor: Tensor
+
+
+def _elements(pieces: _Pieces, like_mean: Tensor, like_factor: Tensor) -> _Elements:
+    blocks = pieces.matrix.shape[1]
+    zero = torch.zeros_like(like_factor).expand(blocks, *like_factor.shape)
+    eye = torch.eye(zero.shape[-1], dtype=zero.dtype, device=zero.device).expand_as(zero)
+    ends, matrix, rows = _sweep(pieces, torch.zeros_like(like_mean).expand(blocks, *like_mean.shape), zero, eye)
+    assert matrix is not None and rows is not None
+    unit = pieces.mask / torch.where(pieces.mask > 0, ends.variance, 1.0).sqrt()
+    return _Elements(
+        (rows * unit.unsqueeze(-1)).movedim(0, -2), (ends.error * unit).movedim(0, -1), matrix, ends.mean[-1],
+        ends.factor[-1],
+    )  # fmt: skip
+
+
+def _starts(pieces: _Pieces, mean: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Laws with which the blocks start given all observations before them: ``(blocks, ...)``."""
+    means, factors = [mean], [factor]
+    if pieces.matrix.shape[1] > 1:
+        eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+        parts = (part[:-1].unbind() for part in _elements(pieces, mean, factor))
+        for rows, errors, matrix, offset, noise in zip(*parts, strict=True):
+            t = rows @ factor
+            inner = torch.linalg.cholesky_ex(eye + t.mT @ t)[0]
+            rest = errors.unsqueeze(-1) - rows @ mean.unsqueeze(-1)
+            mean = mean + (factor @ torch.cholesky_solve(t.mT @ rest, inner)).squeeze(-1)
+            factor = torch.linalg.solve_triangular(inner, factor.mT, upper=False).mT
+            mean = (matrix @ mean.unsqueeze(-1)).squeeze(-1) + offset
+            factor = lower_factor(torch.cat([matrix @ factor, noise], -1))
+            means.append(mean)
+            factors.append(factor)
+    return torch.stack(means), torch.stack(factors)
 
 
 def backward_information(
@@ -229,39 +351,56 @@ def backward_information(
     Returns:
         Information at grid times 0..N, each without an observation at that very time.
     """
-    matrix, offset, _, factor = (part.unsqueeze(1) if part.ndim < 2 + k else part
-                                 for part, k in zip(transitions[1:], (2, 1, 1, 2), strict=True))  # fmt: skip
-    size = matrix.shape[-1]
-    std = torch.as_tensor(noise_std, dtype=matrix.dtype, device=matrix.device)
-    here = torch.ones_like(observations[:, :1, :1]) if mask is None else mask.to(matrix.dtype)
-    lead = torch.broadcast_shapes(here.shape[1:], std.shape, matrix.shape[1:2])
-    lead = (lead[-2] if len(lead) > 1 else 1, lead[-1])
-    root = matrix.new_zeros(*lead, size, size)
-    vector = matrix.new_zeros(*observations.shape[1:], size)
-    first = torch.zeros(size, dtype=matrix.dtype, device=matrix.device)
+    if transitions.matrix.ndim == 3:
+        transitions = Transitions(transitions.steps, *(part.unsqueeze(1) for part in transitions[1:]))
+    like, count = transitions.matrix, len(transitions.steps)
+    std = torch.as_tensor(noise_std, dtype=like.dtype, device=like.device)
+    here = torch.ones_like(observations[:, :1, :1]) if mask is None else mask
+    place = index.to(like.device)
+    values, there = (
+        like.new_zeros(count + 1, *part.shape[1:]).index_copy(0, place, part.to(like.dtype))[1:]
+        for part in (observations, here)
+    )
+    pieces = _in_blocks(transitions, (values, there, std.expand(count, 1, observations.shape[2])))
+    lead = torch.broadcast_shapes(there.shape[1:], like.shape[1:2], std.shape[-1:])
+    root = like.new_zeros(lead[0], lead[-1], *like.shape[-2:])
+    vector = like.new_zeros(*observations.shape[1:], like.shape[-1])
+    ends = [(root, vector)]
+    if pieces.matrix.shape[1] > 1:
+        parts = [part[1:].flip(0).unbind() for part in _elements(pieces, vector, root)]
+        for rows, errors, matrix, offset, noise in zip(*parts, strict=True):
+            root, vector = _one_back(matrix, offset, noise, *ends[-1])
+            root = lower_factor(torch.cat([root, rows.mT], -1))
+            ends.append((root, vector + (rows.mT @ errors.unsqueeze(-1)).squeeze(-1)))
+    roots, vectors = (torch.stack(part[::-1]) for part in zip(*ends, strict=True))
+    first = torch.zeros(like.shape[-1], dtype=like.dtype, device=like.device)
     first[0] = 1
-    observed = {int(n): i for i, n in enumerate(index.tolist())}
-    roots, vectors = [root], [vector]
-    eye = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+    out = []
+    length = len(pieces.matrix)
+    observed = {(n - 1) % length for n in index.tolist() if n}
     # Taken apart once: the gradient of one step's part by an index is a tensor of all steps.
-    matrices, offsets, factors, seen = (part.unbind() for part in (matrix, offset, factor, observations))
-    for n in range(len(matrix) - 1, -1, -1):
-        i = observed.get(n + 1)
-        if i is not None:
-            row = (here[i] / std).expand(lead)
-            root = lower_factor(torch.cat([root, (row.unsqueeze(-1) * first).unsqueeze(-1)], -1))
-            vector = vector + (here[i] * seen[i].to(matrix.dtype) / std**2).unsqueeze(-1) * first
-        g, f = factors[n], matrices[n]
-        # nu of z before the offset: -1/2 (z + o)' Lambda (z + o) + nu' (z + o)
-        vector = vector - (root @ (root.mT @ offsets[n].unsqueeze(-1))).squeeze(-1)
-        t = g.mT @ root
-        inner = torch.linalg.cholesky(eye + t.mT @ t)
-        correction = root @ torch.cholesky_solve(t.mT @ (g.mT @ vector.unsqueeze(-1)), inner)
-        vector = (f.mT @ (vector.unsqueeze(-1) - correction)).squeeze(-1)
-        root = f.mT @ torch.linalg.solve_triangular(inner, root.mT, upper=False).mT
-        roots.append(root)
-        vectors.append(vector)
-    return Information(torch.stack(roots[::-1]), torch.stack(vectors[::-1]))
+    steps = list(zip(*(part.unbind() for part in pieces), strict=True))
+    for n in range(length - 1, -1, -1):
+        matrix, offset, noise, value, here, error = steps[n]
+        if n in observed:
+            row = (here / error).expand(roots.shape[:-2])
+            roots = lower_factor(torch.cat([roots, (row.unsqueeze(-1) * first).unsqueeze(-1)], -1))
+            vectors = vectors + (here * value / error**2).unsqueeze(-1) * first
+        roots, vectors = _one_back(matrix, offset, noise, roots, vectors)
+        out.append((roots, vectors))
+    joined = (torch.stack(part[::-1]).transpose(0, 1).flatten(0, 1)[:count] for part in zip(*out, strict=True))
+    return Information(*(torch.cat([part, last.unsqueeze(0)]) for part, last in zip(joined, ends[0], strict=True)))
+
+
+def _one_back(matrix: Tensor, offset: Tensor, noise: Tensor, root: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
+    """Information on z from that on F z + o + G eps."""
+    # nu of z before the offset: -1/2 (z + o)' Lambda (z + o) + nu' (z + o)
+    vector = vector - (root @ (root.mT @ offset.unsqueeze(-1))).squeeze(-1)
+    t = noise.mT @ root
+    inner = torch.linalg.cholesky(torch.eye(t.shape[-1], dtype=t.dtype, device=t.device) + t.mT @ t)
+    correction = root @ torch.cholesky_solve(t.mT @ (noise.mT @ vector.unsqueeze(-1)), inner)
+    vector = (matrix.mT @ (vector.unsqueeze(-1) - correction)).squeeze(-1)
+    return matrix.mT @ torch.linalg.solve_triangular(inner, root.mT, upper=False).mT, vector
 
 
 def kalman_smoother(
@@ -286,9 +425,7 @@ def kalman_smoother(
             filtered.log_likelihood,
         )  # fmt: skip
     std = data.std[0, 0]
-    transitions = _start(model, data)[0]
-    assert transitions.of is not None
-    steps = Transitions(*(part[transitions.ahead :] for part in transitions.of))
+    steps = _transitions(model, data.times)
     info = backward_information(steps, torch.arange(len(data.times)), data.values, std, data.mask)
     # (P^-1 + Lambda)^-1 = L (I + L' Lambda L)^-1 L'
     factor, root = torch.broadcast_tensors(filtered.factor, info.factor)

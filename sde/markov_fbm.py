@@ -211,8 +211,12 @@ class MarkovFractionalBrownianMotion(MarkovNoise):
         self._projection: _Weights = rule.to(value.device)
         self._past = None if self.start != "hybrid" else PastProjection.build(self.speeds, self.horizon)
         self._update(value)
+        self.warn_of_cancelling()
+
+    def warn_of_cancelling(self) -> None:
+        """Warn where the weights at this H cancel beyond rounding."""
         if self._cancelling():
-            warnings.warn(self._cancelling(), NoiseWarning, stacklevel=2)
+            warnings.warn(self._cancelling(), NoiseWarning, stacklevel=3)
 
     def _cancelling(self) -> str:
         """What to say of weights that cancel beyond rounding; nothing where they don't."""

@@ -1,7 +1,7 @@
 """Exact inference in the linear form: evidence, posterior at any times, joint draws, and the Pyro model of parameters.
 
 Up to some hundred times the observations' covariance is factorised at once; beyond, the square-root Kalman filter and
-smoother of ``sde`` take over.  Both are the same Gaussian law.
+smoother of ``sde`` take over, in blocks of times side by side.  Both are the same Gaussian law.
 """
 
 import math
@@ -19,8 +19,10 @@ from sde.noise import is_uniform
 
 __all__ = ["ExactEvidence", "GaussianLaw", "ParameterModel", "gaussian_log_likelihood", "posterior_law"]
 
-_DENSE = 400  # times up to which a Cholesky factor is faster than a loop over them
-_DENSE_UNIFORM = 1200  # the same at equal distances, where the covariance is a product and a look-up
+_DENSE = 200  # times up to which a Cholesky factor is faster than the filter's blocks
+_DENSE_UNIFORM = 500  # the same at equal distances, where the covariance is a product and a look-up
+_NO_ERROR = 1e-4  # of an exact observation's forecast, what stands for its error in a smoother: 1e-8 of the variance
+_DENSE_POSTERIOR = 800  # times, observed and wanted, up to which the posterior comes with its joint covariance
 
 
 class GaussianLaw(NamedTuple):
@@ -73,14 +75,10 @@ def gaussian_log_likelihood(
 def posterior_law(
     linear: LinearSDE, times: Tensor, values: Tensor, mask: Tensor, noise_std: Tensor, wanted: Tensor
 ) -> GaussianLaw:
-    """Law of X at ``wanted`` times given the observations; arguments as for ``gaussian_log_likelihood``.
-
-    Raises:
-        ValueError: for long series observed without error, between whose times nothing can be interpolated stably.
-    """
+    """Law of X at ``wanted`` times given the observations; arguments as for ``gaussian_log_likelihood``."""
     union, place = torch.unique(torch.cat([times, wanted]), return_inverse=True)
-    if len(union) > 2 * _DENSE:
-        return _smoothed(linear, union, place, len(times), values, mask, noise_std)
+    if len(union) > _DENSE_POSTERIOR:
+        return _smoothed(linear, times, union, place, values, mask, noise_std)
     size = values.shape[2]
     mean, covariance = linear.moments(union)
     mean, covariance = mean.expand(size, -1), covariance.expand(size, -1, -1)
@@ -101,14 +99,24 @@ def posterior_law(
 
 
 def _smoothed(
-    linear: LinearSDE, union: Tensor, place: Tensor, count: int, values: Tensor, mask: Tensor, noise_std: Tensor
+    linear: LinearSDE, times: Tensor, union: Tensor, place: Tensor, values: Tensor, mask: Tensor, noise_std: Tensor
 ) -> GaussianLaw:
+    count = len(times)
     full, here = _on(union, place[:count], values, mask)
-    if not bool((noise_std > 0).all()):
-        raise ValueError("noise_std must be positive to interpolate or forecast series of this length")
-    smoothed = kalman_smoother(linear, union, full, noise_std.double(), here)
+    std = _with_an_error(linear, times, values, mask, noise_std)
+    smoothed = kalman_smoother(linear, union, full, std, here)
     asked = place[count:]
     return GaussianLaw(smoothed.mean[asked].movedim(0, -1), smoothed.variance[asked].movedim(0, -1), None)
+
+
+def _with_an_error(linear: LinearSDE, times: Tensor, values: Tensor, mask: Tensor, noise_std: Tensor) -> Tensor:
+    """``noise_std`` with a little in place of 0, which a smoother by information can't take, ``(D,)``."""
+    std = noise_std.double().expand(values.shape[2])
+    if bool((std > 0).all()):
+        return std
+    filtered = kalman_filter(linear, times, values, std, mask)
+    sure = torch.where(mask > 0, filtered.innovation_variance, torch.inf).amin((0, 1)).sqrt()
+    return torch.where(std > 0, std, _NO_ERROR * sure)
 
 
 def _on(union: Tensor, seen: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,7 +140,7 @@ def draw_smoothed(
     """Joint posterior draws by the exact law of each step's normals, ``(num_samples, B, D, T')``, for long series."""
     union, place = torch.unique(torch.cat([times.new_zeros(1), times, wanted]), return_inverse=True)
     full, here = _on(union, place[1 : len(times) + 1], values.double(), mask)
-    size, std = values.shape[2], noise_std.double().expand(values.shape[2])
+    size, std = values.shape[2], _with_an_error(linear, times, values.double(), mask, noise_std)
     transitions = linear.transitions(union)
     index = torch.arange(len(union))
     info = backward_information(transitions, index, full, std, here)

@@ -365,7 +365,7 @@ class LatentFractionalSDE(PathModel):
         self._see(data, float(gaps[gaps > 0].min()) / 3 if max_step is None else max_step)
         self.likelihood.set(noise_std, data.values[data.mask].std().reshape(1))
         if fresh:
-            self._initialise(float(data.times[-1]))
+            self._initialise(data.times)
         solver = self._grid(data.times, checkpoint=checkpoint_segments)
         objective = PathBound(self, solver, num_particles, bound, kl_warmup)
         history = run_fit(
@@ -385,9 +385,13 @@ class LatentFractionalSDE(PathModel):
         self.result = LatentResult(self, history)
         return self.result
 
-    def _initialise(self, span: float) -> None:
+    def _initialise(self, times: Tensor) -> None:
         """The motion moves by about 1 over the span."""
+        span = float(times[-1])
         with torch.no_grad():
+            jump = torch.full_like(self.posterior.log_scale, span**-0.5)
+            self.posterior.drift.set_units(times, jump)
+            self.system.set_units(times, jump)
             if isinstance(self.system.drift, NeuralDrift):
                 self.system.drift.rate.fill_(4 / span)
             self.posterior.log_scale.fill_(-0.5 * math.log(span))

@@ -73,7 +73,8 @@ class FractionalSDE(PathModel):
             ``posterior="neural"``), or a number or ``(D,)`` tensor in (0, 1).
         kind: ``"mvn"`` or 1 (stationary increments), ``"rl"`` or 2.
         num_processes, max_speed, normalisation, grid, start: of the noise, see
-            ``sde.MarkovFractionalBrownianMotion``.
+            ``sde.MarkovFractionalBrownianMotion``; without ``max_speed`` the fastest process of the default grid also
+            keeps up with the observations.
         horizon: time up to which the noise's weights are optimal and predictions can be asked for; twice the last
             observation time by default.
         initial: law of X(0): ``"learn"``, or (mean, std); std 0 for a known start.
@@ -159,6 +160,7 @@ class FractionalSDE(PathModel):
         """Starting values and units from the data."""
         found = scales(data)
         system, span = self.system, float(data.times[-1])
+        system.set_units(data.times, found.jump)
         with torch.no_grad():
             for module in (system.drift, system.diffusion):
                 if isinstance(module, NeuralDrift | DiagonalNeuralDiffusion):
@@ -167,11 +169,8 @@ class FractionalSDE(PathModel):
             if isinstance(system.drift, NeuralDrift):
                 system.drift.rate.fill_(10 / span)
             if isinstance(system.drift, LinearDrift):
-                if system.drift.theta is not None:
-                    system.drift.theta.fill_(2 / span)
-                if system.drift.constant is not None:
-                    moving = found.slope if system.drift.theta is None else found.mean * system.drift.theta
-                    system.drift.constant.copy_(moving)
+                theta = 2 / span if system.drift.reverts else None
+                system.drift.set(theta, found.slope if theta is None else found.mean * theta)
             if isinstance(system.diffusion, ConstantDiffusion) and system.diffusion.learned:
                 system.diffusion.log_scale.copy_(found.jump.log())
             if isinstance(system.diffusion, DiagonalNeuralDiffusion):
@@ -182,6 +181,7 @@ class FractionalSDE(PathModel):
                 std = first.std(0) if len(first) > 2 else found.std
                 system.start_mean.copy_(mean)
                 system.log_start_std.copy_(torch.where(std > 0, std, found.std).log())
+            self.posterior.drift.set_units(data.times, found.jump)
             self.posterior.centre.copy_(found.mean)
             self.posterior.spread.copy_(found.std)
             self.posterior.log_scale.copy_(found.jump.log())
@@ -196,9 +196,7 @@ class FractionalSDE(PathModel):
             b = self.system.drift(x.new_zeros(()), x)
             slope = torch.autograd.grad(b.sum(), x, allow_unused=True)[0]
         theta = torch.zeros_like(point) if slope is None else (-slope[0]).clamp_min(0)
-        with torch.no_grad():
-            self.posterior.theta.copy_(theta)
-            self.posterior.constant.copy_(b[0].detach() + theta * point)
+        self.posterior.drift.set(theta, b[0].detach() + theta * point)
 
     def _evidence(self, values: Tensor, mask: Tensor) -> Evidence:
         """From ``(B, T, D)`` data; a mask that all series share is held once."""
@@ -422,17 +420,14 @@ class FractionalSDE(PathModel):
     def _put(self, values: Mapping[str, Tensor]) -> None:
         """Set parameters of the linear form."""
         system = self.system
-        drift, diffusion = system.drift, system.diffusion
-        assert isinstance(drift, LinearDrift) and isinstance(diffusion, ConstantDiffusion)
+        drift = system.drift
+        assert isinstance(drift, LinearDrift)
         with torch.no_grad():
             if "hurst" in values:
                 system.noise.raw_hurst.copy_(torch.logit(values["hurst"]))
             if "scale" in values:
-                diffusion.log_scale.copy_(values["scale"].log().expand(self.state_size))
-            if "theta" in values and drift.theta is not None:
-                drift.theta.copy_(values["theta"])
-            if "constant" in values and drift.constant is not None:
-                drift.constant.copy_(values["constant"])
+                system.put_scale(values["scale"].expand(self.state_size))
+            drift.set(values.get("theta"), values.get("constant"))
             if "noise_std" in values:
                 self.likelihood.log_std.copy_(values["noise_std"].log().expand(self.state_size))
 

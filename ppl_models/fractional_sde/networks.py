@@ -28,22 +28,57 @@ _DIFFUSIONS = ("constant", "neural")
 class LinearDrift(nn.Module):
     """b = constant - theta x, each dimension on its own; theta in 1 / time, constant in units of x / time.
 
+    Learned in units of the data's own, so that an optimiser's steps mean the same whatever time is counted in.
+
     Args:
         state_size: D.
         reverts: learn theta; without it theta is 0.
         moves: learn the constant; without it the constant is 0.
     """
 
+    rate: Tensor
+    speed: Tensor
+
     def __init__(self, state_size: int, reverts: bool = True, moves: bool = True) -> None:
         super().__init__()
         self.reverts, self.moves = reverts, moves
-        self.theta = nn.Parameter(torch.zeros(state_size)) if reverts else None
-        self.constant = nn.Parameter(torch.zeros(state_size)) if moves else None
+        self.raw_theta = nn.Parameter(torch.zeros(state_size)) if reverts else None
+        self.raw_constant = nn.Parameter(torch.zeros(state_size)) if moves else None
+        self.register_buffer("rate", torch.ones(()))
+        self.register_buffer("speed", torch.ones(state_size))
+
+    @property
+    def theta(self) -> Tensor | None:
+        """``(D,)``."""
+        return None if self.raw_theta is None else self.raw_theta * self.rate
+
+    @property
+    def constant(self) -> Tensor | None:
+        """``(D,)``."""
+        return None if self.raw_constant is None else self.raw_constant * self.speed
+
+    @torch.no_grad()
+    def set_units(self, times: Tensor, jump: Tensor) -> None:
+        """From the data's times and what x moves by in a unit of time, ``(D,)``: the rate is the geometric mean of
+        1 / span and 1 / gap, the speed what the noise moves x by in 1 / rate, times the rate.
+        """
+        span = float(times[-1])
+        self.rate.fill_(len(times) ** 0.5 / span)
+        self.speed.copy_(jump * self.rate.sqrt())
+
+    @torch.no_grad()
+    def set(self, theta: Tensor | float | None = None, constant: Tensor | float | None = None) -> None:
+        """Put values in, where there are such parameters."""
+        if theta is not None and self.raw_theta is not None:
+            self.raw_theta.copy_(theta / self.rate)
+        if constant is not None and self.raw_constant is not None:
+            self.raw_constant.copy_(constant / self.speed)
 
     def forward(self, time: Tensor, x: Tensor) -> Tensor:
         """``(B, D)``."""
-        out = torch.zeros_like(x) if self.constant is None else self.constant.expand_as(x)
-        return out if self.theta is None else out - self.theta * x
+        constant, theta = self.constant, self.theta
+        out = torch.zeros_like(x) if constant is None else constant.expand_as(x)
+        return out if theta is None else out - theta * x
 
 
 class NeuralDrift(nn.Module):
@@ -72,7 +107,7 @@ class NeuralDrift(nn.Module):
 
 
 class ConstantDiffusion(nn.Module):
-    """s, positive, one a dimension, learned or given."""
+    """s, positive, one a dimension, given; or learned: s is then a system's ``scale``, which goes by H and a tick."""
 
     additive = True
 

@@ -103,7 +103,8 @@ class PathModel(Model):
         else:
             found = check_series(times, observations, mask, shape)
         if not self.system.noise.ready:
-            self.system.noise.set_horizon(2 * float(found.times[-1]))
+            last = float(found.times[-1])
+            self.system.noise.set_horizon(2 * last, last / len(found.times))
         return found.times, found.values.to(like), found.mask
 
     def _see(self, data: SeriesData, max_step: float | None) -> None:
@@ -118,7 +119,7 @@ class PathModel(Model):
             )
         max_step = None if max_step is None else as_number(max_step, "max_step")
         self.to(device=data.values.device, dtype=data.values.dtype)
-        self.system.noise.set_horizon(horizon)
+        self.system.noise.set_horizon(horizon, last / len(data.times))
         self._data, self._max_step, self._shared = data, max_step, data.shared
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -178,6 +179,6 @@ class PathModel(Model):
         self, noise: MarkovNoise, grid: SolverGrid, x0: Tensor, v0: Tensor, seed: int | None = None
     ) -> Path:
         return solve(
-            self.system.drift, self.system.diffusion, noise, grid.steps, x0, y0=v0,
+            self.system.drift, self.system.field, noise, grid.steps, x0, y0=v0,
             additive=self.system.additive, keep=grid.keep, seed=seed,
         )  # fmt: skip

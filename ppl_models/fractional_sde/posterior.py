@@ -159,8 +159,7 @@ class PathPosterior(nn.Module):
         size, count = system.state_size, system.noise.num_processes
         self.mode, self.initial, self.size, self.count = mode, initial, size, count
         # The stand-in's drift, where the model's own is not linear.
-        self.theta = nn.Parameter(torch.zeros(size))
-        self.constant = nn.Parameter(torch.zeros(size))
+        self.drift = LinearDrift(size)
         self.log_scale = nn.Parameter(torch.zeros(size))
         self.residual = _Residual(size, count, context_size, hidden)
         # q(z0) in coordinates in which p(z0) is standard normal
@@ -175,17 +174,17 @@ class PathPosterior(nn.Module):
         The gradient of the bound that this leaves out vanishes where the stand-in's posterior is the best.
         """
         noise = system.noise.current(system.noise.hurst.detach())
-        theta, constant = self.theta.double(), self.constant.double()
+        theta, constant = self.drift.theta, self.drift.constant
         if isinstance(system.drift, LinearDrift):
-            zero = torch.zeros_like(theta)
-            own = system.drift
-            theta = zero if own.theta is None else own.theta.detach().double()
-            constant = zero if own.constant is None else own.constant.detach().double()
+            theta, constant = (part if part is None else part.detach()
+                               for part in (system.drift.theta, system.drift.constant))  # fmt: skip
+        zero = torch.zeros_like(self.log_scale)
+        theta, constant = (zero if part is None else part for part in (theta, constant))
         scale = self.log_scale.exp()
         if isinstance(system.diffusion, ConstantDiffusion):
-            scale = system.diffusion.scale.detach()
+            scale = system.scale.detach()
         return LinearSDE(
-            noise, theta, scale.double(), constant, system.start_mean.detach().double(),
+            noise, theta.double(), scale.double(), constant.double(), system.start_mean.detach().double(),
             system.start_std.detach().double(),
         )  # fmt: skip
 
@@ -263,7 +262,8 @@ class PathPosterior(nn.Module):
         """Solve the posterior SDE from ``x0`` ``(P B, D)`` and ``v0`` ``(P B, D, K)``, particle first."""
         dtype, device = x0.dtype, x0.device
         particles = len(x0) // plan.ahead.shape[1]
-        reach = plan.noise.gains.detach().abs() * grid.steps.times.tolist()[-1] ** 0.5
+        root_span = grid.steps.times.tolist()[-1] ** 0.5
+        reach = plan.noise.gains.detach().abs() * root_span
         unit = reach.clamp_min(1e-6).to(device, dtype)
         u = (grid.steps.times[:-1] / grid.steps.times[-1]).to(device, dtype)
         clock = torch.stack([u, torch.sin(2 * math.pi * u), torch.cos(2 * math.pi * u)], -1)
@@ -275,7 +275,7 @@ class PathPosterior(nn.Module):
 
         def residual(n: int, x: Tensor, v: Tensor, base: Tensor) -> Tensor:
             u: Tensor = self.residual(hours[n], (x - self.centre) / self.spread, v / unit, base, ahead[n])
-            return u * open_end[n]
+            return u * open_end[n] / root_span  # a control is in units of 1 / sqrt(time)
 
         settings: dict[str, Any] = {}
         if plan.guide is not None:
@@ -309,7 +309,7 @@ class PathPosterior(nn.Module):
             settings["normals"] = torch.randn(shape, dtype=dtype, device=device)
         # A look at the values makes an accelerator wait, so in training it is left to the loop's own guard there.
         return solve(
-            system.drift, system.diffusion, plan.noise, grid.steps, x0, y0=v0, additive=system.additive,
+            system.drift, system.field, plan.noise, grid.steps, x0, y0=v0, additive=system.additive,
             keep=grid.keep, seed=seed, checkpoint_segments=grid.checkpoint,
             check=x0.is_cpu or not torch.is_grad_enabled(), **settings,
         )  # fmt: skip

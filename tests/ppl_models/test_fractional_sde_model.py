@@ -15,6 +15,7 @@ from inference._errors import CheckpointError
 from inference.runtime.generators import scoped_seed
 from ppl_models import FractionalSDE
 from ppl_models.fractional_sde.bound import PathBound
+from sde import FractionalOrnsteinUhlenbeck, NoiseWarning
 from tests.accelerator import fake_accelerator, place
 
 QUICK: dict[str, Any] = {"progress": False, "num_particles": 4}
@@ -90,6 +91,48 @@ def test_a_series_without_observations_keeps_the_prior() -> None:
     assert abs(float(found.mean[0, 0, 0]) - 3) < 0.1
     assert abs(float(found.mean[1, 0, 0])) < 0.08
     assert abs(float(found.std[1, 0, 0]) - 1) < 0.06
+
+
+class Pull(nn.Module):
+    """A drift that the posterior does not know, with a rate in the unit of time."""
+
+    def __init__(self, unit: float) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def forward(self, time: Tensor, x: Tensor) -> Tensor:
+        return -x / self.unit
+
+
+def test_the_unit_of_time_does_not_matter() -> None:
+    """Seconds or days: the same H, theta, scale and evidence.
+
+    With theta and scale learned in absolute units, 100 in place of 1 left H at 0.58 instead of 0.33, and 1e6 ended in
+    NaN; a control in absolute units put the bound at -1e88.
+    """
+    times = torch.arange(1, 31).double() / 10
+    y = FractionalOrnsteinUhlenbeck(0.3, 1.0).sample(times, 4, seed=0).T.unsqueeze(-1)
+    exact, bounds = [], []
+    for unit in (1.0, 1e5):
+        model = FractionalSDE(1, "linear", initial=(0.0, 0.0))
+        model.fit(times * unit, y, noise_std=0.1, num_steps=60, progress=False)
+        found = model.system.parameters_now()
+        hurst = model.hurst.reshape(1)
+        exact.append(torch.cat([
+            hurst, found["theta"].detach() * unit, found["scale"].detach() * unit**hurst, model.elbo().reshape(1)
+        ]))  # fmt: skip
+        free = FractionalSDE(1, Pull(unit), "constant", initial=(0.0, 0.0))
+        free.fit(times[:8] * unit, y[:, :8], noise_std=0.1, num_steps=20, num_particles=2, progress=False)
+        bounds.append(float(free.elbo(16)))
+    torch.testing.assert_close(exact[1], exact[0], rtol=1e-6, atol=0)
+    assert bounds[1] == pytest.approx(bounds[0], abs=0.5)
+
+
+def test_processes_that_the_grid_cannot_carry_are_said_so() -> None:
+    """At H = 1/2, where a learned H starts, their weights are small still."""
+    model = FractionalSDE(1, "linear", num_processes=20, grid="geometric", max_speed=20.0, kind="rl")
+    with pytest.warns(NoiseWarning, match="cancel.*fewer than 20 processes"):
+        model.fit(torch.arange(1, 6) / 5, torch.zeros(1, 5, 1), num_steps=1, lr=1e-9, progress=False)
 
 
 def test_seeds_and_global_state() -> None:

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from inference.runtime.generators import derive_seed
 from ppl_models import FractionalSDE, LatentFractionalSDE
 from ppl_models.datasets import moving_digits
+from ppl_models.fractional_sde.bound import PathBound
 from ppl_models.fractional_sde.exact import gaussian_log_likelihood
 from sde import FractionalBrownianMotion, FractionalOrnsteinUhlenbeck, LinearSDE
 
@@ -165,9 +167,12 @@ def test_nile_by_nuts() -> None:
 
 
 def test_missing_points_are_interpolated_better_than_by_lines() -> None:
-    """Half the points of rough series (H = 0.3) are missing: error below that of straight lines."""
+    """Half the points of 1,000 rough series (H = 0.3) are missing: error below that of straight lines.
+
+    Measured 0.4505 for 0.4643 with H = 0.297, and frozen: most of the error is what no method can know of rough paths.
+    """
     times = torch.arange(1, 31).double() / 10
-    x = FractionalOrnsteinUhlenbeck(0.3, 1.0).sample(times, 200, seed=0).T.unsqueeze(-1)
+    x = FractionalOrnsteinUhlenbeck(0.3, 1.0).sample(times, 1000, seed=0).T.unsqueeze(-1)
     g = torch.Generator().manual_seed(0)
     y = x + 0.1 * torch.randn(x.shape, generator=g, dtype=x.dtype)
     mask = torch.rand(x.shape, generator=g) > 0.5
@@ -183,7 +188,60 @@ def test_missing_points_are_interpolated_better_than_by_lines() -> None:
         share = (torch.arange(30) - left) / (right - left)
         line[i, :, 0] = y[i, left, 0] * (1 - share) + y[i, right, 0] * share
     errors = [float((guess - x)[~mask].square().mean().sqrt()) for guess in (found, line)]
+    print(f"H {float(model.hurst):.3f}, root mean square error {errors[0]:.4f}, of lines {errors[1]:.4f}")
     assert errors[0] < errors[1]
+    assert abs(errors[0] - 0.4505) < 0.002
+    assert abs(float(model.hurst) - 0.3) < 0.02
+
+
+def stochastic_lorenz(count: int) -> Tensor:
+    """torchsde's example: dX = f(X) dt + diag(a X) dW (Ito), a = (0.1, 0.28, 0.3), 100 times on [0, 2], X(0) standard
+    normal; standardised, with errors of 0.01.  By Euler steps of a tenth of the gap; ``(count, 100, 3)``.
+    """
+    g = torch.Generator().manual_seed(0)
+
+    def normals() -> Tensor:
+        return torch.randn(count, 3, generator=g, dtype=torch.float64)
+
+    x, h, a = normals(), 2 / 99 / 10, torch.tensor([0.1, 0.28, 0.3], dtype=torch.float64)
+    out = [x]
+    for i in range(990):
+        p, q, r = x.unbind(-1)
+        x = x + torch.stack([10 * (q - p), p * (28 - r) - q, p * q - 8 / 3 * r], -1) * h + a * x * normals() * h**0.5
+        if i % 10 == 9:
+            out.append(x)
+    y = torch.stack(out, 1)
+    y = (y - y.mean((0, 1))) / y.std((0, 1))
+    return (y + 0.01 * torch.randn(y.shape, generator=g, dtype=y.dtype)).float()
+
+
+def test_stochastic_lorenz() -> None:
+    """Data of Brownian noise: H within 0.1 of 1/2, and the held-out bound with H learned not below the Brownian one by
+    more than a standard error.
+
+    Measured at 150 steps: H = 0.562, and a bound 24.2 (1.05) nats a series above.  The SDE is fitted to the states
+    themselves; below an encoder and a decoder, as in torchsde's example, it was not measured.
+    """
+    y, times = stochastic_lorenz(192), torch.linspace(0, 2, 100)
+    found, hurst = {}, {}
+    for noise in ("fractional", "brownian"):
+        model = FractionalSDE(3, "neural", "neural", noise=noise, hidden=(64, 64))
+        model.fit(
+            times, y[:128], noise_std=0.01, num_steps=150, lr=0.02, batch_size=16, num_particles=1, max_step=0.021,
+            **QUIET,
+        )  # fmt: skip
+        objective = PathBound(model, model._grid(times.double()), 1, "elbo", 0)
+        with torch.no_grad():
+            found[noise] = torch.stack([
+                objective.evaluate(one, torch.ones_like(one, dtype=torch.bool), 8, derive_seed(0, i))[0]
+                for i, one in enumerate(y[128:].split(1))
+            ])  # fmt: skip
+        hurst[noise] = float(model.hurst)
+    gap = found["fractional"] - found["brownian"]
+    error = float(gap.std()) / len(gap) ** 0.5
+    print(f"H {hurst['fractional']:.3f}, fractional minus Brownian {float(gap.mean()):.1f} ({error:.2f})")
+    assert abs(hurst["fractional"] - 0.5) < 0.1
+    assert float(gap.mean()) > -error
 
 
 def test_moving_digits() -> None:

@@ -59,6 +59,31 @@ def test_constant_control(kind: str, hurst: float, horizon: float, shift: float)
     )
 
 
+@pytest.mark.parametrize("segments", [None, 3])
+def test_kl_by_the_trapezoidal_rule(segments: int | None) -> None:
+    """1/2 int_0^2 cos^2 2t dt = 1/2 + sin(8) / 16: twice the steps leave a quarter of the error, by default half."""
+    truth, noise = 0.5 + math.sin(8) / 16, papers(0.7, "rl", 2.0)
+    errors = {}
+    for rule in ("chain", "trapezoid"):
+        for steps in (50, 100):
+            path = solve(
+                still, 1.0, noise, uniform_grid(2.0, steps), torch.zeros(2, 2).double().requires_grad_(), seed=0,
+                control=lambda s, x, y: torch.cos(2 * s.time).expand_as(x), kl_rule=rule, keep=[steps],
+                checkpoint_segments=segments,
+            )  # fmt: skip
+            errors[rule, steps] = float(path_kl(path)[0].detach() / 2 - truth)
+    assert errors["chain", 100] / errors["chain", 50] == pytest.approx(0.5, abs=0.02)
+    assert errors["trapezoid", 100] / errors["trapezoid", 50] == pytest.approx(0.25, abs=0.01)
+
+
+def test_kl_rules_are_checked() -> None:
+    noise, x0 = papers(0.7, "rl", 2.0), torch.zeros(2, 2).double()
+    with pytest.raises(ValueError, match="kl_rule must be 'chain' or 'trapezoid'"):
+        solve(still, 1.0, noise, [0.0, 1.0], x0, seed=0, control=ones, kl_rule="left")
+    with pytest.raises(ValueError, match="give a control"):
+        solve(still, 1.0, noise, [0.0, 1.0], x0, seed=0, kl_rule="trapezoid")
+
+
 @pytest.mark.parametrize(("kind", "hurst"), [("rl", 0.7), ("mvn", 0.3)])
 def test_girsanov_weights_of_a_nonlinear_control(kind: str, hurst: float) -> None:
     """E_q[w] = 1 and E_q[w X^2] = Var_p X within 4 standard errors; no weights, or -KL alone, would fail."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import sde.kalman
 from sde import (
     BrownianMotion,
     FractionalOrnsteinUhlenbeck,
@@ -129,6 +130,51 @@ def test_filter_and_smoother_equal_dense_conditioning(model: LinearSDE) -> None:
             mean, variance = dense.condition(torch.where(here, y[:, b, d], 0.0), here, 0.2)
             torch.testing.assert_close(smoothed.mean[:, b, d], mean, atol=1e-8, rtol=0)
             torch.testing.assert_close(smoothed.variance[:, b, d], variance, atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("first", [0.0, 0.02])
+@pytest.mark.parametrize("shared", [True, False])
+def test_blocks_side_by_side_are_the_filter_in_one_piece(
+    model: LinearSDE, first: float, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Uneven times, values missing, the last block not full, with and without an error of the observations."""
+    source = torch.Generator().manual_seed(0)
+    times = torch.cat(
+        [f64(first).reshape(1), first + torch.rand(36, generator=source, dtype=torch.float64).cumsum(0) / 36]
+    )
+    dim = model.dims[0] if model.dims else 1
+    y = torch.randn(37, 3, dim, generator=source, dtype=torch.float64)
+    mask = torch.rand(37, 1 if shared else 3, 1 if shared else dim, generator=source) < 0.7
+    found = []
+    for least in (1000, 2):
+        monkeypatch.setattr("sde.kalman._MIN_SPLIT", least)
+        exact = kalman_filter(model, times[1:], y[1:], 0.0, mask[1:])
+        filtered, smoothed = (f(model, times, y, 0.1, mask) for f in (kalman_filter, kalman_smoother))
+        found.append([*exact, *filtered, *smoothed])
+        for factors in (found[-1][2], found[-1][7], found[-1][13]):
+            factors.copy_(factors @ factors.mT)  # a factor is one of many
+    assert [part.shape for part in found[0]] == [part.shape for part in found[1]]
+    for one, many in zip(*found, strict=True):
+        torch.testing.assert_close(many, one, rtol=1e-8, atol=1e-8)
+
+
+def test_a_filter_takes_the_root_of_its_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In batched steps, of which each has a factorisation; and its gradient is that of one block after the other."""
+    calls: list[int] = []
+    factorise = sde.kalman.lower_factor
+    monkeypatch.setattr("sde.kalman.lower_factor", lambda columns: (calls.append(1), factorise(columns))[1])
+    times = torch.rand(900, generator=torch.Generator().manual_seed(0), dtype=torch.float64).cumsum(0) / 450
+    slopes = []
+    for least, most in ((1000, 900), (64, 4 * 30)):
+        monkeypatch.setattr("sde.kalman._MIN_SPLIT", least)
+        calls.clear()
+        hurst, theta = f64(0.3).requires_grad_(), f64(0.5).requires_grad_()
+        model = LinearSDE(MarkovFractionalBrownianMotion(hurst, horizon=4.0), theta, start_std=0.3)
+        total = kalman_filter(model, times, torch.sin(times).reshape(-1, 1, 1), 0.1).log_likelihood.sum()
+        assert len(calls) <= most
+        slopes.append(torch.stack(torch.autograd.grad(total, (hurst, theta))))
+    torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-8, atol=1e-8)
 
 
 def test_masks_shared_by_the_batch_cost_one_covariance() -> None:
