@@ -6,14 +6,12 @@ Called by ``python -m benchmarks.compositional_ebm toys|peers|mixtures``.
 import math
 import statistics
 import time
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
 import pyro.distributions as dist
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from inference import CollapseError
 from inference.objectives.unnormalised.noise import GaussianNoise
@@ -200,159 +198,6 @@ def toys(names: tuple[str, ...], seeds: int, num_steps: int = 2000) -> None:
             flush=True,
         )
     table("Test log-likelihood", ("data", "method", "median nats", "range", "CPU s"), rows)
-
-
-# ---------------------------------------------------------------- peers
-class _Budget:
-    """CPU seconds, or steps: what a peer may use, as a share of it that is gone."""
-
-    def __init__(self, seconds: float | None = None, steps: int | None = None) -> None:
-        self.seconds, self.steps, self.done, self.started = seconds, steps, 0, time.process_time()
-
-    def spent(self) -> float:
-        if self.steps is not None:
-            return self.done / self.steps
-        return (time.process_time() - self.started) / (self.seconds or 1.0)
-
-
-def _descend(parameters: Any, loss: Callable[[Tensor], Tensor], train: Tensor, budget: _Budget, lr: float) -> None:
-    """Adam on batches of 256, its rate falling along half a cosine to zero, as in our own fits."""
-    optimiser = torch.optim.Adam(parameters, lr)
-    while (gone := budget.spent()) < 1:
-        optimiser.param_groups[0]["lr"] = 0.5 * lr * (1 + math.cos(math.pi * gone))
-        optimiser.zero_grad()
-        loss(train[torch.randint(len(train), (256,))]).backward()
-        optimiser.step()
-        budget.done += 1
-
-
-def _on_grid(log_p: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The density normalised on 400 by 400 points of (-7, 7)^2."""
-    axis = (torch.arange(400) + 0.5) / 400 * 14 - 7
-    with torch.no_grad():
-        values = torch.cat([log_p(part).double() for part in torch.cartesian_prod(axis, axis).split(20_000)])
-    log_z = float(torch.logsumexp(values, 0)) + 2 * math.log(14 / 400)
-    return lambda x: log_p(x).detach().double() - log_z
-
-
-def _torchebm(kind: str, setting: float, train: Tensor, budget: _Budget, seed: int) -> Callable[[Tensor], Tensor]:
-    """torchebm's losses on our default network and tilt; ``setting`` is Langevin's step, or the denoising spread."""
-    from torchebm.core import BaseModel
-    from torchebm.losses import ContrastiveDivergence, DenoisingScoreMatching, SlicedScoreMatching
-    from torchebm.samplers import LangevinDynamics
-
-    noise = GaussianNoise.fit(train, 1.3)
-    ebm = EnergyModel(event_shape=(2,), seed=seed)
-    ebm._start(train, noise, seed, frozen=False)
-
-    class Theirs(BaseModel):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = ebm.energy
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.net(x) - noise.log_prob(x)
-
-    model = Theirs()
-    if kind in ("CD", "PCD"):
-        sampler = LangevinDynamics(model, step_size=setting)
-        made = ContrastiveDivergence(model, sampler, k_steps=10, persistent=kind == "PCD", buffer_size=10_000)
-
-        def loss(x: Tensor) -> Tensor:
-            found: Tensor = made(x)[0]
-            return found
-    else:
-        made = DenoisingScoreMatching(model, noise_scale=setting) if kind == "DSM" else SlicedScoreMatching(model, 1)
-        loss = made
-    with scoped_seed(seed):
-        _descend(model.net.parameters(), loss, train, budget, 5e-3)
-    return _on_grid(lambda x: -model(x))
-
-
-def _flow(kind: str, setting: float, train: Tensor, budget: _Budget, seed: int) -> Callable[[Tensor], Tensor]:
-    """Neural spline flows of zuko and normflows, three autoregressive layers of 64-64."""
-    shift, scale = train.mean(0), train.std(0)
-    standard = (train - shift) / scale
-    with scoped_seed(seed):
-        log_prob: Callable[[Tensor], Tensor]
-        if kind == "zuko":
-            import zuko
-
-            made = zuko.flows.NSF(2, transforms=3, hidden_features=(64, 64))
-
-            def log_prob(x: Tensor) -> Tensor:
-                found: Tensor = made().log_prob(x)
-                return found
-        else:
-            import normflows
-
-            layers: list[nn.Module] = []
-            for _ in range(3):
-                layers.append(normflows.flows.AutoregressiveRationalQuadraticSpline(2, 2, 64))
-                layers.append(normflows.flows.LULinearPermute(2))
-            made = normflows.NormalizingFlow(normflows.distributions.DiagGaussian(2, trainable=False), layers)
-            log_prob = made.log_prob
-        _descend(made.parameters(), lambda x: -log_prob(x).mean(), standard, budget, setting)
-
-    def density(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return log_prob((x - shift) / scale) - scale.log().sum()
-
-    return density
-
-
-# loss, settings to choose from on held-out rows, and evaluations of the energy (its gradient) for a row of a step
-PEERS: dict[str, tuple[Any, tuple[float, ...], float]] = {
-    "torchebm CD-10": (partial(_torchebm, "CD"), (0.003, 0.01, 0.03), 12.0),
-    "torchebm PCD-10": (partial(_torchebm, "PCD"), (0.003, 0.01, 0.03), 12.0),
-    "torchebm DSM": (partial(_torchebm, "DSM"), (0.05, 0.1, 0.2), 2.0),
-    "torchebm SSM": (partial(_torchebm, "SSM"), (0.0,), 3.0),
-    "zuko NSF": (partial(_flow, "zuko"), (2e-3, 5e-3), 1.0),
-    "normflows NSF": (partial(_flow, "normflows"), (2e-3, 5e-3), 1.0),
-}
-
-
-def peers(names: tuple[str, ...], seeds: int, num_steps: int = 2000) -> None:
-    """Peers at the CPU seconds of our fit, and at its evaluations of the energy, medians over seeds.
-
-    A setting is chosen on a fifth of the training rows of the first seed, with half the seconds.
-    """
-    rows = []
-    for name in names:
-        found: dict[str, list[tuple[float, ...]]] = {}
-        chosen: dict[str, float] = {}
-        for seed in range(seeds):
-            train, test = toy(name, 10_000, 2 * seed), toy(name, 10_000, 2 * seed + 1)
-            ebm, started = EnergyModel(event_shape=(2,), seed=seed), time.process_time()
-            ebm.fit(train, num_steps=num_steps, seed=seed, progress=False)
-            seconds, evaluations = time.process_time() - started, num_steps * (512 + 128)
-            own = float(ebm.log_prob(test).mean())
-            found.setdefault("compositional", []).append((own, own, seconds, num_steps))
-            for peer, (make, settings, each) in PEERS.items():
-                if peer not in chosen:
-                    chosen[peer] = settings[0]
-                    if len(settings) > 1:
-                        scores = {}
-                        for setting in settings:
-                            density = make(setting, train[:8000], _Budget(seconds=seconds / 2), seed)
-                            scores[setting] = float(density(train[8000:]).mean().nan_to_num(nan=-math.inf))
-                        chosen[peer] = max(scores, key=scores.__getitem__)
-                by_time = _Budget(seconds=seconds)
-                at_time = float(make(chosen[peer], train, by_time, seed)(test).mean())
-                by_count = _Budget(steps=round(evaluations / (256 * each)))
-                at_count = float(make(chosen[peer], train, by_count, seed)(test).mean())
-                used = time.process_time() - by_count.started
-                found.setdefault(peer, []).append((at_time, at_count, used, by_time.done))
-                print(f"{name}, seed {seed}: ours {own:.3f}, {peer} {at_time:.3f}, {at_count:.3f} by count", flush=True)
-        for peer, values in found.items():
-            at_time, at_count, used, done = (statistics.median(v) for v in zip(*values, strict=True))
-            spread = f"{min(v[0] for v in values):.3f} to {max(v[0] for v in values):.3f}"
-            rows.append((name, peer, chosen.get(peer, ""), at_time, spread, int(done), at_count, used))
-        table(
-            f"Equal CPU seconds, and {num_steps * 640:,} evaluations of the energy or density",
-            ("data", "method", "setting", "nats, equal time", "range", "steps", "nats, equal count", "CPU s for it"),
-            rows,
-        )
 
 
 # ---------------------------------------------------------------- eight and sixteen dimensions
