@@ -243,8 +243,7 @@ class EnergyModel(Model):
         )
         fresh = self._measure(seed)
         if isinstance(objective, CompositionalLikelihood):
-            running = fresh.value if average_last else float(objective.log_u)
-            problem = unreliable(running, fresh.value, fresh.standard_error, fresh.khat)
+            problem = unreliable(float(objective.log_u), fresh.value, fresh.standard_error, fresh.khat)
             if problem:
                 warnings.warn(problem, SamplerWarning, stacklevel=2)
         self.result = EnergyFit(history, fresh, method, loop)
