@@ -11,7 +11,7 @@
     python -m benchmarks.compositional_ebm prior         # a VAE's gain by an energy prior
 
 Each prints a table; figures go to ``out/compositional_ebm``.  ``--seeds N`` repeats and prints medians; with
-``--minutes N`` the peers stop after so many, and the same command goes on.
+``--minutes N`` peers and mixtures stop after so many, and the same command goes on.
 """
 
 import argparse
@@ -392,7 +392,8 @@ def main() -> None:
         energy_peers.peers(names, given.seeds, given.steps, OUT / f"peers-{given.steps}.jsonl", given.minutes)
     elif given.part == "mixtures":
         for dim in given.names or ("8", "16"):
-            densities.mixtures(int(dim), given.seeds, given.steps, given.bend, given.scale)
+            rows = OUT / "mixtures.jsonl"
+            densities.mixtures(int(dim), given.seeds, given.steps, given.bend, given.scale, rows, given.minutes)
     elif given.part == "digits":
         digits(given.seeds)
     elif given.part == "regression":

@@ -3,9 +3,13 @@
 Called by ``python -m benchmarks.compositional_ebm toys|peers|mixtures``.
 """
 
+import json
 import math
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +21,7 @@ from inference import CollapseError
 from inference.objectives.unnormalised.noise import GaussianNoise
 from inference.runtime.generators import generator, scoped_seed
 from ppl_models import EnergyModel
+from ppl_models.compositional_ebm.noise import auto_noise
 
 TOYS = ("8gaussians", "checkerboard", "rings", "pinwheel", "2spirals", "moons")
 _RADII, _RING_SD = (0.75, 1.5, 2.25, 3.0), 0.08
@@ -27,6 +32,31 @@ def table(title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> 
     print(f"\n## {title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for row in rows:
         print("| " + " | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row) + " |", flush=True)
+
+
+class Rows:
+    """What was measured so far, a line of JSON each, so that a run that was ended goes on where it was."""
+
+    def __init__(self, path: Path, minutes: float) -> None:
+        self.path, self.end = path, time.monotonic() + 60 * minutes
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.found: dict[tuple[Any, ...], list[float]] = {tuple(k): v for k, v in map(json.loads, lines)}
+
+    def get(self, *key: Any, measure: Callable[[], list[float]]) -> list[float]:
+        """The row of a key, measured and written if it is new.
+
+        Raises:
+            TimeoutError: it is new, and the minutes are over.
+        """
+        if key not in self.found:
+            if time.monotonic() > self.end:
+                raise TimeoutError
+            self.found[key] = measure()
+            with self.path.open("a") as file:
+                file.write(json.dumps([key, self.found[key]]) + "\n")
+            print(*key, *(f"{v:.4g}" for v in self.found[key]), flush=True)
+        return self.found[key]
 
 
 # ---------------------------------------------------------------- two dimensions
@@ -240,45 +270,96 @@ def exact_log_z(ebm: EnergyModel, law: KnownMixture, num: int = 100_000) -> tupl
     return float(value), float((weights - value).exp().std()) / math.sqrt(len(z))
 
 
-def mixture_fit(law: KnownMixture, train: Tensor, method: str, noise: Any, steps: int, seed: int, **more: Any) -> Any:
+def mixture_fit(
+    law: KnownMixture, train: Tensor, method: str, noise: Any, steps: int, seed: int, lr: float = 2e-2, draws: int = 512
+) -> Any:
     """A fitted model, its learned log Z and the CPU seconds."""
     ebm, started = EnergyModel(event_shape=(law.dim,), hidden=(64, 64), seed=seed), time.process_time()
-    ebm.fit(train, noise=noise, method=method, num_steps=steps, lr=2e-3, seed=seed, progress=False, **more)
+    options: dict[str, Any] = {"noise_samples": draws, "lr": lr, "progress": False}
+    ebm.fit(train, noise=noise, method=method, num_steps=steps, seed=seed, **options)
     assert ebm.result is not None
     return ebm, float(ebm.result.history["log_partition"][-1]), time.process_time() - started
 
 
-def mixtures(dim: int, seeds: int, num_steps: int = 2000, bend: float = 1.0, scale: float = 0.25) -> None:
+_RATES = (5e-3, 1e-2, 2e-2)
+_ARMS = tuple((method, noise) for noise in ("adaptive", "one normal") for method in ("compositional", "nce"))
+
+
+def _noise_of(name: str, train: Tensor) -> Any:
+    return auto_noise(train) if name == "adaptive" else GaussianNoise.fit(train, 1.3)
+
+
+def _clock(law: KnownMixture) -> list[float]:
+    """CPU seconds of a step of each arm, medians of three turns, and of fitting the adaptive noise."""
+    train, started = law.sample(20_000), time.process_time()
+    noises = {name: _noise_of(name, train) for name in ("one normal", "adaptive")}
+    fitting = time.process_time() - started
+    found: list[list[float]] = []
+    for _ in range(3):
+        turn = [[mixture_fit(law, train, m, noises[n], k, 0)[2] for k in (50, 250)] for m, n in _ARMS]
+        found.append([(more - few) / 200 for few, more in turn])
+    return [statistics.median(arm) for arm in zip(*found, strict=True)] + [fitting]
+
+
+def _rate(law: KnownMixture, method: str, noise: str, steps: int) -> list[float]:
+    """The rate that serves held-out rows best."""
+    train = law.sample(20_000)
+    scores = {}
+    for rate in _RATES:
+        try:
+            ebm, _, _ = mixture_fit(law, train[:16_000], method, _noise_of(noise, train[:16_000]), steps, 0, rate)
+        except CollapseError:
+            continue
+        exact, _ = exact_log_z(ebm, law)
+        scores[rate] = float(ebm._law(exact).log_prob(train[16_000:]).detach().mean().nan_to_num(nan=-math.inf))
+    return [max(scores, key=scores.__getitem__) if scores else _RATES[0]]
+
+
+def _arm(law: KnownMixture, method: str, noise: str, steps: int, seed: int, rate: float) -> list[float]:
+    """Learned log Z less the exact one, the latter's error, nats, the truth's, CPU seconds, log Z after the fit."""
+    train, test = law.sample(20_000), law.sample(5000)
+    best = float(law.log_prob(test).mean())
+    try:
+        ebm, learned, seconds = mixture_fit(
+            law, train, method, "auto" if noise == "adaptive" else _noise_of(noise, train), steps, seed, rate
+        )
+    except CollapseError:
+        return [math.nan] * 3 + [best] + [math.nan] * 2
+    exact, error = exact_log_z(ebm, law)
+    nats = float(ebm._law(exact).log_prob(test).mean().detach())
+    return [learned - exact, error, nats, best, seconds, float(ebm.log_z) - exact]
+
+
+def mixtures(dim: int, seeds: int, num_steps: int, bend: float, scale: float, path: Path, minutes: float) -> None:
     """The learned log Z beside the exact one: compositional with adaptive noise, and NCE for as many CPU seconds.
 
-    NCE runs with the same noise, and with the one inflated normal that is its usual noise.
+    NCE runs with the same noise, and with the one inflated normal that is its usual noise; each arm's rate is chosen
+    on a fifth of the training rows of the first seed. 512 noise draws and 256 rows a step. Rows in the file ``path``
+    are not measured again, and none is begun after so many ``minutes``.
     """
-    rows: list[tuple[Any, ...]] = []
-    mixture_fit(KnownMixture(dim, bend, scale, 0), torch.randn(1000, dim), "nce", "auto", 5, 0)  # warms the machine
+    rows = Rows(path, minutes)
+    laws = partial(KnownMixture, dim, bend, scale)
+    key = (dim, bend, scale, num_steps)
+    steps: dict[tuple[str, str], int] = {}
+    try:
+        clock = rows.get(*key, "seconds a step, and of the noise", measure=lambda: _clock(laws(0)))
+        for (method, noise), each in zip(_ARMS, clock, strict=False):
+            spare = 0.0 if noise == "adaptive" else clock[-1]  # a single normal is there at once
+            budget = num_steps * clock[0] + spare
+            steps[method, noise] = round(budget / each) if method == "nce" else num_steps
+        for seed in range(seeds):
+            for method, noise in _ARMS:
+                fit_rate = partial(_rate, laws(0), method, noise, steps[method, noise])
+                rate = rows.get(*key, "rate", method, noise, measure=fit_rate)[0]
+                fit_arm = partial(_arm, laws(seed), method, noise, steps[method, noise], seed, rate)
+                rows.get(*key, seed, method, noise, measure=fit_arm)
+    except TimeoutError:
+        print(f"{minutes:g} minutes are over: the same command goes on", flush=True)
+    made: list[tuple[Any, ...]] = []
     for seed in range(seeds):
-        law = KnownMixture(dim, bend, scale, seed)
-        train, test = law.sample(20_000), law.sample(5000)
-        best, budget = float(law.log_prob(test).mean()), 0.0
-        one = GaussianNoise.fit(train, 1.3)
-        for label, method, noise in (
-            ("compositional, adaptive", "compositional", "auto"),
-            ("NCE, adaptive", "nce", "auto"),
-            ("NCE, one normal", "nce", one),
-            ("compositional, one normal", "compositional", one),
-        ):
-            steps = num_steps
-            if method == "nce":  # as many steps as the compositional fit's seconds allow
-                few, more = (mixture_fit(law, train, method, noise, k, seed)[2] for k in (100, 400))
-                steps = round(400 + (budget - more) / max((more - few) / 300, 1e-4))
-                steps = max(100, min(steps, 3 * num_steps))  # clocks of short fits err
-            try:
-                ebm, learned, seconds = mixture_fit(law, train, method, noise, steps, seed)
-            except CollapseError:
-                rows.append((dim, seed, label, steps, "CollapseError", "", "", best, ""))
-                continue
-            budget = budget or seconds
-            exact, error = exact_log_z(ebm, law)
-            nats = float(ebm._law(exact).log_prob(test).mean().detach())
-            rows.append((dim, seed, label, steps, learned - exact, error, nats, best, seconds))
-    names = ("D", "seed", "method, noise", "steps", "learned log Z - exact", "s.e.", "test nats", "truth", "CPU s")
-    table(f"Mixtures of known density, bend {bend:g}, scale {scale:g}", names, rows)
+        for method, noise in _ARMS:
+            if (found := rows.found.get((*key, seed, method, noise))) is not None:
+                rate = rows.found[(*key, "rate", method, noise)][0]
+                made.append((dim, seed, f"{method}, {noise}", rate, steps[method, noise], *found))
+    names = ("D", "seed", "method, noise", "rate", "steps", "learned log Z - exact", "s.e.", "test nats", "truth")
+    table(f"Mixtures of known density, bend {bend:g}, scale {scale:g}", (*names, "CPU s", "after the fit"), made)

@@ -3,7 +3,6 @@
 Called by ``python -m benchmarks.compositional_ebm peers``.
 """
 
-import json
 import math
 import statistics
 import time
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.energy_densities import best_gmm, best_kde, table, toy, truth
+from benchmarks.energy_densities import Rows, best_gmm, best_kde, table, toy, truth
 from inference.objectives.unnormalised.noise import GaussianNoise
 from inference.runtime.generators import scoped_seed
 from ppl_models import EnergyModel
@@ -137,31 +136,6 @@ PEERS: dict[str, tuple[Any, tuple[tuple[float, ...], ...], float]] = {
 }
 
 
-class _Rows:
-    """What was measured so far, a line of JSON each, so that a run that was ended goes on where it was."""
-
-    def __init__(self, path: Path, minutes: float) -> None:
-        self.path, self.end = path, time.monotonic() + 60 * minutes
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.found: dict[tuple[Any, ...], list[float]] = {tuple(k): v for k, v in map(json.loads, lines)}
-
-    def get(self, *key: Any, measure: Callable[[], list[float]]) -> list[float]:
-        """The row of a key, measured and written if it is new.
-
-        Raises:
-            TimeoutError: it is new, and the minutes are over.
-        """
-        if key not in self.found:
-            if time.monotonic() > self.end:
-                raise TimeoutError
-            self.found[key] = measure()
-            with self.path.open("a") as file:
-                file.write(json.dumps([key, self.found[key]]) + "\n")
-            print(*key, *(f"{v:.4g}" for v in self.found[key]), flush=True)
-        return self.found[key]
-
-
 def _own(name: str, seed: int, num_steps: int) -> list[float]:
     """Nats of our fit, and its CPU seconds."""
     train, test = toy(name, 10_000, 2 * seed), toy(name, 10_000, 2 * seed + 1)
@@ -208,7 +182,7 @@ def peers(names: tuple[str, ...], seeds: int, num_steps: int, path: Path, minute
         path: file of rows; those in it are not measured again.
         minutes: no row is begun after so many. Begin the run anew to go on.
     """
-    rows = _Rows(path, minutes)
+    rows = Rows(path, minutes)
     evaluations = num_steps * (512 + 128)  # of data and noise, and of half the noise for the ratio correction
     try:
         for seed in range(seeds):

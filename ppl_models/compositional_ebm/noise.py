@@ -53,6 +53,8 @@ __all__ = [
 _FEW = 3  # dimensions that one inflated normal still covers well
 _OVERDISPERSED = 1.3  # variance of counts over their mean, above which Poisson noise does not cover them
 _INFLATION = 1.3
+_COMPONENTS = 60  # at most, of the automatic mixture
+_PRIOR_ROWS = 0.125  # rows a dimension that each component's prior, the data's own variance, is worth
 _FINE = 30.0  # standard deviation, in steps of the lattice, from which whole numbers are as good as real ones
 _ATOM, _TIES = 0.1, 10  # share of the rows, and rows, at one value, from which data have no density
 
@@ -174,7 +176,10 @@ def auto_noise(x: Tensor, support: Any = None, seed: int = 0) -> Noise:
         raise ValueError(f"there is no automatic noise for the support {support}: give noise=")
     if x[0].numel() <= _FEW:
         return GaussianNoise.fit(x, _INFLATION)
-    return covering_mixture(x, max(1, min(30, len(x) // (10 * x[0].numel()))), inflation=1.1, ridge=0.05, seed=seed)
+    dim = x[0].numel()
+    components = max(1, min(_COMPONENTS, len(x) // (10 * dim)))
+    ridge = _PRIOR_ROWS * dim * components / len(x)
+    return covering_mixture(x, components, inflation=1.1, ridge=ridge, seed=seed)
 
 
 def covering_mixture(
