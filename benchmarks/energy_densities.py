@@ -304,14 +304,15 @@ def _clock(law: KnownMixture) -> list[float]:
 def _rate(law: KnownMixture, method: str, noise: str, steps: int) -> list[float]:
     """The rate that serves held-out rows best."""
     train = law.sample(20_000)
+    train, held = train[: len(train) * 4 // 5], train[len(train) * 4 // 5 :]
     scores = {}
     for rate in _RATES:
         try:
-            ebm, _, _ = mixture_fit(law, train[:16_000], method, _noise_of(noise, train[:16_000]), steps, 0, rate)
+            ebm, _, _ = mixture_fit(law, train, method, _noise_of(noise, train), steps, 0, rate)
         except CollapseError:
             continue
         exact, _ = exact_log_z(ebm, law)
-        scores[rate] = float(ebm._law(exact).log_prob(train[16_000:]).detach().mean().nan_to_num(nan=-math.inf))
+        scores[rate] = float(ebm._law(exact).log_prob(held).detach().mean().nan_to_num(nan=-math.inf))
     return [max(scores, key=scores.__getitem__) if scores else _RATES[0]]
 
 
