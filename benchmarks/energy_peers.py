@@ -185,19 +185,17 @@ def peers(names: tuple[str, ...], seeds: int, num_steps: int, path: Path, minute
     rows = Rows(path, minutes)
     evaluations = num_steps * (512 + 128)  # of data and noise, and of half the noise for the ratio correction
     try:
-        for seed in range(seeds):
-            for name in names:
-                own = rows.get(name, seed, "compositional", measure=partial(_own, name, seed, num_steps))
-                for peer, run in (("scikit-learn GMM", best_gmm), ("scikit-learn KDE", best_kde)):
-                    rows.get(name, seed, peer, measure=partial(_mixture, name, seed, run))
-                for peer, (_, _, each) in PEERS.items():
-                    first = rows.get(name, 0, "compositional", measure=list)[1]
-                    setting = rows.get(name, "setting", peer, measure=partial(_tuned, name, peer, first))
-                    steps = round(evaluations / (256 * each))
-                    for what, limit in (
-                        ("time", partial(_Budget, seconds=own[1])),
-                        ("count", partial(_Budget, steps=steps)),
-                    ):
+        for what in ("time", "count"):  # the second costs four times the first
+            for seed in range(seeds):
+                for name in names:
+                    own = rows.get(name, seed, "compositional", measure=partial(_own, name, seed, num_steps))
+                    for peer, run in (("scikit-learn GMM", best_gmm), ("scikit-learn KDE", best_kde)):
+                        rows.get(name, seed, peer, measure=partial(_mixture, name, seed, run))
+                    for peer, (_, _, each) in PEERS.items():
+                        first = rows.found[name, 0, "compositional"][1]
+                        setting = rows.get(name, "setting", peer, measure=partial(_tuned, name, peer, first))
+                        steps = round(evaluations / (256 * each))
+                        limit = partial(_Budget, **({"seconds": own[1]} if what == "time" else {"steps": steps}))
                         rows.get(name, seed, peer, what, measure=partial(_peer, name, seed, peer, setting, limit))
     except TimeoutError:
         print(f"{minutes:g} minutes are over: the same command goes on", flush=True)
@@ -207,9 +205,9 @@ def peers(names: tuple[str, ...], seeds: int, num_steps: int, path: Path, minute
 def _peer_table(names: tuple[str, ...], seeds: int, found: dict[tuple[Any, ...], list[float]], count: int) -> None:
     def cells(values: list[list[float]]) -> list[Any]:
         if not values:
-            return ["", "", ""]
+            return [0, "", "", ""]
         nats, seconds = [v[0] for v in values], statistics.median(v[1] for v in values)
-        return [statistics.median(nats), f"{min(nats):.3f} to {max(nats):.3f}", seconds]
+        return [len(values), statistics.median(nats), f"{min(nats):.3f} to {max(nats):.3f}", seconds]
 
     table_rows = []
     for name in names:
@@ -222,9 +220,9 @@ def _peer_table(names: tuple[str, ...], seeds: int, found: dict[tuple[Any, ...],
                 both.append([found[key] for key in keys if key in found])
             rows = (both * 2)[:2]
             steps = statistics.median(v[2] for v in rows[0]) if method in PEERS and rows[0] else ""
-            table_rows.append((name, method, setting, len(rows[1]), *cells(rows[0]), steps, *cells(rows[1])))
-        table_rows.append((name, "truth", "", len(own), statistics.median(v[2] for v in own) if own else "", *[""] * 6))
-    names_of = ("data", "method", "setting", "seeds", "nats, equal time", "range", "CPU s", "steps")
+            table_rows.append((name, method, setting, *cells(rows[0]), steps, *cells(rows[1])))
+        table_rows.append((name, "truth", "", len(own), statistics.median(v[2] for v in own) if own else "", *[""] * 7))
+    names_of = ("data", "method", "setting", "seeds", "nats, equal time", "range", "CPU s", "steps", "seeds")
     table(
         f"Equal CPU seconds, and {count:,} evaluations of the energy or density",
         (*names_of, "nats, equal count", "range", "CPU s"),
