@@ -280,6 +280,20 @@ def test_counts_that_vary_more_than_poisson_ones(tmp_path: Path) -> None:
     assert torch.equal(EnergyModel.load(tmp_path / "counts").log_prob(x), ebm.log_prob(x))
 
 
+def test_automatic_noise_follows_narrow_components() -> None:
+    """Five normals of a tenth of their centres' spread in six dimensions: within 1.3 nats of the truth on fresh rows.
+
+    A ridge of 5 % of the data's variance, whatever the rows, left it 2.8 nats away.
+    """
+    draw = generator(4, "narrow")
+    centres = torch.randn(5, 6, generator=draw)
+    rows = torch.randint(5, (4000,), generator=draw)
+    x = centres[rows] + 0.1 * torch.randn(4000, 6, generator=draw)
+    exact = dist.Normal(centres, 0.1).to_event(1).log_prob(x[3000:, None]).logsumexp(1) - math.log(5)
+    gap = float((exact - auto_noise(x[:3000]).log_prob(x[3000:])).mean())
+    assert 0 < gap < 1.3
+
+
 def test_whole_numbers_on_a_large_scale_are_real_data() -> None:
     """Prices with a correlation and losses below zero get a normal law; few or coarse values stay counts or labels."""
     z = torch.randn(2000, 2, generator=generator(3, "prices"))
