@@ -10,7 +10,8 @@
     python -m benchmarks.compositional_ebm regression    # KL of the conditional energy
     python -m benchmarks.compositional_ebm prior         # a VAE's gain by an energy prior
 
-Each prints a table; figures go to ``out/compositional_ebm``.  ``--seeds N`` repeats and prints medians.
+Each prints a table; figures go to ``out/compositional_ebm``.  ``--seeds N`` repeats and prints medians; with
+``--minutes N`` peers and mixtures stop after so many, and the same command goes on.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from benchmarks import energy_densities as densities
+from benchmarks import energy_peers
 from benchmarks.energy_densities import best_kde, table
 from inference import CompositionalLikelihood, fit
 from inference.objectives.unnormalised import NoiseContrastive
@@ -378,6 +380,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--minutes", type=float, default=math.inf)
     parser.add_argument("--bend", type=float, default=1.0)
     parser.add_argument("--scale", type=float, default=0.25)
     given = parser.parse_args()
@@ -385,10 +388,12 @@ def main() -> None:
     if given.part == "toys":
         densities.toys(tuple(given.names) or densities.TOYS, given.seeds, given.steps)
     elif given.part == "peers":
-        densities.peers(tuple(given.names) or ("8gaussians", "checkerboard"), given.seeds, given.steps)
+        names = tuple(given.names) or ("8gaussians", "checkerboard")
+        energy_peers.peers(names, given.seeds, given.steps, OUT / f"peers-{given.steps}.jsonl", given.minutes)
     elif given.part == "mixtures":
         for dim in given.names or ("8", "16"):
-            densities.mixtures(int(dim), given.seeds, given.steps, given.bend, given.scale)
+            rows = OUT / "mixtures.jsonl"
+            densities.mixtures(int(dim), given.seeds, given.steps, given.bend, given.scale, rows, given.minutes)
     elif given.part == "digits":
         digits(given.seeds)
     elif given.part == "regression":

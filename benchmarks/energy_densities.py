@@ -3,22 +3,25 @@
 Called by ``python -m benchmarks.compositional_ebm toys|peers|mixtures``.
 """
 
+import json
 import math
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyro.distributions as dist
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from inference import CollapseError
 from inference.objectives.unnormalised.noise import GaussianNoise
 from inference.runtime.generators import generator, scoped_seed
 from ppl_models import EnergyModel
+from ppl_models.compositional_ebm.noise import auto_noise
 
 TOYS = ("8gaussians", "checkerboard", "rings", "pinwheel", "2spirals", "moons")
 _RADII, _RING_SD = (0.75, 1.5, 2.25, 3.0), 0.08
@@ -29,6 +32,31 @@ def table(title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> 
     print(f"\n## {title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for row in rows:
         print("| " + " | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row) + " |", flush=True)
+
+
+class Rows:
+    """What was measured so far, a line of JSON each, so that a run that was ended goes on where it was."""
+
+    def __init__(self, path: Path, minutes: float) -> None:
+        self.path, self.end = path, time.monotonic() + 60 * minutes
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.found: dict[tuple[Any, ...], list[float]] = {tuple(k): v for k, v in map(json.loads, lines)}
+
+    def get(self, *key: Any, measure: Callable[[], list[float]]) -> list[float]:
+        """The row of a key, measured and written if it is new.
+
+        Raises:
+            TimeoutError: it is new, and the minutes are over.
+        """
+        if key not in self.found:
+            if time.monotonic() > self.end:
+                raise TimeoutError
+            self.found[key] = measure()
+            with self.path.open("a") as file:
+                file.write(json.dumps([key, self.found[key]]) + "\n")
+            print(*key, *(f"{v:.4g}" for v in self.found[key]), flush=True)
+        return self.found[key]
 
 
 # ---------------------------------------------------------------- two dimensions
@@ -202,159 +230,6 @@ def toys(names: tuple[str, ...], seeds: int, num_steps: int = 2000) -> None:
     table("Test log-likelihood", ("data", "method", "median nats", "range", "CPU s"), rows)
 
 
-# ---------------------------------------------------------------- peers
-class _Budget:
-    """CPU seconds, or steps: what a peer may use, as a share of it that is gone."""
-
-    def __init__(self, seconds: float | None = None, steps: int | None = None) -> None:
-        self.seconds, self.steps, self.done, self.started = seconds, steps, 0, time.process_time()
-
-    def spent(self) -> float:
-        if self.steps is not None:
-            return self.done / self.steps
-        return (time.process_time() - self.started) / (self.seconds or 1.0)
-
-
-def _descend(parameters: Any, loss: Callable[[Tensor], Tensor], train: Tensor, budget: _Budget, lr: float) -> None:
-    """Adam on batches of 256, its rate falling along half a cosine to zero, as in our own fits."""
-    optimiser = torch.optim.Adam(parameters, lr)
-    while (gone := budget.spent()) < 1:
-        optimiser.param_groups[0]["lr"] = 0.5 * lr * (1 + math.cos(math.pi * gone))
-        optimiser.zero_grad()
-        loss(train[torch.randint(len(train), (256,))]).backward()
-        optimiser.step()
-        budget.done += 1
-
-
-def _on_grid(log_p: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The density normalised on 400 by 400 points of (-7, 7)^2."""
-    axis = (torch.arange(400) + 0.5) / 400 * 14 - 7
-    with torch.no_grad():
-        values = torch.cat([log_p(part).double() for part in torch.cartesian_prod(axis, axis).split(20_000)])
-    log_z = float(torch.logsumexp(values, 0)) + 2 * math.log(14 / 400)
-    return lambda x: log_p(x).detach().double() - log_z
-
-
-def _torchebm(kind: str, setting: float, train: Tensor, budget: _Budget, seed: int) -> Callable[[Tensor], Tensor]:
-    """torchebm's losses on our default network and tilt; ``setting`` is Langevin's step, or the denoising spread."""
-    from torchebm.core import BaseModel
-    from torchebm.losses import ContrastiveDivergence, DenoisingScoreMatching, SlicedScoreMatching
-    from torchebm.samplers import LangevinDynamics
-
-    noise = GaussianNoise.fit(train, 1.3)
-    ebm = EnergyModel(event_shape=(2,), seed=seed)
-    ebm._start(train, noise, seed, frozen=False)
-
-    class Theirs(BaseModel):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = ebm.energy
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.net(x) - noise.log_prob(x)
-
-    model = Theirs()
-    if kind in ("CD", "PCD"):
-        sampler = LangevinDynamics(model, step_size=setting)
-        made = ContrastiveDivergence(model, sampler, k_steps=10, persistent=kind == "PCD", buffer_size=10_000)
-
-        def loss(x: Tensor) -> Tensor:
-            found: Tensor = made(x)[0]
-            return found
-    else:
-        made = DenoisingScoreMatching(model, noise_scale=setting) if kind == "DSM" else SlicedScoreMatching(model, 1)
-        loss = made
-    with scoped_seed(seed):
-        _descend(model.net.parameters(), loss, train, budget, 5e-3)
-    return _on_grid(lambda x: -model(x))
-
-
-def _flow(kind: str, setting: float, train: Tensor, budget: _Budget, seed: int) -> Callable[[Tensor], Tensor]:
-    """Neural spline flows of zuko and normflows, three autoregressive layers of 64-64."""
-    shift, scale = train.mean(0), train.std(0)
-    standard = (train - shift) / scale
-    with scoped_seed(seed):
-        log_prob: Callable[[Tensor], Tensor]
-        if kind == "zuko":
-            import zuko
-
-            made = zuko.flows.NSF(2, transforms=3, hidden_features=(64, 64))
-
-            def log_prob(x: Tensor) -> Tensor:
-                found: Tensor = made().log_prob(x)
-                return found
-        else:
-            import normflows
-
-            layers: list[nn.Module] = []
-            for _ in range(3):
-                layers.append(normflows.flows.AutoregressiveRationalQuadraticSpline(2, 2, 64))
-                layers.append(normflows.flows.LULinearPermute(2))
-            made = normflows.NormalizingFlow(normflows.distributions.DiagGaussian(2, trainable=False), layers)
-            log_prob = made.log_prob
-        _descend(made.parameters(), lambda x: -log_prob(x).mean(), standard, budget, setting)
-
-    def density(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return log_prob((x - shift) / scale) - scale.log().sum()
-
-    return density
-
-
-# loss, settings to choose from on held-out rows, and evaluations of the energy (its gradient) for a row of a step
-PEERS: dict[str, tuple[Any, tuple[float, ...], float]] = {
-    "torchebm CD-10": (partial(_torchebm, "CD"), (0.003, 0.01, 0.03), 12.0),
-    "torchebm PCD-10": (partial(_torchebm, "PCD"), (0.003, 0.01, 0.03), 12.0),
-    "torchebm DSM": (partial(_torchebm, "DSM"), (0.05, 0.1, 0.2), 2.0),
-    "torchebm SSM": (partial(_torchebm, "SSM"), (0.0,), 3.0),
-    "zuko NSF": (partial(_flow, "zuko"), (2e-3, 5e-3), 1.0),
-    "normflows NSF": (partial(_flow, "normflows"), (2e-3, 5e-3), 1.0),
-}
-
-
-def peers(names: tuple[str, ...], seeds: int, num_steps: int = 2000) -> None:
-    """Peers at the CPU seconds of our fit, and at its evaluations of the energy, medians over seeds.
-
-    A setting is chosen on a fifth of the training rows of the first seed, with half the seconds.
-    """
-    rows = []
-    for name in names:
-        found: dict[str, list[tuple[float, ...]]] = {}
-        chosen: dict[str, float] = {}
-        for seed in range(seeds):
-            train, test = toy(name, 10_000, 2 * seed), toy(name, 10_000, 2 * seed + 1)
-            ebm, started = EnergyModel(event_shape=(2,), seed=seed), time.process_time()
-            ebm.fit(train, num_steps=num_steps, seed=seed, progress=False)
-            seconds, evaluations = time.process_time() - started, num_steps * (512 + 128)
-            own = float(ebm.log_prob(test).mean())
-            found.setdefault("compositional", []).append((own, own, seconds, num_steps))
-            for peer, (make, settings, each) in PEERS.items():
-                if peer not in chosen:
-                    chosen[peer] = settings[0]
-                    if len(settings) > 1:
-                        scores = {}
-                        for setting in settings:
-                            density = make(setting, train[:8000], _Budget(seconds=seconds / 2), seed)
-                            scores[setting] = float(density(train[8000:]).mean().nan_to_num(nan=-math.inf))
-                        chosen[peer] = max(scores, key=scores.__getitem__)
-                by_time = _Budget(seconds=seconds)
-                at_time = float(make(chosen[peer], train, by_time, seed)(test).mean())
-                by_count = _Budget(steps=round(evaluations / (256 * each)))
-                at_count = float(make(chosen[peer], train, by_count, seed)(test).mean())
-                used = time.process_time() - by_count.started
-                found.setdefault(peer, []).append((at_time, at_count, used, by_time.done))
-                print(f"{name}, seed {seed}: ours {own:.3f}, {peer} {at_time:.3f}, {at_count:.3f} by count", flush=True)
-        for peer, values in found.items():
-            at_time, at_count, used, done = (statistics.median(v) for v in zip(*values, strict=True))
-            spread = f"{min(v[0] for v in values):.3f} to {max(v[0] for v in values):.3f}"
-            rows.append((name, peer, chosen.get(peer, ""), at_time, spread, int(done), at_count, used))
-        table(
-            f"Equal CPU seconds, and {num_steps * 640:,} evaluations of the energy or density",
-            ("data", "method", "setting", "nats, equal time", "range", "steps", "nats, equal count", "CPU s for it"),
-            rows,
-        )
-
-
 # ---------------------------------------------------------------- eight and sixteen dimensions
 class KnownMixture:
     """Eight components about standard normal centres, straight or bent; ``scale`` is their coordinates' spread.
@@ -395,45 +270,97 @@ def exact_log_z(ebm: EnergyModel, law: KnownMixture, num: int = 100_000) -> tupl
     return float(value), float((weights - value).exp().std()) / math.sqrt(len(z))
 
 
-def mixture_fit(law: KnownMixture, train: Tensor, method: str, noise: Any, steps: int, seed: int, **more: Any) -> Any:
+def mixture_fit(
+    law: KnownMixture, train: Tensor, method: str, noise: Any, steps: int, seed: int, lr: float = 2e-2, draws: int = 512
+) -> Any:
     """A fitted model, its learned log Z and the CPU seconds."""
     ebm, started = EnergyModel(event_shape=(law.dim,), hidden=(64, 64), seed=seed), time.process_time()
-    ebm.fit(train, noise=noise, method=method, num_steps=steps, lr=2e-3, seed=seed, progress=False, **more)
+    options: dict[str, Any] = {"noise_samples": draws, "lr": lr, "progress": False}
+    ebm.fit(train, noise=noise, method=method, num_steps=steps, seed=seed, **options)
     assert ebm.result is not None
     return ebm, float(ebm.result.history["log_partition"][-1]), time.process_time() - started
 
 
-def mixtures(dim: int, seeds: int, num_steps: int = 2000, bend: float = 1.0, scale: float = 0.25) -> None:
+_RATES = (2e-3, 5e-3, 1e-2, 2e-2)
+_ARMS = tuple((method, noise) for noise in ("adaptive", "one normal") for method in ("compositional", "nce"))
+
+
+def _noise_of(name: str, train: Tensor) -> Any:
+    return auto_noise(train) if name == "adaptive" else GaussianNoise.fit(train, 1.3)
+
+
+def _clock(law: KnownMixture) -> list[float]:
+    """CPU seconds of a step of each arm, medians of three turns, and of fitting the adaptive noise."""
+    train, started = law.sample(20_000), time.process_time()
+    noises = {name: _noise_of(name, train) for name in ("one normal", "adaptive")}
+    fitting = time.process_time() - started
+    found: list[list[float]] = []
+    for _ in range(3):
+        turn = [[mixture_fit(law, train, m, noises[n], k, 0)[2] for k in (50, 250)] for m, n in _ARMS]
+        found.append([(more - few) / 200 for few, more in turn])
+    return [statistics.median(arm) for arm in zip(*found, strict=True)] + [fitting]
+
+
+def _rate(law: KnownMixture, method: str, noise: str, steps: int) -> list[float]:
+    """The rate that serves held-out rows best."""
+    train = law.sample(20_000)
+    train, held = train[: len(train) * 4 // 5], train[len(train) * 4 // 5 :]
+    scores = {}
+    for rate in _RATES:
+        try:
+            ebm, _, _ = mixture_fit(law, train, method, _noise_of(noise, train), steps, 0, rate)
+        except CollapseError:
+            continue
+        exact, _ = exact_log_z(ebm, law)
+        scores[rate] = float(ebm._law(exact).log_prob(held).detach().mean().nan_to_num(nan=-math.inf))
+    return [max(scores, key=scores.__getitem__) if scores else _RATES[0]]
+
+
+def _arm(law: KnownMixture, method: str, noise: str, steps: int, seed: int, rate: float) -> list[float]:
+    """Learned log Z less the exact one, the latter's error, nats, the truth's, CPU seconds, log Z after the fit."""
+    train, test = law.sample(20_000), law.sample(5000)
+    best = float(law.log_prob(test).mean())
+    try:
+        ebm, learned, seconds = mixture_fit(
+            law, train, method, "auto" if noise == "adaptive" else _noise_of(noise, train), steps, seed, rate
+        )
+    except CollapseError:
+        return [math.nan] * 3 + [best] + [math.nan] * 2
+    exact, error = exact_log_z(ebm, law)
+    nats = float(ebm._law(exact).log_prob(test).mean().detach())
+    return [learned - exact, error, nats, best, seconds, float(ebm.log_z) - exact]
+
+
+def mixtures(dim: int, seeds: int, num_steps: int, bend: float, scale: float, path: Path, minutes: float) -> None:
     """The learned log Z beside the exact one: compositional with adaptive noise, and NCE for as many CPU seconds.
 
-    NCE runs with the same noise, and with the one inflated normal that is its usual noise.
+    NCE runs with the same noise, and with the one inflated normal that is its usual noise; each arm's rate is chosen
+    on a fifth of the training rows of the first seed. 512 noise draws and 256 rows a step. Rows in the file ``path``
+    are not measured again, and none is begun after so many ``minutes``.
     """
-    rows: list[tuple[Any, ...]] = []
-    mixture_fit(KnownMixture(dim, bend, scale, 0), torch.randn(1000, dim), "nce", "auto", 5, 0)  # warms the machine
+    rows = Rows(path, minutes)
+    laws = partial(KnownMixture, dim, bend, scale)
+    key = (dim, bend, scale, num_steps)
+    steps: dict[tuple[str, str], int] = {}
+    try:
+        clock = rows.get(*key, "seconds a step, and of the noise", measure=lambda: _clock(laws(0)))
+        for (method, noise), each in zip(_ARMS, clock, strict=False):
+            spare = 0.0 if noise == "adaptive" else clock[-1]  # a single normal is there at once
+            budget = num_steps * clock[0] + spare
+            steps[method, noise] = round(budget / each) if method == "nce" else num_steps
+        for method, noise in _ARMS:
+            fit_rate = partial(_rate, laws(0), method, noise, steps[method, noise])
+            rate = rows.get(*key, "rate", method, noise, measure=fit_rate)[0]
+            for seed in range(seeds):
+                fit_arm = partial(_arm, laws(seed), method, noise, steps[method, noise], seed, rate)
+                rows.get(*key, seed, method, noise, measure=fit_arm)
+    except TimeoutError:
+        print(f"{minutes:g} minutes are over: the same command goes on", flush=True)
+    made: list[tuple[Any, ...]] = []
     for seed in range(seeds):
-        law = KnownMixture(dim, bend, scale, seed)
-        train, test = law.sample(20_000), law.sample(5000)
-        best, budget = float(law.log_prob(test).mean()), 0.0
-        one = GaussianNoise.fit(train, 1.3)
-        for label, method, noise in (
-            ("compositional, adaptive", "compositional", "auto"),
-            ("NCE, adaptive", "nce", "auto"),
-            ("NCE, one normal", "nce", one),
-            ("compositional, one normal", "compositional", one),
-        ):
-            steps = num_steps
-            if method == "nce":  # as many steps as the compositional fit's seconds allow
-                few, more = (mixture_fit(law, train, method, noise, k, seed)[2] for k in (100, 400))
-                steps = round(400 + (budget - more) / max((more - few) / 300, 1e-4))
-                steps = max(100, min(steps, 3 * num_steps))  # clocks of short fits err
-            try:
-                ebm, learned, seconds = mixture_fit(law, train, method, noise, steps, seed)
-            except CollapseError:
-                rows.append((dim, seed, label, steps, "CollapseError", "", "", best, ""))
-                continue
-            budget = budget or seconds
-            exact, error = exact_log_z(ebm, law)
-            nats = float(ebm._law(exact).log_prob(test).mean().detach())
-            rows.append((dim, seed, label, steps, learned - exact, error, nats, best, seconds))
-    names = ("D", "seed", "method, noise", "steps", "learned log Z - exact", "s.e.", "test nats", "truth", "CPU s")
-    table(f"Mixtures of known density, bend {bend:g}, scale {scale:g}", names, rows)
+        for method, noise in _ARMS:
+            if (found := rows.found.get((*key, seed, method, noise))) is not None:
+                rate = rows.found[(*key, "rate", method, noise)][0]
+                made.append((dim, seed, f"{method}, {noise}", rate, steps[method, noise], *found))
+    names = ("D", "seed", "method, noise", "rate", "steps", "learned log Z - exact", "s.e.", "test nats", "truth")
+    table(f"Mixtures of known density, bend {bend:g}, scale {scale:g}", (*names, "CPU s", "after the fit"), made)

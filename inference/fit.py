@@ -122,7 +122,9 @@ def fit(
         patience: stop after this many validations in a row without a new lowest loss. The parameters and buffers of
             the lowest are put back, however the run ends. Without it the last parameters stay.
         average_last: fraction of the updates, counted from the end, over which the parameters are averaged (Polyak and
-            Juditsky, Acceleration of Stochastic Approximation by Averaging, 1992). 0 keeps the last parameters.
+            Juditsky, Acceleration of Stochastic Approximation by Averaging, 1992). 0 keeps the last parameters. What an
+            objective estimates along the way belongs to the parameters of each step: its method
+            ``refresh_after_average(*data)``, where it has one, is called once the average is in place.
         seed: names the shuffling and the objective's random numbers.
         device: where to run, ``"auto"`` for the accelerator if there is one; the objective is moved there. None: where
             the objective is, or the data if the objective has no parameters yet.

@@ -449,6 +449,9 @@ class OptimizationRun:
         with torch.no_grad():
             for mean, (_, p) in zip(self.average, self.parameters, strict=False):
                 p.copy_(mean)
+        told: Any = getattr(self.objective, "refresh_after_average", None)
+        if self.average and told is not None:
+            told(*self.data)
         if self.best is not None:
             self._set_values(self.best)
 

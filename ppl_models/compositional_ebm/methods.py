@@ -135,6 +135,11 @@ class RelativeTo(nn.Module):
         loss: Tensor = self.density(x)
         return loss - log_noise.mean() if isinstance(self.density, _LIKELIHOODS) else loss
 
+    def refresh_after_average(self, x: Tensor, log_noise: Tensor) -> None:
+        """As the loop asks of an objective whose estimates follow the parameters."""
+        if isinstance(self.density, CompositionalLikelihood):
+            self.density.refresh_after_average(x)
+
 
 def relative(method: str, options: Mapping[str, Any]) -> bool:
     """Whether a method needs densities at data and noise alone, from noise that stays as it is."""

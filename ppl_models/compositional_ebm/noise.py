@@ -1,5 +1,7 @@
 """Which noise a model starts from, and what users may give for it."""
 
+import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +11,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
+from inference._errors import SamplerWarning
 from inference.objectives.unnormalised.bounded import BoxNoise, HalfLineNoise
 from inference.objectives.unnormalised.mixture import MixtureNoise
 from inference.objectives.unnormalised.noise import (
@@ -50,6 +53,10 @@ __all__ = [
 _FEW = 3  # dimensions that one inflated normal still covers well
 _OVERDISPERSED = 1.3  # variance of counts over their mean, above which Poisson noise does not cover them
 _INFLATION = 1.3
+_COMPONENTS = 60  # at most, of the automatic mixture
+_PRIOR_ROWS = 0.125  # rows a dimension that each component's prior, the data's own variance, is worth
+_FINE = 30.0  # standard deviation, in steps of the lattice, from which whole numbers are as good as real ones
+_ATOM, _TIES = 0.1, 10  # share of the rows, and rows, at one value, from which data have no density
 
 
 class CallableNoise(Noise):
@@ -101,8 +108,29 @@ def is_discrete(support: Any) -> bool:
 
 
 def whole_numbers(x: Tensor) -> bool:
-    """Whether data are counts or labels: integers by type, or by value throughout."""
+    """Whether data are whole numbers: integers by type, or by value throughout."""
     return not x.is_floating_point() or bool((x == x.round()).all())
+
+
+def steps_of_spread(x: Tensor) -> Tensor:
+    """Standard deviation of each coordinate in units of the smallest gap between its values, ``(dim,)`` in float64.
+
+    Data ``(row, *event)``; a constant coordinate has none and counts as 0.
+    """
+    flat = x.reshape(len(x), -1).double()
+    gaps = flat.sort(0).values.diff(dim=0)
+    least = torch.where(gaps > 0, gaps, math.inf).amin(0) if len(gaps) else torch.full_like(flat[0], math.inf)
+    return flat.std(0, correction=0) / least
+
+
+def counts_or_labels(x: Tensor) -> bool:
+    """Whether data must be modelled on the whole numbers: whole throughout, in some coordinate on a coarse lattice.
+
+    A law that is smooth over 30 steps of its lattice has the same probabilities as a density times the step, to a
+    part in a thousand: prices, incomes and sums of pixels are continuous data, whole as they are, and discrete noise
+    would serve them badly (independent coordinates, and logarithms of factorials that single precision cannot hold).
+    """
+    return whole_numbers(x) and bool((steps_of_spread(x) < _FINE).any())
 
 
 def auto_noise(x: Tensor, support: Any = None, seed: int = 0) -> Noise:
@@ -110,10 +138,25 @@ def auto_noise(x: Tensor, support: Any = None, seed: int = 0) -> Noise:
 
     Zeros and ones get Bernoulli noise, counts Poisson, or negative binomial where one varies more than that; a box or
     half-line, as ``support`` says, uniform or exponential noise; real data of up to three dimensions a normal of 1.3
-    times their standard deviations, and more dimensions a mixture of normals with a tenth of a wide normal.
+    times their standard deviations, and more dimensions a mixture of normals with a tenth of a wide normal.  Whole
+    numbers on a large scale are real data (see ``counts_or_labels``); ``support=constraints.nonnegative_integer`` makes
+    counts of them.
+
+    Warns:
+        SamplerWarning: some coordinates are whole numbers on a large scale and others on a small one, which independent
+            counts serve badly.
     """
     inner = support.base_constraint if isinstance(support, constraints.independent) else support
-    if (inner is None and whole_numbers(x)) or (inner is not None and is_discrete(inner)):
+    if (inner is None and counts_or_labels(x)) or (inner is not None and is_discrete(inner)):
+        fine = steps_of_spread(x) >= _FINE
+        if inner is None and bool(fine.any()):
+            warnings.warn(
+                f"coordinates {_few(fine)} are whole numbers on a large scale and {_few(~fine)} on a small one: taken "
+                "as independent counts, which covers the former badly. Add noise of a unit's width to the latter, so "
+                "that all are real data, or give noise=",
+                SamplerWarning,
+                stacklevel=3,
+            )
         if bool(((x == 0) | (x == 1)).all()):
             return BernoulliNoise.fit(x)
         if bool((x < 0).any()):
@@ -121,6 +164,7 @@ def auto_noise(x: Tensor, support: Any = None, seed: int = 0) -> Noise:
         counts = x.double()
         spread = bool((counts.var(0, correction=0) > _OVERDISPERSED * counts.mean(0)).any())
         return NegativeBinomialNoise.fit(x) if spread else PoissonNoise.fit(x)
+    x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
     low, high = getattr(inner, "lower_bound", None), getattr(inner, "upper_bound", None)
     if low is not None and high is not None:
         shape = x.shape[1:]
@@ -132,7 +176,10 @@ def auto_noise(x: Tensor, support: Any = None, seed: int = 0) -> Noise:
         raise ValueError(f"there is no automatic noise for the support {support}: give noise=")
     if x[0].numel() <= _FEW:
         return GaussianNoise.fit(x, _INFLATION)
-    return covering_mixture(x, max(1, min(30, len(x) // (10 * x[0].numel()))), inflation=1.1, ridge=0.05, seed=seed)
+    dim = x[0].numel()
+    components = max(1, min(_COMPONENTS, len(x) // (10 * dim)))
+    ridge = _PRIOR_ROWS * dim * components / len(x)
+    return covering_mixture(x, components, inflation=1.1, ridge=ridge, seed=seed)
 
 
 def covering_mixture(
@@ -166,17 +213,41 @@ def as_noise(noise: Any, x: Tensor, support: Any = None, seed: int = 0) -> Noise
         raise TypeError(f"noise must be 'auto', a distribution or a Pyro callable, got {type(noise).__name__}")
     if tuple(found.event_shape) != tuple(x.shape[1:]):
         raise ValueError(f"the noise has event shape {tuple(found.event_shape)}, the data have {tuple(x.shape[1:])}")
-    discrete = whole_numbers(x)
-    if discrete and not is_discrete(found.support):
+    discrete = is_discrete(found.support)
+    if not discrete and counts_or_labels(x):
         raise ValueError(
             "the data are whole numbers and the noise is continuous: a density has no maximum there. Give discrete "
             "noise (PoissonNoise, NegativeBinomialNoise, BernoulliNoise, noise='auto'), or add noise of a unit's width "
             "to the data"
         )
-    if not discrete and is_discrete(found.support):
+    if discrete and not whole_numbers(x):
         raise ValueError("the data are continuous and the noise is discrete: give continuous noise")
+    if not discrete:
+        _warn_of_atoms(x)
     found.to(device=x.device, dtype=x.dtype if x.is_floating_point() else None)
     refuse_outside(found, x, "data")
+    return found
+
+
+def _warn_of_atoms(x: Tensor) -> None:
+    """Warn where one value is so frequent that the data have no density there."""
+    flat = x.reshape(len(x), -1)
+    value = flat.mode(0).values
+    share = (flat == value).double().mean(0)
+    atoms = (share > _ATOM) & (share * len(x) >= _TIES)
+    if bool(atoms.any()):
+        first = int(atoms.nonzero()[0])
+        warnings.warn(
+            f"coordinates {_few(atoms)} take one value in more than {_ATOM:.0%} of the rows (coordinate {first}: "
+            f"{float(value[first]):g} in {float(share[first]):.0%}), and a density has no maximum at such an atom: "
+            "model the atom apart, or add noise of the width to which the data are known",
+            SamplerWarning,
+            stacklevel=4,
+        )
+
+
+def _few(chosen: Tensor) -> list[int]:
+    found: list[int] = chosen.nonzero().flatten()[:5].tolist()
     return found
 
 

@@ -101,6 +101,23 @@ def test_average_of_the_last_steps():
     assert objective.weight.item() == pytest.approx(-0.5 * 5.5, rel=1e-14)
 
 
+@pytest.mark.parametrize(("share", "calls"), [(0.5, 1), (0.0, 0)])
+def test_an_objective_is_told_of_the_average(share: float, calls: int) -> None:
+    """Once, with the data, when the averaged parameters are in place; not where the last parameters stay."""
+
+    class Told(LeastSquares):
+        def refresh_after_average(self, *data: Tensor) -> None:
+            told.append((len(data), len(data[0]), self.weight.detach().clone()))
+
+    told: list[tuple[int, int, Tensor]] = []
+    x, y = regression()
+    objective = Told()
+    fit(objective, (x, y), num_steps=20, batch_size=8, average_last=share, **QUIET)
+    assert len(told) == calls
+    for tensors, rows, weight in told:
+        assert (tensors, rows) == (2, len(x)) and torch.equal(weight, objective.weight.detach())
+
+
 def test_averaging_takes_the_minibatch_noise_away():
     x, y = regression()
     last, averaged = LeastSquares(), LeastSquares()

@@ -273,6 +273,10 @@ def test_maximum_likelihood_of_a_gaussian() -> None:
     objective = CompositionalLikelihood(model, noise, 512)
     fit(objective, x, num_steps=600, batch_size=256, lr=0.03, average_last=0.5, progress=False)
     mean, variance, log_z = model.moments()
+    last = float(objective.history["log_partition"][-1])
+    assert abs(last - log_z) > 0.01  # the running u belongs to the last step's parameters, not to their average
+    assert abs(float(objective.log_u) - log_z) < 0.006  # four standard errors
+    assert objective.refreshed is not None and objective.refreshed.standard_error < 0.0015
     assert abs(mean - float(x.mean())) < 0.03
     assert abs(variance / float(x.var()) - 1) < 0.02
     found = objective.log_partition(20_000)

@@ -10,6 +10,7 @@ from pyro.distributions import constraints
 from pyro.nn import PyroModule
 from torch import Tensor
 
+from inference import CompositionalLikelihood, fit
 from inference.objectives.unnormalised import ConditionalCompositionalLikelihood
 from inference.objectives.unnormalised.pair import Draws
 from inference.runtime.generators import scoped_seed
@@ -75,3 +76,22 @@ def test_log_z_of_each_row() -> None:
         found = objective.log_partitions((Y, X), 20_000)
     exact = 0.5 * math.log(2 * math.pi) + (0.3 * X) ** 2 / 2
     assert found == pytest.approx(exact, abs=0.02)  # the weights' variance is 0.3, so that the error is 0.004
+
+
+def test_tables_and_joint_constants_belong_to_averaged_parameters() -> None:
+    """After a fit that averages, log u is that of the average: of each row, and of the joint law over the rows."""
+    with scoped_seed(1):
+        x = torch.randn(64, dtype=DOUBLE)
+        y = 0.8 * x + torch.randn(64, dtype=DOUBLE)
+    options = {"num_steps": 60, "batch_size": 32, "lr": 0.1, "average_last": 0.5, "progress": False}
+    model = Slope()
+    table = ConditionalCompositionalLikelihood(model, noise, 64, 64)
+    fit(table, (torch.arange(64), y, x), **options)
+    exact = 0.5 * math.log(2 * math.pi) + (model.theta.detach() * x) ** 2 / 2
+    assert float((table.log_u - exact).abs().median()) < 0.05  # 640 draws a row, whose weights' variance is 0.3 to 2
+    model = Slope()
+    joint = CompositionalLikelihood(model, noise, 64)
+    fit(joint, (y, x), **options)
+    exact = torch.logsumexp(0.5 * math.log(2 * math.pi) + (model.theta.detach() * x) ** 2 / 2, 0) - math.log(64)
+    assert joint.refreshed is not None
+    assert abs(float(joint.log_u - exact)) < 4 * joint.refreshed.standard_error < 0.05

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from inference import CheckpointError, CollapseError, NonFiniteError
+from inference import CheckpointError, CollapseError, NonFiniteError, SamplerWarning
 from inference.runtime.generators import generator, scoped_seed
 from ppl_models import ConditionalEnergyModel, EnergyClassifier, EnergyModel
 from ppl_models.compositional_ebm import (
@@ -36,6 +36,7 @@ from ppl_models.compositional_ebm.noise import (
     MixtureNoise,
     NegativeBinomialNoise,
     PoissonNoise,
+    as_noise,
     auto_noise,
 )
 from tests.accelerator import fake_accelerator
@@ -277,6 +278,54 @@ def test_counts_that_vary_more_than_poisson_ones(tmp_path: Path) -> None:
     assert ebm.log_prob(x).mean().item() == pytest.approx(float(law.log_prob(x).mean()), abs=0.05)
     ebm.save(tmp_path / "counts")
     assert torch.equal(EnergyModel.load(tmp_path / "counts").log_prob(x), ebm.log_prob(x))
+
+
+def test_automatic_noise_follows_narrow_components() -> None:
+    """Five normals of a tenth of their centres' spread in six dimensions: within 1.3 nats of the truth on fresh rows.
+
+    A ridge of 5 % of the data's variance, whatever the rows, left it 2.8 nats away.
+    """
+    draw = generator(4, "narrow")
+    centres = torch.randn(5, 6, generator=draw)
+    rows = torch.randint(5, (4000,), generator=draw)
+    x = centres[rows] + 0.1 * torch.randn(4000, 6, generator=draw)
+    exact = dist.Normal(centres, 0.1).to_event(1).log_prob(x[3000:, None]).logsumexp(1) - math.log(5)
+    gap = float((exact - auto_noise(x[:3000]).log_prob(x[3000:])).mean())
+    assert 0 < gap < 1.3
+
+
+def test_whole_numbers_on_a_large_scale_are_real_data() -> None:
+    """Prices with a correlation and losses below zero get a normal law; few or coarse values stay counts or labels."""
+    z = torch.randn(2000, 2, generator=generator(3, "prices"))
+    prices = (torch.stack([z[:, 0], 0.9 * z[:, 0] + 0.4 * z[:, 1]], 1) * 40_000).round()
+    assert isinstance(auto_noise(prices), GaussianNoise) and isinstance(auto_noise(prices.long()), GaussianNoise)
+    assert isinstance(auto_noise(prices.abs(), constraints.nonnegative_integer), NegativeBinomialNoise)
+    assert isinstance(auto_noise((prices / 1000).round() * 1000), GaussianNoise)  # 40 steps of a thousand
+    assert isinstance(auto_noise((z.abs() * 20).round()), NegativeBinomialNoise)  # 12 steps
+    assert isinstance(auto_noise((z.abs() * 2).round() * 1000), NegativeBinomialNoise)  # labels that happen to be large
+    with pytest.raises(ValueError, match="whole numbers and the noise is continuous"):
+        as_noise(GaussianNoise.fit(z), (z * 10).round())
+    assert isinstance(as_noise(GaussianNoise.fit(prices), prices), GaussianNoise)
+    assert isinstance(as_noise(PoissonNoise.fit(prices.abs()), prices.abs()), PoissonNoise)  # asked for is given
+    with pytest.warns(SamplerWarning, match=r"coordinates \[0\] are whole numbers on a large scale and \[1\]"):
+        auto_noise(torch.stack([prices[:, 0].abs(), (2 * z[:, 1]).abs().round()], 1))
+    rain = torch.where(z > 0, z, 0.0)
+    with pytest.warns(SamplerWarning, match=r"coordinates \[0, 1\] take one value .* 0 in 5\d%"):
+        as_noise("auto", rain)
+
+
+def test_a_density_of_whole_numbers_has_their_probabilities() -> None:
+    """Counts of standard deviation 60, fitted as real data and as counts: the same likelihood, their law's."""
+    law = dist.GammaPoisson(9.0, 0.05)
+    x = law.sample(torch.Size([4000, 1]))
+    found = []
+    for support in (None, constraints.independent(constraints.nonnegative_integer, 1)):
+        ebm = EnergyModel(event_shape=(1,), support=support)
+        ebm.fit(x, num_steps=300, progress=False)
+        found.append(float(ebm.log_prob(x).mean()))
+        assert isinstance(ebm.noise, NegativeBinomialNoise if support is not None else GaussianNoise)
+    exact = float(law.log_prob(x).mean())
+    assert found == pytest.approx([exact, exact], abs=0.02)
 
 
 def test_flow_noise_learns_while_the_tilt_stays() -> None:

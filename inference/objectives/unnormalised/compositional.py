@@ -39,6 +39,7 @@ from inference.kernels.base import count
 from inference.objectives.unnormalised.objective import UnnormalisedObjective, positive_weights
 from inference.objectives.unnormalised.pair import Draws
 from inference.objectives.unnormalised.schedules import BetaSchedule, Constant, as_beta
+from inference.results.evidence import LogPartition, from_weights, with_upper_bound
 from inference.runtime import distributed
 
 __all__ = ["CompositionalLikelihood", "mix"]
@@ -84,6 +85,8 @@ class CompositionalLikelihood(UnnormalisedObjective):
 
     Attributes:
         log_u: the running estimate of log Z, ``()`` in float64.
+        refreshed: the estimate that u was last set to by ``refresh``, with its standard error: after a fit with
+            ``average_last`` that of the averaged parameters. None before.
         history: of each step ``log_partition`` (log u), ``log_partition_batch``, ``ess`` (the effective share of the
             noise) and ``beta``.
 
@@ -155,6 +158,7 @@ class CompositionalLikelihood(UnnormalisedObjective):
         self.num_data = None if num_data is None else count("num_data", num_data, 1)
         self.register_buffer("log_u", torch.zeros((), dtype=torch.float64))
         self.register_buffer("share", torch.ones((), dtype=torch.float64))
+        self.refreshed: LogPartition | None = None
         self._refuse_no_average()
 
     def forward(self, *batch: Tensor) -> Tensor:
@@ -198,10 +202,25 @@ class CompositionalLikelihood(UnnormalisedObjective):
         """The model's latent sites outside the data plate at the parameters so far, by name."""
         return {n: v.detach() for n, v in self.pair.latent_values().items()}
 
-    def refresh(self, num_samples: int = 100_000, seed: int = 0) -> None:
-        """Set u to a fresh estimate, as is due after the parameters were averaged or put back."""
-        log_weights = self.log_weights(num_samples, seed)
-        self.log_u.copy_(torch.logsumexp(log_weights, 0) - math.log(len(log_weights)))
+    def refresh(
+        self, num_samples: int = 100_000, seed: int = 0, batch: tuple[Tensor, ...] | None = None
+    ) -> LogPartition:
+        """Set u to a fresh estimate, as is due after the parameters were averaged or put back; with its error.
+
+        Args:
+            num_samples, seed, batch: as in ``log_weights``. With covariates the batch must be given; then u is that of
+                the joint law over its rows' covariates.
+        """
+        batch = self._example() if batch is None else batch
+        self._prepare(batch)
+        found = with_upper_bound(from_weights(self._fresh_log_weights(num_samples, seed, batch), "importance"))
+        self.log_u.fill_(found.value)
+        self.refreshed = found
+        return found
+
+    def refresh_after_average(self, *batch: Tensor) -> None:
+        """What ``inference.fit`` calls once it has put the average of the parameters in place."""
+        self.refresh(batch=batch)
 
     # ------------------------------------------------------------------ the running estimate
     def _follow(

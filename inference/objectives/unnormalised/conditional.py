@@ -28,6 +28,7 @@ from inference.runtime.generators import derive_seed, scoped_seed
 __all__ = ["ConditionalCompositionalLikelihood"]
 
 _NORMALISERS = ("table", "network", "minibatch")
+_ROWS_AT_ONCE = 256
 
 
 class ConditionalCompositionalLikelihood(UnnormalisedObjective):
@@ -122,6 +123,14 @@ class ConditionalCompositionalLikelihood(UnnormalisedObjective):
         with torch.no_grad(), scoped_seed(derive_seed(seed, "log partitions"), batch[0].device):
             a = self._weights(batch, num_samples)[1].double()
         return torch.logsumexp(a, 0) - math.log(num_samples)
+
+    def refresh_after_average(self, index: Tensor, *batch: Tensor) -> None:
+        """Set the table to fresh estimates under the averaged parameters, from ten times a step's noise draws a row."""
+        if self.normaliser == "table":
+            for rows in torch.arange(len(index), device=index.device).split(_ROWS_AT_ONCE):
+                part = tuple(t[rows] for t in batch)
+                self.log_u[index[rows]] = self.log_partitions(part, 10 * self.noise_samples, int(rows[0]))
+            self.seen[index] = True
 
     def _weights(self, batch: tuple[Tensor, ...], draws_each: int) -> tuple[Tensor, Tensor, Tensor]:
         """log p~ at the data ``(row,)``; log p~ - log q ``(draw, row)`` and log p~ ``(draw, row)`` at the noise."""

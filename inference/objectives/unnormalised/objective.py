@@ -86,19 +86,24 @@ class UnnormalisedObjective(nn.Module):
             seed: of the draws.
             batch: a batch of data, needed if the objective has seen none, or where model or guide have covariates.
         """
-        if batch is None:
-            batch = self._example()
+        batch = self._example() if batch is None else batch
         self._prepare(batch)
         if self.pair.covariates(batch):
             raise ValueError("log Z of a conditional model is another for each row: use log_partitions(batch)")
+        return self._fresh_log_weights(num_samples, seed, batch)
+
+    def _fresh_log_weights(self, num_samples: int, seed: int, batch: tuple[Tensor, ...]) -> Tensor:
+        """As ``log_weights``; the noise's rows take the covariates of the batch's rows in turn."""
         count("num_samples", num_samples, 2)
-        size, blocks = min(_CHUNK, num_samples), []
-        size = self.pair.rows(size)
+        size = self.pair.rows(min(_CHUNK, num_samples))
+        covariates, blocks = self.pair.covariates(batch), []
         with torch.no_grad(), scoped_seed(derive_seed(seed, "log weights"), batch[0].device):
             for start in range(0, num_samples, size):
                 rows = self.pair.rows(min(size, num_samples - start))
-                draws = self.pair.draw(rows, batch)
-                blocks.append((self.pair.log_density(draws.values, batch) - draws.log_q).double())
+                index = torch.arange(start, start + rows, device=batch[0].device) % len(batch[0])
+                part = tuple(t[index] for t in batch) if covariates else batch
+                draws = self.pair.draw(rows, part)
+                blocks.append((self.pair.log_density(draws.values, part) - draws.log_q).double())
         return torch.cat(blocks)
 
     def log_partition(
