@@ -34,7 +34,7 @@ from ppl_models.compositional_ebm.methods import (
     relative,
 )
 from ppl_models.compositional_ebm.networks import EnergyNetwork
-from ppl_models.compositional_ebm.noise import as_noise, refuse_outside, without_noise
+from ppl_models.compositional_ebm.noise import as_noise, given_noise, refuse_outside, without_noise
 from ppl_models.compositional_ebm.normaliser import estimate, importance
 from ppl_models.compositional_ebm.sampling import sample
 
@@ -386,7 +386,7 @@ class EnergyModel(Model):
             ) from error
         if noise is not None:
             like = next(iter(model.energy.parameters()))
-            model.noise = as_noise(noise, model._anchor.to(like), model._support)
+            model.noise = given_noise(noise, tuple(model.event_shape)).to(device=like.device, dtype=like.dtype)
             model.tilt = model.noise if model._base == "tilt" else None
         if model.log_z is not None and model.noise is None:
             raise ValueError(f"{path} was fitted with noise that a file cannot hold: give load(path, noise=...)")
@@ -421,11 +421,6 @@ class EnergyModel(Model):
                 setattr(self, name, noise_from_config(found["kind"], found["config"], state))
         if self._base == "tilt" and self.tilt is None:
             self.tilt = self.noise
-
-    @property
-    def _anchor(self) -> Tensor:
-        """A few rows to check a noise against that comes without data."""
-        return torch.full((1, *self.event_shape), 0.5)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The energy's tensors; the noise has a place of its own in the file."""

@@ -46,6 +46,7 @@ __all__ = [
     "as_noise",
     "auto_noise",
     "covering_mixture",
+    "given_noise",
     "refuse_outside",
     "without_noise",
 ]
@@ -190,6 +191,25 @@ def covering_mixture(
     return DefensiveMixture(narrow, GaussianNoise.fit(x, wide), 0.1)
 
 
+def given_noise(noise: Any, event_shape: tuple[int, ...]) -> Noise:
+    """A distribution, a Pyro callable or a noise model as a noise model.
+
+    Raises:
+        TypeError, ValueError: it is none of them, or of another event shape.
+    """
+    if isinstance(noise, Noise):
+        found = noise
+    elif isinstance(noise, Distribution):
+        found = DistributionNoise(noise)
+    elif callable(noise):
+        found = CallableNoise(noise)
+    else:
+        raise TypeError(f"noise must be 'auto', a distribution or a Pyro callable, got {type(noise).__name__}")
+    if tuple(found.event_shape) != event_shape:
+        raise ValueError(f"the noise has event shape {tuple(found.event_shape)}, the data have {event_shape}")
+    return found
+
+
 def as_noise(noise: Any, x: Tensor, support: Any = None, seed: int = 0) -> Noise:
     """What a user gave for the noise, as a noise model on the data's device, checked against the data.
 
@@ -199,20 +219,9 @@ def as_noise(noise: Any, x: Tensor, support: Any = None, seed: int = 0) -> Noise
     """
     if noise is None:
         raise ValueError("an unnormalised model needs noise: give noise='auto', a distribution or a Pyro callable")
-    if isinstance(noise, str):
-        if noise != "auto":
-            raise ValueError(f"noise must be 'auto', a distribution or a Pyro callable, got {noise!r}")
-        found = auto_noise(x, support, seed)
-    elif isinstance(noise, Noise):
-        found = noise
-    elif isinstance(noise, Distribution):
-        found = DistributionNoise(noise)
-    elif callable(noise):
-        found = CallableNoise(noise)
-    else:
-        raise TypeError(f"noise must be 'auto', a distribution or a Pyro callable, got {type(noise).__name__}")
-    if tuple(found.event_shape) != tuple(x.shape[1:]):
-        raise ValueError(f"the noise has event shape {tuple(found.event_shape)}, the data have {tuple(x.shape[1:])}")
+    if isinstance(noise, str) and noise != "auto":
+        raise ValueError(f"noise must be 'auto', a distribution or a Pyro callable, got {noise!r}")
+    found = auto_noise(x, support, seed) if isinstance(noise, str) else given_noise(noise, tuple(x.shape[1:]))
     discrete = is_discrete(found.support)
     if not discrete and counts_or_labels(x):
         raise ValueError(
