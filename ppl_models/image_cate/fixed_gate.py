@@ -173,8 +173,9 @@ def _discriminant(path: RidgePath, rows: Tensor, groups: Tensor, k: int, held_ou
     count = member.sum(0)
     if bool((count < 1).any()):
         return None
-    slope, intercept = path.fit(member[:, 1:])
-    scores = path.held_out(member[:, 1:]) if held_out else rows @ slope + intercept
+    penalty = path.best_penalty(member[:, 1:])
+    slope, intercept = path.fit(member[:, 1:], penalty)
+    scores = path.held_out(member[:, 1:], penalty) if held_out else rows @ slope + intercept
     means = (member.mT @ scores) / count.unsqueeze(1)
     within = scores - member @ means
     spread = within.mT @ within / len(rows)

@@ -115,28 +115,26 @@ class RidgePath:
         self._parts = [(out, _Rows(x[~out], w[~out])) for out in outs if bool((w[~out] > 0).any())]
 
     def fit(self, y: Tensor, penalty: float | None = None) -> tuple[Tensor, Tensor]:
-        """Coefficients ``(P, Q)`` and intercepts ``(Q,)`` of the outcomes ``y`` ``(N, Q)``, of one penalty: the given
-        one, or that of the least squared error over folds.
+        """Coefficients ``(P, Q)`` and intercepts ``(Q,)`` of the outcomes ``y`` ``(N, Q)``, of one penalty; by default
+        the best.
         """
         rows = self._whole
-        slope = rows.slope(y, self._best(y) if penalty is None else self._penalties.new_tensor([penalty]))
+        slope = rows.slope(y, self.best_penalty(y) if penalty is None else penalty)
         return slope, rows.mean(y) - rows.shift @ slope
 
-    def held_out(self, y: Tensor) -> Tensor:
-        """What the slopes without a row's fold say of it, ``(N, Q)``, at the penalty of ``fit``; with one fold, those
-        of all rows.  The level is that of all rows: the others' would tell the fold.
+    def held_out(self, y: Tensor, penalty: float) -> Tensor:
+        """What the slopes without a row's fold say of it, ``(N, Q)``; with one fold, those of all rows.  The level is
+        that of all rows: the others' would tell the fold.
         """
-        best, rows = self._best(y), self._whole
-        told = torch.empty_like(y)
+        rows = self._whole
+        told = (self._x - rows.shift) @ rows.slope(y, penalty)
         for out, part in self._parts:
-            told[out] = (self._x[out] - rows.shift) @ part.slope(y[~out], best)
-        if not self._parts:
-            told = (self._x - rows.shift) @ rows.slope(y, best)
+            told[out] = (self._x[out] - rows.shift) @ part.slope(y[~out], penalty)
         return told + rows.mean(y)
 
-    def _best(self, y: Tensor) -> Tensor:
-        losses = self._losses(y)[:-1]
-        return self._penalties[int(losses.argmin()) if self._parts else len(losses) // 2].unsqueeze(0)
+    def best_penalty(self, y: Tensor) -> float:
+        """That of the least squared error over folds; with one fold, the middle one."""
+        return _PENALTIES[int(self._losses(y)[:-1].argmin()) if self._parts else len(_PENALTIES) // 2]
 
     def foretells(self, y: Tensor) -> bool:
         """Whether some penalty has less squared error over folds than an infinite one: than the mean of the others."""
@@ -175,8 +173,8 @@ class _Rows:
         turned: Tensor = self.vectors.mT @ moments
         return turned
 
-    def slope(self, y: Tensor, penalty: Tensor) -> Tensor:
-        found: Tensor = self.vectors @ (self.shrink(penalty) * self.project(y))
+    def slope(self, y: Tensor, penalty: float) -> Tensor:
+        found: Tensor = self.vectors @ (self.shrink(y.new_tensor([penalty])) * self.project(y))
         return found
 
     def shrink(self, penalties: Tensor) -> Tensor:

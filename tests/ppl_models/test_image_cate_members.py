@@ -122,7 +122,8 @@ def test_ridge_is_the_weighted_least_squares_with_the_penalty_of_the_folds() -> 
     path, everyone = RidgePath(x, folds, weight), torch.ones(60, dtype=torch.bool)
     for found, truth in zip(path.fit(y), solve(y, everyone, best), strict=True):
         torch.testing.assert_close(found, truth)
-    told, level = path.held_out(y), weight @ y / weight.sum()
+    assert path.best_penalty(y) == best
+    told, level = path.held_out(y, best), weight @ y / weight.sum()
     for fold in range(3):
         slope, _ = solve(y, folds != fold, best)
         torch.testing.assert_close(told[folds == fold], level + (x[folds == fold] - weight @ x / weight.sum()) @ slope)
