@@ -32,6 +32,7 @@ _APART = 0.995  # of the groups' entropy, told of images not seen; of a normal c
 _GROWTH = 1.1  # of the groups' distance, without which a further round would only drift
 _SUREST = 20.0  # root mean square of a discriminant's log odds
 _LEAST_SHARE = 0.02  # of a group, below which self-training keeps what it had
+_LEAST_APART = 0.15  # of a group that lies apart: a few odd images do too, and are what noise drifts to
 _TINY = 1e-9
 
 
@@ -153,10 +154,10 @@ def _groups_apart(path: RidgePath, rows: Tensor, predictions: list[Tensor], k: i
     doubt; None if there are none.
     """
     for tau in predictions:
-        groups = kmeans_1d(tau[:, 0], k)[1]
+        groups, found = kmeans_1d(tau[:, 0], k)[1], None
         for _ in range(_HELD_OUT_ROUNDS):
             share = torch.bincount(groups, minlength=k) / len(groups)
-            found = _discriminant(path, rows, groups, k, held_out=True) if bool((share > _LEAST_SHARE).all()) else None
+            found = None if bool((share < _LEAST_APART).any()) else _discriminant(path, rows, groups, k, held_out=True)
             if found is None or torch.equal(found.groups, groups):
                 break
             groups = found.groups

@@ -200,6 +200,20 @@ def test_a_cloud_that_was_cut_does_not_lie_apart() -> None:
     assert of_folds is not None and abs(of_folds.told) < 0.05
 
 
+@pytest.mark.parametrize("count", [30, 100])
+def test_a_few_odd_images_are_no_type(count: int) -> None:
+    """Of 500 images, 100 that lie far out are taken for a type of their own and 30 are not, though told as surely."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 3, generator=g, dtype=torch.float64)
+    x[:count, 0] += 10.0
+    path = RidgePath(x, torch.arange(500) % 5)
+    odd = (torch.arange(500) < count).long()
+    alone = _discriminant(path, x, odd, 2, held_out=True)
+    assert alone is not None and alone.told > 0.995
+    found = _groups_apart(path, x, [x[:, :1]], 2)
+    assert found is None if count == 30 else found is not None and torch.equal(found.groups, odd)
+
+
 def test_rules_of_an_image_do_not_know_its_outcome() -> None:
     data = blobs(80, 1.0, seed=2)
     settings = Settings(backbone="fixed")
