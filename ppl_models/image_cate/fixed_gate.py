@@ -6,11 +6,11 @@ only images to tell apart and no outcome's noise: its own groups replace those i
 them apart (self-training; types that lie apart in the features are found exactly, from a ``tau`` that is right for most
 images, and the discriminant is as sure as they are far).
 
-With more features than images a discriminant repeats the groups that it was given, wrong ones too, and self-training
+With many features for its images a discriminant repeats the groups that it was given, wrong ones too, and self-training
 then ends where it began: of a ``tau`` that is right for three images in four.  So it is done a second time with what
 discriminants of the other folds' images say of each, from several penalties of the regression.  Groups that such
 discriminants tell nearly without doubt lie apart in the features (a cut through one normal cloud is not told so), and
-are taken in place of the former.
+are taken in place of the former, unless one is a few odd images.
 Both rules are linear in the features.
 """
 
