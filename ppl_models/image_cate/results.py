@@ -17,6 +17,13 @@ __all__ = ["ClusterEffects", "ImageCATEResult"]
 class ClusterEffects(NamedTuple):
     """Effects by type, ascending; K types.
 
+    The estimand is ``E[Y(1) - Y(0) | Z = k]``, the mean effect in the population of units of type k: of image types
+    under the gated objective, of types of units under the marginal one.  Memberships ``z`` come from gates that did not
+    see the unit.  Given the images they owe nothing to its outcome, so that where they err what is found for type j is
+    ``sum_k P(Z = k | z = j) mu_k``: two types' effects are drawn together by the factor ``1 - P(Z = 2 | z = 1) - P(Z =
+    1 | z = 2)``, and intervals, which take a sure gate at its word, do not know of it.  Doubly robust effects are drawn
+    together alike.
+
     Attributes:
         effect: posterior mean, outcome units, ``(K,)``.
         sd: posterior standard deviation of it (not the spread of effects inside the type), ``(K,)``.

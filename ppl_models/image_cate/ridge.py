@@ -114,13 +114,27 @@ class RidgePath:
         outs = [folds == fold for fold in labels] if len(labels) > 1 else []
         self._parts = [(out, _Rows(x[~out], w[~out])) for out in outs if bool((w[~out] > 0).any())]
 
-    def fit(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Coefficients ``(P, Q)`` and intercepts ``(Q,)`` of the outcomes ``y`` ``(N, Q)``, of one penalty."""
-        losses = self._losses(y)[:-1]
-        best = self._penalties[int(losses.argmin()) if self._parts else len(losses) // 2]
+    def fit(self, y: Tensor, penalty: float | None = None) -> tuple[Tensor, Tensor]:
+        """Coefficients ``(P, Q)`` and intercepts ``(Q,)`` of the outcomes ``y`` ``(N, Q)``, of one penalty; by default
+        the best.
+        """
         rows = self._whole
-        coefficients = rows.vectors @ (rows.shrink(best.unsqueeze(0)) * rows.project(y))
-        return coefficients, rows.mean(y) - rows.shift @ coefficients
+        slope = rows.slope(y, self.best_penalty(y) if penalty is None else penalty)
+        return slope, rows.mean(y) - rows.shift @ slope
+
+    def held_out(self, y: Tensor, penalty: float) -> Tensor:
+        """What the slopes without a row's fold say of it, ``(N, Q)``; with one fold, those of all rows.  The level is
+        that of all rows: the others' would tell the fold.
+        """
+        rows = self._whole
+        told = (self._x - rows.shift) @ rows.slope(y, penalty)
+        for out, part in self._parts:
+            told[out] = (self._x[out] - rows.shift) @ part.slope(y[~out], penalty)
+        return told + rows.mean(y)
+
+    def best_penalty(self, y: Tensor) -> float:
+        """That of the least squared error over folds; with one fold, the middle one."""
+        return _PENALTIES[int(self._losses(y)[:-1].argmin()) if self._parts else len(_PENALTIES) // 2]
 
     def foretells(self, y: Tensor) -> bool:
         """Whether some penalty has less squared error over folds than an infinite one: than the mean of the others."""
@@ -158,6 +172,10 @@ class _Rows:
         moments = self._centred.mT @ (self._share.unsqueeze(1) * (y - self.mean(y)))
         turned: Tensor = self.vectors.mT @ moments
         return turned
+
+    def slope(self, y: Tensor, penalty: float) -> Tensor:
+        found: Tensor = self.vectors @ (self.shrink(y.new_tensor([penalty])) * self.project(y))
+        return found
 
     def shrink(self, penalties: Tensor) -> Tensor:
         found: Tensor = 1 / (self._values.unsqueeze(1) + penalties)

@@ -66,27 +66,52 @@ def test_low_signal(noise: float) -> None:
     assert statistics.median(found) <= 1.5 * floor
 
 
-@pytest.mark.parametrize("noise", [1.0, 3.0])
-def test_type_intervals_cover(noise: float) -> None:
-    """S4: n = 600, 100 trials: 90 % intervals of each type's effect cover in 85 to 95; widths are the sampling error's.
-
-    A right method covers in 85 to 95 of 100 with probability 0.93 a type: gates are those of fixed features.
-    """
-    covered, ratios = torch.zeros(2), []
+@cache
+def _types_of_trials(noise: float) -> list[dict[str, torch.Tensor]]:
+    """Of 100 trials of 600 images with effects 0 and 2: what is said of the two types by gates of fixed features, and
+    what least squares on arms within types and on brightness say where the types are known."""
+    found = []
     for seed in range(100):
         trial = stripes(600, noise=noise, seed=1000 + seed)
         model = ImageCATE(backbone="fixed", num_folds=3, calibrate=False)
         model.fit(trial.outcome, trial.treatment, trial.images, seed=seed, progress=False)
         types = model.cluster_effects()
-        truth = torch.tensor([0.0, 2.0], dtype=torch.float64)
-        covered += ((types.interval[:, 0] <= truth) & (truth <= types.interval[:, 1])).float()
-        for k in (0, 1):
-            own = trial.types == k
-            n1, n0 = (int((own & (trial.treatment == arm)).sum()) for arm in (1, 0))
-            ratios.append(types.sd[k].item() / noise / (1 / n1 + 1 / n0) ** 0.5)
-    print("covered of 100:", covered.tolist(), "mean ratio of sd:", statistics.mean(ratios))
+        member = torch.nn.functional.one_hot(trial.types, 2)
+        columns = [member, (trial.treatment - 0.5).unsqueeze(1) * member, trial.images.mean((1, 2, 3)).unsqueeze(1)]
+        design = torch.cat(columns, 1).double()
+        known = torch.linalg.lstsq(design, trial.outcome.double().unsqueeze(1)).solution[2:4, 0]
+        error = noise * torch.linalg.inv(design.mT @ design).diagonal()[2:4].sqrt()
+        found.append(
+            {"effect": types.effect, "sd": types.sd, "interval": types.interval, "known": known, "error": error}
+        )
+    return found
+
+
+@pytest.mark.parametrize("noise", [1.0, 3.0])
+def test_type_intervals_cover(noise: float) -> None:
+    """S4: n = 600, 100 trials: 90 % intervals of each type's effect cover in 85 to 95; widths are the sampling error's.
+
+    A right method covers in 85 to 95 of 100 with probability 0.93 a type; on these seeds one that knows the types
+    covers in 84 and 90, whatever the noise, which scales the same draws.
+    """
+    trials, truth = _types_of_trials(noise), torch.tensor([0.0, 2.0])
+    inside = [(one["interval"][:, 0] <= truth) & (truth <= one["interval"][:, 1]) for one in trials]
+    covered = torch.stack(inside).sum(0)
+    ratio = torch.stack([one["sd"] / one["error"] for one in trials]).mean()
+    print("covered of 100:", covered.tolist(), "mean ratio of sd:", float(ratio))
+    assert 0.8 <= float(ratio) <= 1.3
     assert bool(((covered >= 85) & (covered <= 95)).all())
-    assert 0.8 <= statistics.mean(ratios) <= 1.3
+
+
+@pytest.mark.parametrize("noise", [1.0, 3.0])
+def test_types_have_the_effects_that_they_would_have_if_they_were_known(noise: float) -> None:
+    """Over the same trials, effects lie within 0.15 of a standard error of those by known types on average: what wrong
+    memberships draw together.  An interval that is off by d errors covers 0.17 d^2 less than 0.9, here 0.004.
+    """
+    trials = _types_of_trials(noise)
+    off = torch.stack([(one["effect"] - one["known"]) / one["error"] for one in trials]).mean(0)
+    print("off by, in standard errors:", off.tolist())
+    assert float(off.abs().max()) < 0.15
 
 
 def test_soft_types() -> None:
