@@ -8,6 +8,7 @@ folder>/debd/...`` and ``<data folder>/fashion_mnist/...``, where the data folde
 import gzip
 import math
 import os
+import random
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -244,6 +245,8 @@ def _file(relative: str) -> Path | None:
 
 
 def _package(module: str, what: str) -> Any:
+    # First imports of such packages draw from the global generators.
+    state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         return import_module(module)
     except ImportError as error:
@@ -251,6 +254,9 @@ def _package(module: str, what: str) -> Any:
         raise FileNotFoundError(
             f"{what} is read from the package {package}, which is not installed; run: {_EXTRA}"
         ) from error
+    finally:
+        random.setstate(state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
 
 
 def _floats(values: Any) -> Tensor:

@@ -2,6 +2,8 @@
 
 import gzip
 import struct
+import subprocess
+import sys
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -118,3 +120,13 @@ def test_splits_are_the_published_recipe() -> None:
     assert [len(part) for part in datasets.uci_splits(1030, 1)[0]] == [927, 103]
     with pytest.raises(ValueError, match="both must be positive"):
         datasets.uci_splits(1)
+
+
+def test_the_first_import_of_a_package_moves_no_generator() -> None:
+    """scikit-learn's draws from Python's own."""
+    pytest.importorskip("sklearn")
+    program = (
+        "import random; state = random.getstate(); from ppl_models.datasets import load_digits; load_digits(); "
+        "raise SystemExit(random.getstate() != state)"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
