@@ -588,17 +588,3 @@ def test_bad_input_of_the_others() -> None:
     with pytest.raises(NotImplementedError, match="sampler"):
         EnergyDistribution(lambda x: x, ()).sample()
     assert np.isfinite(float(EnergyDistribution(lambda x: x.square(), ()).log_prob(torch.tensor(1.0))))
-
-
-def test_discrete_noise_of_a_users_own_is_given_to_load(tmp_path) -> None:
-    """Such noise cannot be in a file; counts are whole numbers, which half a one is not."""
-    torch.manual_seed(0)
-    counts = torch.poisson(torch.full((200, 2), 3.0))
-    noise = dist.NegativeBinomial(torch.tensor([4.0, 4.0]), logits=torch.zeros(2)).to_event(1)
-    model = EnergyModel(event_shape=(2,))
-    model.fit(counts, noise=noise, num_steps=10, progress=False)
-    model.save(tmp_path / "counts")
-    loaded = EnergyModel.load(tmp_path / "counts", noise=noise)
-    torch.testing.assert_close(loaded.log_prob(counts[:5]), model.log_prob(counts[:5]))
-    with pytest.raises(ValueError, match="event shape"):
-        EnergyModel.load(tmp_path / "counts", noise=dist.Poisson(torch.ones(3)).to_event(1))
