@@ -329,7 +329,7 @@ class Potential:
                     gradient[row],
                     slope,
                     rtol=tolerance,
-                    atol=tolerance * (1 + float(slope.abs().max().nan_to_num())),
+                    atol=tolerance * (1 + float(slope.detach().abs().max().nan_to_num())),
                     equal_nan=True,
                 ).all()
             )

@@ -25,6 +25,7 @@ from inference.results.predictive import Predictive
 from inference.runtime.generators import scoped_seed
 from ppl_models.functional_prior_bnn import FunctionalPriorBNN
 from ppl_models.functional_prior_bnn.sampling import build_kernel, starting_points
+from tests.arviz_versions import groups
 
 G = torch.Generator().manual_seed(0)
 X = 3 + 2 * torch.randn(60, 3, generator=G)
@@ -299,8 +300,8 @@ def test_every_likelihood_prior_and_sampler_runs_to_arviz(name: str, sampler: st
     assert prediction.log_prob(targets(bnn)[:7]).shape == (7,) and bool((prediction.variance > 0).all())
     assert result.rhat.shape == (60, k) and sampler in result.summary().lower()
     idata = result.to_arviz()
-    groups = {"posterior", "sample_stats", "log_likelihood", "posterior_predictive", "observed_data"}
-    assert groups <= set(idata.groups())
+    expected = {"posterior", "sample_stats", "log_likelihood", "posterior_predictive", "observed_data"}
+    assert expected <= groups(idata)
     assert idata.posterior["W1"].dims == ("chain", "draw", "in1", "out1") and idata.posterior["f"].dims == (
         "chain",
         "draw",

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def test_every_text_is_escaped_and_there(page: Path) -> None:
         "gated",
         "7 rows were dropped.",
         "Seeds",
-        torch.__version__,
+        version("torch"),
         "Average effect (AIPW)",
     ):
         assert expected in words
