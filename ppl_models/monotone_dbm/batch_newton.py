@@ -27,6 +27,7 @@ coarse residual of a low rank is asked in float64 the updates run in float32; th
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
@@ -117,7 +118,7 @@ def solve_batch(
     return FixedPoint(value, steps, residual, finite if tolerance is None else residual <= tolerance, run.products)
 
 
-class _Run:
+class _Run(ABC):
     """A batch on its way.
 
     Args:
@@ -136,14 +137,15 @@ class _Run:
     def parts(self, flat: Tensor) -> Parts:
         return [flat[b.start : b.stop].view(b.num, b.size, -1) for b in self.blocks]
 
+    @abstractmethod
     def update(self) -> Tensor:
         """One; returns a number that falls with the largest residual, and not far below it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reached(self) -> tuple[Tensor, Tensor]:
         """Probabilities q and Phi q + b, ``(N, B)``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def go_on(self, q: Tensor) -> None:
         """What follows on a q that was not good enough."""
 
@@ -175,6 +177,9 @@ class _DenseRun(_Run):
 
     def reached(self) -> tuple[Tensor, Tensor]:
         return self.q, self.target
+
+    def go_on(self, q: Tensor) -> None:
+        """The next update goes on from the logits."""
 
 
 class _LowRankRun(_Run):
