@@ -27,6 +27,7 @@ from inference.potential import InDims, LogDensity, Potential, PotentialFunction
 from inference.results import diagnostics as _diagnostics
 from inference.results.export import to_arviz
 from inference.results.predictive import log_likelihood as _log_likelihood
+from inference.results.verdict import warn_of_poor_mixing, warn_of_run
 from inference.runtime import distributed
 from inference.runtime.checkpoint import fingerprint, identify
 from inference.runtime.draws import DrawStore
@@ -449,27 +450,18 @@ class MCMC(Citable):
         everywhere = distributed.gather_rows(torch.tensor(lost, dtype=torch.int64, device="cpu"))
         if everywhere is None:
             return
-        lost = everywhere.tolist()
-        if self.interrupted:
-            warnings.warn(
-                f"the run was interrupted; {drawn} of {self.num_samples} draws a chain are kept",
-                SamplerWarning,
-                stacklevel=4,
-            )
-        if lost:
-            warnings.warn(
-                f"chains {sorted(lost)} became non-finite and their draws "
-                "are not usable: use a smaller step size or more friction",
-                SamplerWarning,
-                stacklevel=4,
-            )
-        if divergences:
-            warnings.warn(
-                f"{divergences:.0f} of {drawn * self.num_chains} transitions "
-                "diverged: raise target_accept_prob or reparametrise the model",
-                SamplerWarning,
-                stacklevel=4,
-            )
+        warn_of_run(
+            interrupted=self.interrupted,
+            lost=everywhere.tolist(),
+            divergences=divergences,
+            draws=drawn,
+            asked=self.num_samples,
+            chains=self.num_chains,
+            stacklevel=4,
+        )
+        assert self.potential is not None
+        if not self.kernel.stochastic and not self.potential.data:
+            warn_of_poor_mixing(self._samples, stacklevel=4)
 
     # ------------------------------------------------------------------ checkpoints
     def _identity(self, potential: Potential) -> str:

@@ -345,7 +345,7 @@ def backward_information(
         transitions: N steps; their dims ``*D`` must be ``(D,)`` or empty.
         index: positions of the observations in the grid, increasing, ``(M,)``, from 0 to N.
         observations: ``(M, B, D)``; 0 where masked.
-        noise_std: positive, a number or ``(D,)``.
+        noise_std: positive: a number, ``(D,)``, or ``(M, 1, 1 or D)``.
         mask: True where an observation counts, ``(M, B or 1, D or 1)``.
 
     Returns:
@@ -356,13 +356,14 @@ def backward_information(
     like, count = transitions.matrix, len(transitions.steps)
     std = torch.as_tensor(noise_std, dtype=like.dtype, device=like.device)
     here = torch.ones_like(observations[:, :1, :1]) if mask is None else mask
+    std = std.expand(len(observations), 1, observations.shape[2])
     place = index.to(like.device)
-    values, there = (
-        like.new_zeros(count + 1, *part.shape[1:]).index_copy(0, place, part.to(like.dtype))[1:]
-        for part in (observations, here)
+    values, there, stds = (
+        like.new_full((count + 1, *part.shape[1:]), fill).index_copy(0, place, part.to(like.dtype))[1:]
+        for part, fill in ((observations, 0.0), (here, 0.0), (std, 1.0))
     )
-    pieces = _in_blocks(transitions, (values, there, std.expand(count, 1, observations.shape[2])))
-    lead = torch.broadcast_shapes(there.shape[1:], like.shape[1:2], std.shape[-1:])
+    pieces = _in_blocks(transitions, (values, there, stds))
+    lead = torch.broadcast_shapes(there.shape[1:], like.shape[1:2], std.shape[2:])
     root = like.new_zeros(lead[0], lead[-1], *like.shape[-2:])
     vector = like.new_zeros(*observations.shape[1:], like.shape[-1])
     ends = [(root, vector)]
@@ -424,9 +425,8 @@ def kalman_smoother(
             filtered.mean[..., 0], (root @ root.mT)[..., 0, 0].expand_as(data.values), filtered.mean, root,
             filtered.log_likelihood,
         )  # fmt: skip
-    std = data.std[0, 0]
     steps = _transitions(model, data.times)
-    info = backward_information(steps, torch.arange(len(data.times)), data.values, std, data.mask)
+    info = backward_information(steps, torch.arange(len(data.times)), data.values, data.std, data.mask)
     # (P^-1 + Lambda)^-1 = L (I + L' Lambda L)^-1 L'
     factor, root = torch.broadcast_tensors(filtered.factor, info.factor)
     t = root.mT @ factor

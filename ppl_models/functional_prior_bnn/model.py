@@ -6,6 +6,7 @@ prior until the network's functions look like that process's, and sample the pos
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -13,6 +14,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from inference._errors import SamplerWarning
 from inference.fit import FitResult, fit
 from inference.kernels import Kernel
 from inference.mcmc import MCMC
@@ -275,7 +277,9 @@ class FunctionalPriorBNN(BayesianNetwork):
                 progress=progress,
                 compile=compile,
             )
-            mcmc.run(x, y, batch_size=size)
+            with warnings.catch_warnings():  # weights have symmetries: the posterior's R-hat is that of the function
+                warnings.filterwarnings("ignore", "the chains have not mixed", SamplerWarning)
+                mcmc.run(x, y, batch_size=size)
         info = {
             "method": sampler if isinstance(sampler, str) else type(kernel).__name__,
             "temperature": float(temperature),

@@ -96,6 +96,7 @@ def test_hook_sees_every_step():
     assert seen[0][2] == (3, 8)
 
 
+@pytest.mark.filterwarnings("ignore:the chains have not mixed:inference.SamplerWarning")
 def test_save_params_and_thinning():
     mcmc = run(HMC(SCHOOLS[0], num_steps=3), *SCHOOLS[1], save_params=["mu"], thin=4)
     assert set(mcmc.get_samples()) == {"mu"}

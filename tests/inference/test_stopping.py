@@ -80,6 +80,7 @@ def test_stop_must_be_a_stop() -> None:
 
 
 # ---------------------------------------------------------------------- statistics instead of draws
+@pytest.mark.filterwarnings("ignore:the chains have not mixed:inference.SamplerWarning")
 def test_statistics_are_those_of_the_draws() -> None:
     options: dict[str, Any] = {"num_chains": 3, "progress": False, "seed": 4}
     draws = (

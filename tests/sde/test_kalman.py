@@ -132,6 +132,25 @@ def test_filter_and_smoother_equal_dense_conditioning(model: LinearSDE) -> None:
             torch.testing.assert_close(smoothed.variance[:, b, d], variance, atol=1e-8, rtol=0)
 
 
+@pytest.mark.parametrize("least", [1000, 2])
+def test_errors_of_the_observations_may_change_with_time(least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sde.kalman._MIN_SPLIT", least)
+    source = torch.Generator().manual_seed(1)
+    model, times = MODELS[0], f64(0.0, 0.07, 0.1, 0.35, 0.36, 0.6, 0.95, 1.0)
+    y = torch.randn(8, 1, 1, generator=source, dtype=torch.float64)
+    std = f64(0.1, 1.0, 0.3, 0.05, 2.0, 0.5, 0.2, 0.7)
+    filtered = kalman_filter(model, times, y, std[:, None, None])
+    smoothed = kalman_smoother(model, times, y, std[:, None, None])
+    dense = Dense(model, times)
+    marginal = dense.covariance + std.square().diag()
+    law = torch.distributions.MultivariateNormal(dense.mean, marginal, validate_args=False)
+    assert float(filtered.log_likelihood) == pytest.approx(float(law.log_prob(y[:, 0, 0])), abs=1e-8)
+    gain = torch.linalg.solve(marginal, dense.covariance).mT
+    mean, variance = dense.mean + gain @ (y[:, 0, 0] - dense.mean), (dense.covariance - gain @ dense.covariance)
+    torch.testing.assert_close(smoothed.mean[:, 0, 0], mean, atol=1e-8, rtol=0)
+    torch.testing.assert_close(smoothed.variance[:, 0, 0], variance.diagonal(), atol=1e-8, rtol=0)
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("first", [0.0, 0.02])
 @pytest.mark.parametrize("shared", [True, False])

@@ -14,7 +14,9 @@ from inference.kernels.base import StepInputs
 from inference.results.diagnostics import mcse_mean
 from tests.inference import posteriordb, zoo
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*transitions diverged:inference.SamplerWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*transitions diverged:inference.SamplerWarning", "ignore:the chains have not mixed:inference.SamplerWarning"
+)
 
 F64 = torch.float64
 KERNELS = [ChEES, MEADS, MCLMC, AdjustedMCLMC]

@@ -1,0 +1,78 @@
+"""What a sampler's run says of itself when it ends."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from inference._errors import SamplerWarning
+from inference.results.diagnostics import rhat
+
+__all__ = ["warn_of_poor_mixing", "warn_of_run"]
+
+BOUND = 1.1  # of R-hat
+# With n independent draws of each of M chains, R-hat**2 - 1 is about (F - 1) / (n / 2), F of 2 M - 1 degrees of freedom:
+# for thousands of scalars below the bound with 100 draws of few chains, or with 10 draws of many.
+_LEAST_DRAWS = 100
+_MANY_CHAINS, _LEAST_DRAWS_OF_MANY = 64, 10
+_CHAINS, _NUMBERS = 128, 2**19  # looked at, so that the look takes a tenth of a second
+
+
+def warn_of_run(
+    *, interrupted: bool, lost: Sequence[int], divergences: float, draws: int, asked: int, chains: int, stacklevel: int
+) -> None:
+    """Warn of an interrupt, of chains that became non-finite, and of divergent transitions."""
+    words = []
+    if interrupted:
+        words.append(f"the run was interrupted; {draws} of {asked} draws a chain are kept")
+    if lost:
+        words.append(
+            f"chains {sorted(lost)} became non-finite and their draws "
+            "are not usable: use a smaller step size or more friction"
+        )
+    if divergences:
+        words.append(
+            f"{divergences:.0f} of {draws * chains} transitions "
+            "diverged: raise target_accept_prob or reparametrise the model"
+        )
+    for text in words:
+        warnings.warn(text, SamplerWarning, stacklevel=stacklevel + 1)
+
+
+def warn_of_poor_mixing(samples: Mapping[str, Tensor], *, stacklevel: int) -> None:
+    """Warn if R-hat of a scalar is above 1.1.
+
+    Evenly spaced draws of at most 128 chains are looked at, as many as take no noticeable time; nothing is said of one
+    chain, of fewer than 100 draws a chain, or of a posterior so large that too few of them can be looked at.
+
+    Args:
+        samples: site name to draws ``(chain, draw, *event)``.
+        stacklevel: as in ``warnings.warn``, from the caller.
+    """
+    values = {n: v for n, v in samples.items() if v.numel() and v.dtype.is_floating_point}
+    if not values:
+        return
+    chains, draws = next(iter(values.values())).shape[:2]
+    scalars = sum(v[0, 0].numel() for v in values.values())
+    looked_at = min(draws, _NUMBERS // (min(chains, _CHAINS) * scalars))
+    least = _LEAST_DRAWS if chains < _MANY_CHAINS else _LEAST_DRAWS_OF_MANY
+    if chains < 2 or draws < _LEAST_DRAWS or looked_at < least:
+        return
+    which = slice(None, None, -(-chains // _CHAINS)), slice(None, None, -(-draws // looked_at))
+    worst, where, beyond = 0.0, "", 0
+    for name, draw in values.items():
+        statistic = rhat(draw[which]).flatten()
+        above = statistic > BOUND  # false of NaN, which constants have
+        beyond += int(above.sum())
+        if above.any():
+            largest, index = (float(v) for v in statistic.nan_to_num(nan=0.0).max(0))
+            if largest > worst:
+                worst, where = largest, f"{name}" + (f", scalar {index:.0f}" if len(statistic) > 1 else "")
+    if beyond:
+        warnings.warn(
+            f"the chains have not mixed: R-hat is above {BOUND} for {beyond} of {scalars} scalars and {worst:.3g} at "
+            f"{where}. Take more warm-up steps and more draws, or thin; look at the chains one by one for separate "
+            "modes; or reparametrise the model",
+            SamplerWarning,
+            stacklevel=stacklevel + 1,
+        )
