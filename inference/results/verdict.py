@@ -11,7 +11,7 @@ from inference.results.diagnostics import rhat
 __all__ = ["warn_of_poor_mixing", "warn_of_run"]
 
 BOUND = 1.1  # of R-hat
-# With n independent draws of each of M chains, R-hat**2 - 1 is about (F - 1) / (n / 2), F of 2 M - 1 degrees of freedom:
+# With n independent draws of each of M chains R-hat**2 - 1 is about (F - 1) / (n / 2), F of 2 M - 1 degrees of freedom:
 # for thousands of scalars below the bound with 100 draws of few chains, or with 10 draws of many.
 _LEAST_DRAWS = 100
 _MANY_CHAINS, _LEAST_DRAWS_OF_MANY = 64, 10

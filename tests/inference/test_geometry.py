@@ -19,7 +19,8 @@ from inference.results.diagnostics import mcse_mean, rhat
 
 # A step that suits most chains diverges now and then in the banana's arms; the moments say whether that matters.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*transitions diverged:inference.SamplerWarning", "ignore:the chains have not mixed:inference.SamplerWarning"
+    "ignore:.*transitions diverged:inference.SamplerWarning",
+    "ignore:the chains have not mixed:inference.SamplerWarning",
 )
 
 F64 = torch.float64

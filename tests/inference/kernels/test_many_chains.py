@@ -15,7 +15,8 @@ from inference.results.diagnostics import mcse_mean
 from tests.inference import posteriordb, zoo
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*transitions diverged:inference.SamplerWarning", "ignore:the chains have not mixed:inference.SamplerWarning"
+    "ignore:.*transitions diverged:inference.SamplerWarning",
+    "ignore:the chains have not mixed:inference.SamplerWarning",
 )
 
 F64 = torch.float64
