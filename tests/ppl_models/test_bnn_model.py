@@ -52,7 +52,7 @@ def fitted() -> FunctionalPriorBNN:
 def test_weights_with_symmetries_are_no_cause_to_warn() -> None:
     """Their chains disagree though those of the function agree, whose R-hat the posterior reports."""
     bnn = FunctionalPriorBNN(3, hidden=(3,))
-    settings = {"num_chains": 3, "num_samples": 100, "warmup_steps": 40, "progress": False}
+    settings: dict[str, Any] = {"num_chains": 3, "num_samples": 100, "warmup_steps": 40, "progress": False}
     bnn.fit(X, Y, sampler="hmc", batch_size=None, seed=1, **settings)
     assert max(float(rhat(w).max()) for w in bnn.posterior.samples.values()) > 1.3
 
