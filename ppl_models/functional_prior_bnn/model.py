@@ -278,7 +278,7 @@ class FunctionalPriorBNN(BayesianNetwork):
                 compile=compile,
             )
             with warnings.catch_warnings():  # weights have symmetries: the posterior's R-hat is that of the function
-                warnings.filterwarnings("ignore", "xx", SamplerWarning)
+                warnings.filterwarnings("ignore", "the chains have not mixed", SamplerWarning)
                 mcmc.run(x, y, batch_size=size)
         info = {
             "method": sampler if isinstance(sampler, str) else type(kernel).__name__,

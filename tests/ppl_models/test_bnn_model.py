@@ -49,12 +49,13 @@ def fitted() -> FunctionalPriorBNN:
     return bnn
 
 
+@pytest.mark.filterwarnings("ignore:.*transitions diverged:inference.SamplerWarning")
 def test_weights_with_symmetries_are_no_cause_to_warn() -> None:
-    """Their chains disagree though those of the function agree, whose R-hat the posterior reports."""
-    bnn = FunctionalPriorBNN(3, hidden=(3,))
-    settings: dict[str, Any] = {"num_chains": 3, "num_samples": 100, "warmup_steps": 40, "progress": False}
-    bnn.fit(X, Y, sampler="hmc", batch_size=None, seed=1, **settings)
-    assert max(float(rhat(w).max()) for w in bnn.posterior.samples.values()) > 1.3
+    """Chains at mirror images of one network disagree in the weights; the posterior reports R-hat of the function."""
+    bnn = FunctionalPriorBNN(3, hidden=(1,))
+    settings: dict[str, Any] = {"num_chains": 4, "num_samples": 100, "warmup_steps": 0, "batch_size": 60, "progress": False}
+    posterior = bnn.fit(X, Y, sampler=lambda m: HMC(m, step_size=0.02, num_steps=2, adapt_step_size=False), **settings)
+    assert max(float(rhat(w).max()) for w in posterior.samples.values()) > 1.3
 
 
 # ---------------------------------------------------------------- against a closed form

@@ -68,10 +68,10 @@ def test_low_signal(noise: float) -> None:
 
 @cache
 def _types_of_trials(noise: float) -> list[dict[str, torch.Tensor]]:
-    """Of 100 trials of 600 images with effects 0 and 2: what is said of the two types by gates of fixed features, and
+    """Of 300 trials of 600 images with effects 0 and 2: what is said of the two types by gates of fixed features, and
     what least squares on arms within types and on brightness say where the types are known."""
     found = []
-    for seed in range(100):
+    for seed in range(300):
         trial = stripes(600, noise=noise, seed=1000 + seed)
         model = ImageCATE(backbone="fixed", num_folds=3, calibrate=False)
         model.fit(trial.outcome, trial.treatment, trial.images, seed=seed, progress=False)
@@ -89,18 +89,18 @@ def _types_of_trials(noise: float) -> list[dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("noise", [1.0, 3.0])
 def test_type_intervals_cover(noise: float) -> None:
-    """S4: n = 600, 100 trials: 90 % intervals of each type's effect cover in 85 to 95; widths are the sampling error's.
+    """S4: n = 600: 90 % intervals of each type's effect cover in 85 to 95 %; widths are the sampling error's.
 
-    A right method covers in 85 to 95 of 100 with probability 0.93 a type; on these seeds one that knows the types
-    covers in 84 and 90, whatever the noise, which scales the same draws.
+    Over 300 trials, where a right method passes with probability 0.99.  Over 100 it passes these four counts with 0.75
+    only; on the first 100 seeds one that knows the types covers in 84 and 90.
     """
     trials, truth = _types_of_trials(noise), torch.tensor([0.0, 2.0])
     inside = [(one["interval"][:, 0] <= truth) & (truth <= one["interval"][:, 1]) for one in trials]
-    covered = torch.stack(inside).sum(0)
+    covered = torch.stack(inside).double()
     ratio = torch.stack([one["sd"] / one["error"] for one in trials]).mean()
-    print("covered of 100:", covered.tolist(), "mean ratio of sd:", float(ratio))
+    print("covered by hundreds:", covered.unflatten(0, (-1, 100)).sum(1).tolist(), "mean ratio of sd:", float(ratio))
     assert 0.8 <= float(ratio) <= 1.3
-    assert bool(((covered >= 85) & (covered <= 95)).all())
+    assert bool(((covered.mean(0) >= 0.85) & (covered.mean(0) <= 0.95)).all())
 
 
 @pytest.mark.parametrize("noise", [1.0, 3.0])
