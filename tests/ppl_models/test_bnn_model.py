@@ -53,7 +53,7 @@ def fitted() -> FunctionalPriorBNN:
 def test_weights_with_symmetries_are_no_cause_to_warn() -> None:
     """Chains at mirror images of one network disagree in the weights; the posterior reports R-hat of the function."""
     bnn = FunctionalPriorBNN(3, hidden=(1,))
-    settings: dict[str, Any] = {"num_chains": 4, "num_samples": 100, "warmup_steps": 0, "batch_size": 60, "progress": False}
+    settings = {**QUICK, "num_chains": 4, "num_samples": 100, "warmup_steps": 0, "thin": 1, "batch_size": None}
     posterior = bnn.fit(X, Y, sampler=lambda m: HMC(m, step_size=0.02, num_steps=2, adapt_step_size=False), **settings)
     assert max(float(rhat(w).max()) for w in posterior.samples.values()) > 1.3
 
