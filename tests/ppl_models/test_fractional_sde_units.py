@@ -27,7 +27,7 @@ def standard(value: Tensor, unit: float) -> float:
 
 @pytest.mark.parametrize(("unit", "offset"), UNITS)
 def test_the_unit_and_the_origin_of_the_data_do_not_matter(unit: float, offset: float) -> None:
-    """With the start learned in absolute units, data in millionths had a log evidence of -751 instead of -109 after
+    """With the start learned in absolute units, data times 10^-6 had a log evidence of -751 instead of -109 after
     400 steps; with the drift learned as that at x = 0, an offset of 10,000 made H 0.90 instead of 0.36.
     """
     fits = []

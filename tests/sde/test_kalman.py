@@ -378,7 +378,7 @@ def test_moments_at_equal_distances(theta: Any, start: float, monkeypatch: pytes
 
 @pytest.mark.parametrize("theta", [1.0, 30.0, 100.0, 500.0, 3000.0])
 def test_fast_reversion(theta: float) -> None:
-    """With Brownian noise nothing but theta is fast: at 10 reversions a step variances were wrong by 9 %, at 60 by 99 %.
+    """With Brownian noise nothing but theta is fast: at 10 reversions a step variances were wrong by 9 %, at 60 by 99.
 
     The transitions of a step hold up to about 200 reversions.
     """
