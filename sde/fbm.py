@@ -12,6 +12,7 @@ R. B. Davies, D. S. Harte, *Tests for Hurst effect*, Biometrika 1987 (circulant 
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -189,7 +190,7 @@ class _ExactGaussian:
         values = _cholesky(self.covariance(t), t).to(dtype) @ normals
         return values.movedim(-2, 0).movedim(-1, 1)
 
-    def log_prob(self, times: Times, values: Tensor, noise_std: float | Tensor = 0.0) -> Tensor:
+    def log_prob(self, times: Times, values: Tensor | Sequence[Any], noise_std: float | Tensor = 0.0) -> Tensor:
         """Log-density of observed paths, with independent Gaussian errors; differentiable in H.
 
         Args:
