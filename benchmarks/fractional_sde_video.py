@@ -1,11 +1,12 @@
-"""Moving digits by a latent SDE: learned Hurst index against Brownian noise, the same network and the same steps.
+"""Videos by a latent SDE: learned Hurst index against Brownian noise, the same network and the same steps.
 
     python -m benchmarks.fractional_sde_video --arm fractional --stop 1000 --out out
     python -m benchmarks.fractional_sde_video --arm brownian --stop 1000 --out out
     python -m benchmarks.fractional_sde_video --figure --out out
 
-Two of scikit-learn's 8x8 digits move and bounce on a 20x20 canvas, 15 frames, 4 latent dimensions.  An arm is kept in a
-checkpoint and goes on from it.  Written: peak signal-to-noise ratio of reconstructions of held-out series (and of each
+Two of scikit-learn's 8x8 digits that move and bounce on a 20x20 canvas, 15 frames, or with ``--data pendulum`` a
+simulated double pendulum on the same, 20 frames; 4 latent dimensions.  An arm is kept in a checkpoint and goes on from
+it.  Written: peak signal-to-noise ratio of reconstructions of held-out series (and of each
 series' mean frame), the bound of held-out series in nats, the energy of frame differences of prior samples over that of
 the data, H; and pictures of both arms.
 """
@@ -21,12 +22,22 @@ from torch import Tensor
 from benchmarks.record import one_core, save
 from inference.runtime.generators import derive_seed
 from ppl_models import LatentFractionalSDE
-from ppl_models.datasets import moving_digits
+from ppl_models.datasets import double_pendulum, moving_digits
 from ppl_models.fractional_sde.bound import PathBound
 
-SIDE, FRAMES, TRAIN, TEST = 20, 15, 1000, 100
-TIMES = torch.arange(1, FRAMES + 1).float() / 10
+SIDE, TRAIN, TEST = 20, 1000, 100
 NOISE_STD = 0.15  # of a pixel: near the error that both arms end with
+
+
+def videos(data: str) -> Tensor:
+    """``(TRAIN + TEST, frames, 1, SIDE, SIDE)``."""
+    if data == "pendulum":
+        return double_pendulum(TRAIN + TEST, 20, side=SIDE, seed=0)
+    return moving_digits(TRAIN + TEST, 15, side=SIDE, seed=0, enlarge=1)
+
+
+def stem(data: str, arm: str, seed: int) -> str:
+    return f"fractional_sde_video_{'' if data == 'digits' else data + '_'}{arm}_{seed}"
 
 
 def decibel(found: Tensor, truth: Tensor) -> float:
@@ -50,27 +61,29 @@ def held_out_bounds(model: LatentFractionalSDE, test: Tensor) -> Tensor:
     return torch.stack([bound for bound, _ in each])
 
 
-def run(arm: str, steps: int, stop: int | None, seed: int, out: Path) -> dict[str, Any]:
-    video = moving_digits(TRAIN + TEST, FRAMES, side=SIDE, seed=0, enlarge=1)
+def run(data: str, arm: str, steps: int, stop: int | None, seed: int, out: Path) -> dict[str, Any]:
+    video = videos(data)
     train, test = video[:TRAIN], video[TRAIN:]
+    times = torch.arange(1, video.shape[1] + 1).float() / 10
     model = build(arm, seed)
 
     def progress(fields: dict[str, Any]) -> None:
         if stop is not None and fields["step"] >= stop:
             raise KeyboardInterrupt
 
-    name = f"fractional_sde_video_{arm}_{seed}"
+    name = stem(data, arm, seed)
     result = model.fit(
-        TIMES, train, noise_std=NOISE_STD, num_steps=steps, batch_size=16, lr=3e-3, seed=seed, progress=progress,
+        times, train, noise_std=NOISE_STD, num_steps=steps, batch_size=16, lr=3e-3, seed=seed, progress=progress,
         checkpoint=out / f"{name}.checkpoint",
     )  # fmt: skip
     assert result.history is not None
     print(result.summary(), flush=True)
     shown = model.reconstruct(4, observations=test).mean
     bounds = held_out_bounds(model, test)
-    drawn = model.sample_prior(TIMES, 100)
+    drawn = model.sample_prior(times, 100)
     row = {
-        "noise": arm, "seed": seed, "steps": result.history.num_steps, "seconds": round(result.history.seconds),
+        "data": data, "noise": arm, "seed": seed,
+        "steps": result.history.num_steps, "seconds": round(result.history.seconds),
         "H": round(float(model.hurst), 3),
         "PSNR, dB": round(decibel(shown, test), 2),
         "PSNR of mean frames": round(decibel(test.mean(1, keepdim=True).expand_as(test), test), 2),
@@ -91,13 +104,13 @@ def run(arm: str, steps: int, stop: int | None, seed: int, out: Path) -> dict[st
     return row
 
 
-def figure(out: Path, seed: int) -> None:
+def figure(data: str, out: Path, seed: int) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    kept = {arm: torch.load(out / f"fractional_sde_video_{arm}_{seed}.pt") for arm in ("fractional", "brownian")}
+    kept = {arm: torch.load(out / f"{stem(data, arm, seed)}.pt") for arm in ("fractional", "brownian")}
     gap = kept["fractional"]["bounds"] - kept["brownian"]["bounds"]
     print(f"bound, fractional minus Brownian: {float(gap.mean()):.1f} (s.e. {float(gap.std()) / len(gap) ** 0.5:.1f})")
     strips = [
@@ -111,18 +124,20 @@ def figure(out: Path, seed: int) -> None:
     ]
     strips += [(f"{name} prior", kept[arm]["drawn"][i])
                for arm, name in (("fractional", "fractional"), ("brownian", "Brownian")) for i in range(3)]  # fmt: skip
-    drawn, axes = plt.subplots(len(strips), FRAMES, figsize=(0.5 * FRAMES, 0.53 * len(strips)))
+    frames = len(strips[0][1])
+    drawn, axes = plt.subplots(len(strips), frames, figsize=(0.5 * frames, 0.53 * len(strips)))
     for line, (label, strip) in zip(axes, strips, strict=True):
         for axis, frame in zip(line, strip, strict=True):
             axis.imshow(frame[0], cmap="gray", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=7)
     drawn.subplots_adjust(wspace=0.06, hspace=0.06)
-    drawn.savefig(out / f"fractional_sde_video_{seed}.png", dpi=150, bbox_inches="tight")
+    drawn.savefig(out / f"{stem(data, 'both', seed)}.png", dpi=150, bbox_inches="tight")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", choices=("digits", "pendulum"), default="digits")
     parser.add_argument("--arm", choices=("fractional", "brownian"), default="fractional")
     parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--stop", type=int, help="steps after which to look, the schedule being that of all steps")
@@ -134,9 +149,9 @@ def main() -> None:
     torch.set_num_threads(1)
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.figure:
-        figure(arguments.out, arguments.seed)
+        figure(arguments.data, arguments.out, arguments.seed)
     else:
-        run(arguments.arm, arguments.steps, arguments.stop, arguments.seed, arguments.out)
+        run(arguments.data, arguments.arm, arguments.steps, arguments.stop, arguments.seed, arguments.out)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ __all__ = [
     "BinaryTable",
     "Images",
     "Table",
+    "double_pendulum",
     "load_binary",
     "load_boston",
     "load_concrete",
@@ -28,6 +29,7 @@ __all__ = [
     "load_fashion_mnist",
     "load_keel",
     "moving_digits",
+    "pendulum_angles",
     "uci_splits",
 ]
 
@@ -315,3 +317,70 @@ def moving_digits(
                     velocity = rng.integers(1, 4, 2) * np.where(ahead < 0, 1, free)
                 place = np.clip(place + velocity, 0, room)
     return torch.from_numpy(video)
+
+
+def double_pendulum(num_series: int, num_frames: int = 20, side: int = 32, seed: int = 0, gap: float = 0.1) -> Tensor:
+    """Videos of a double pendulum in the plane, simulated: two rods of length 1 with equal masses at their ends.
+
+    Angles start anywhere, at rest; there is no friction, g = 9.81.  A frame shows both rods as lines and both masses as
+    discs.  Chaotic motion without noise, in place of the pendulum of Daems, Opper, Crevecoeur and Birdal, ICLR 2024.
+
+    Args:
+        num_series: videos.
+        num_frames: frames of each, the first at the start.
+        side: of a frame, in pixels.
+        seed: of the starts.
+        gap: time between frames.
+
+    Returns:
+        ``(num_series, num_frames, 1, side, side)``, float32 in [0, 1].
+
+    Raises:
+        ValueError: a side below 12, where rods are a blur.
+    """
+    if side < 12:
+        raise ValueError(f"side must be at least 12, got {side}")
+    rng = np.random.default_rng(seed)
+    angles = rng.uniform(-np.pi, np.pi, (num_series, 2))
+    path = pendulum_angles(np.concatenate([angles, np.zeros_like(angles)], -1), num_frames, gap)
+    arms = np.stack([np.sin(path), np.cos(path)], -1)  # (N, T, rod, (x, y)), y downwards
+    ends = np.concatenate([np.zeros_like(arms[:, :, :1]), arms.cumsum(2)], 2) * (side / 4.6) + (side - 1) / 2
+    pixels = np.stack(np.meshgrid(np.arange(side), np.arange(side), indexing="xy"), -1)
+    frames = np.zeros((num_series, num_frames, side, side))
+    width = side / 24
+    for rod in range(2):
+        start, end = ends[:, :, rod, None, None], ends[:, :, rod + 1, None, None]
+        along = ((pixels - start) * (end - start)).sum(-1) / ((end - start) ** 2).sum(-1)
+        line = np.linalg.norm(pixels - start - along.clip(0, 1)[..., None] * (end - start), axis=-1)
+        disc = np.linalg.norm(pixels - end, axis=-1)
+        ink = np.maximum(0.6 * np.exp(-((line / width) ** 2)), (1.5 - disc / (1.5 * width)).clip(0, 1))
+        np.maximum(frames, ink, out=frames)
+    return torch.from_numpy(frames[:, :, None].astype(np.float32))
+
+
+def pendulum_angles(state: np.ndarray, num_frames: int, gap: float, steps: int = 50) -> np.ndarray:
+    """Angles of a double pendulum from the downward vertical, ``(N, num_frames, 2)``, by classical Runge-Kutta steps.
+
+    Args:
+        state: both angles and their velocities at the start, ``(N, 4)``.
+        num_frames, gap: as of ``double_pendulum``.
+        steps: between two frames.
+    """
+    gravity = 9.81
+
+    def rate(z: np.ndarray) -> np.ndarray:
+        a, b, u, v = z.T
+        c, s = np.cos(a - b), np.sin(a - b)
+        # 2 a'' + c b'' = -s v^2 - 2 g sin a,   c a'' + b'' = s u^2 - g sin b
+        p, q = -s * v**2 - 2 * gravity * np.sin(a), s * u**2 - gravity * np.sin(b)
+        return np.stack([u, v, (p - c * q) / (2 - c**2), (2 * q - c * p) / (2 - c**2)], -1)
+
+    z, out, h = state, [state], gap / steps
+    for _ in range(num_frames - 1):
+        for _ in range(steps):
+            k1 = rate(z)
+            k2 = rate(z + h / 2 * k1)
+            k3 = rate(z + h / 2 * k2)
+            z = z + h / 6 * (k1 + 2 * k2 + 2 * k3 + rate(z + h * k3))
+        out.append(z)
+    return np.stack(out, 1)[:, :, :2]

@@ -28,12 +28,13 @@ class PathError(ArithmeticError):
 
 
 def as_numbers(value: Any, name: str) -> Tensor:
-    """A number, tensor, array or list of numbers as a float64 tensor of its own shape."""
+    """A number, tensor, array, data frame or list of numbers as a float64 tensor of its own shape."""
     found = value if isinstance(value, Tensor | Real) else None
-    if isinstance(value, np.ndarray | Sequence) and not isinstance(value, str | bytes):
+    listed = hasattr(value, "__array__") or (isinstance(value, Sequence) and not isinstance(value, str | bytes))
+    if found is None and listed:
         with suppress(ValueError):  # of ragged lists
             array = np.asarray(value)
-            found = torch.as_tensor(array) if array.dtype.kind in "iuf" else None
+            found = torch.tensor(array) if array.dtype.kind in "iuf" else None
     if found is None or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, or a tensor, array or list of them, got {type(value).__name__}")
     _refuse_complex(found, name)

@@ -12,6 +12,7 @@ R. B. Davies, D. S. Harte, *Tests for Hurst effect*, Biometrika 1987 (circulant 
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from sde._checks import (
     as_kind,
     as_normalisation,
     as_number,
+    as_numbers,
     as_positive,
     as_times,
     base_seed,
@@ -188,11 +190,11 @@ class _ExactGaussian:
         values = _cholesky(self.covariance(t), t).to(dtype) @ normals
         return values.movedim(-2, 0).movedim(-1, 1)
 
-    def log_prob(self, times: Times, values: Tensor, noise_std: float | Tensor = 0.0) -> Tensor:
+    def log_prob(self, times: Times, values: Tensor | Sequence[Any], noise_std: float | Tensor = 0.0) -> Tensor:
         """Log-density of observed paths, with independent Gaussian errors; differentiable in H.
 
         Args:
-            times: strictly increasing and positive, ``(T,)``.
+            times: strictly increasing, ``(T,)``, and positive where there are no errors.
             values: ``(T, N)``, or ``(T, N, D)`` for ``(D,)`` indices.
             noise_std: standard deviation of the errors, not negative.
 
@@ -200,13 +202,16 @@ class _ExactGaussian:
             ``(N,)``, summed over dimensions.
         """
         t = as_times(times).to(self.hurst.device)
+        values = as_numbers(values, "values")
         if values.shape[:1] != t.shape or values.ndim != 2 + self.hurst.ndim:
             raise ValueError(
                 f"values must be (T, N{', D' * self.hurst.ndim}) with T={len(t)}, got {tuple(values.shape)}"
             )
         noise = as_positive(noise_std, "noise_std", zero=True) if not isinstance(noise_std, Tensor) else noise_std
+        if float(t[0]) == 0 and not isinstance(noise_std, Tensor) and float(noise) == 0:
+            raise ValueError("times must be positive where values have no error: at time 0 every path is 0")
         covariance = self.covariance(t) + noise**2 * torch.eye(len(t), dtype=torch.float64, device=t.device)
-        residual = values.to(torch.float64).movedim(0, -1).movedim(0, -1)  # (*D, T, N)
+        residual = values.movedim(0, -1).movedim(0, -1)  # (*D, T, N)
         factor = torch.linalg.cholesky(covariance)
         white = torch.linalg.solve_triangular(factor, residual, upper=False)
         logdet = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)

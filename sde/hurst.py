@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sde._checks import as_count
+from sde._checks import as_count, as_numbers
 from sde.fbm import increment_autocovariance
 from sde.kalman import kalman_filter
 from sde.linear import LinearSDE
@@ -76,6 +76,7 @@ def hurst_estimate(
         The estimate for every series.  H is searched in [0.01, 0.99].
 
     Raises:
+        TypeError: for values that are no real numbers.
         ValueError: for series that are too short, constant or not finite, or unknown names.
 
     Example:
@@ -83,9 +84,7 @@ def hurst_estimate(
         >>> 0.6 < float(hurst_estimate(fractional_gaussian_noise(0.7, 1000, 1, seed=0)[:, 0])) < 0.8
         True
     """
-    if torch.is_tensor(values) and values.is_complex():
-        raise TypeError(f"values must hold real numbers, got {values.dtype}")
-    x = torch.as_tensor(values).detach().to(torch.float64)
+    x = as_numbers(values, "values").detach()
     if x.ndim not in (1, 2) or x.shape[-1] == 0:
         raise ValueError(f"values must be (T,) or (T, N), got shape {tuple(x.shape)}")
     if not bool(torch.isfinite(x).all()):

@@ -25,7 +25,9 @@ from sde.ornstein_uhlenbeck import Discretisation, mean_decay
 __all__ = ["LinearSDE", "Transitions", "lower_factor"]
 
 _NODES = 16  # Gauss-Legendre over one cell: exp(-2 z) to rounding for z up to 6
-_MIN_DOUBLINGS = 4  # leaves room for theta up to about 100 / step, which is not looked at: it may require grad
+# theta may be a parameter and is not looked at: room for it up to about 200 / step in transitions, and up to 10^4 times
+# the fastest decay over all times in moments.
+_MIN_DOUBLINGS, _MORE_HALVES = 6, 12
 
 
 def lower_factor(columns: Tensor) -> Tensor:
@@ -43,6 +45,11 @@ def lower_factor(columns: Tensor) -> Tensor:
         columns = torch.cat([columns, columns.new_zeros(*columns.shape[:-1], rows - count)], -1)
     rotation = torch.linalg.qr(columns.detach().mT)[0]
     return columns @ rotation
+
+
+def _halves(decays: float) -> int:
+    """How often a length over which an exponential decays by e^-decays is halved until it decays by 1 / e at most."""
+    return math.ceil(math.log2(max(decays, 1.0)))
 
 
 class Transitions(NamedTuple):
@@ -111,8 +118,7 @@ class LinearSDE:
         steps = grid.diff()
         scale = steps.max() * 1e-12
         distinct, which = torch.unique(torch.round(steps / scale), return_inverse=True)
-        fastest = float((self.noise.speeds.max() * steps.max()).clamp_min(1))
-        doublings = max(_MIN_DOUBLINGS, math.ceil(math.log2(fastest)))
+        doublings = max(_MIN_DOUBLINGS, _halves(float(self.noise.speeds.max() * steps.max())))
         device = self.noise.loadings.device
         h = (distinct * scale).to(device)
         cell = h / 2**doublings
@@ -138,11 +144,13 @@ class LinearSDE:
     def moments(self, times: Times) -> tuple[Tensor, Tensor]:
         """Mean ``(*D, T)`` and covariance ``(*D, T, T)`` of X at the given times, without a loop over them.
 
-        Cov(X_s, X_t) = F(t - s)_x Cov(z_s, X_s) for s <= t, and Cov(z_s) = F(s) P_0 F(s)' + int_0^s k k' by doubling.
-        For some hundred times and one Cholesky factor this is many times faster than a filter's steps; looks at no
-        parameter's value, so that it may be recorded as a graph.  Differentiable in H, theta, scale and constant.
+        Cov(X_s, X_t) = F(t - s)_x Cov(z_s, X_s) for s <= t, and Cov(z_s, X_s) = (F(s) P_0 F(s)' + int_0^s k k')_x, the
+        integral by quadrature.  For some hundred times and one Cholesky factor this is many times faster than a
+        filter's steps; looks at no parameter's value, so that it may be recorded as a graph.  Differentiable in H,
+        theta, scale and constant.
         """
-        last = max(times.tolist() if isinstance(times, Tensor) else times)
+        clock = np.asarray(times.tolist() if isinstance(times, Tensor) else times)
+        last = float(clock.max())
         if last > self.noise.horizon * (1 + 1e-9):
             as_times(times, horizon=self.noise.horizon)  # says how to fix it
         device, dims = self.noise.loadings.device, self.dims
@@ -153,25 +161,31 @@ class LinearSDE:
             covariance = variance[..., None, None] * self.noise.covariance_at(t) + spread[..., None, None]
             mean = self._parameter(self.start_mean).unsqueeze(-1) + self._parameter(self.constant).unsqueeze(-1) * t
             return mean.expand(*dims, -1), covariance.expand(*dims, -1, -1)
-        fastest = max(self.noise.speeds.tolist()) * last
-        doublings = max(_MIN_DOUBLINGS, math.ceil(math.log2(max(fastest, 1.0))))
-        cell = t / 2**doublings
-        nodes, weights = (torch.from_numpy(part).to(device) for part in np.polynomial.legendre.leggauss(_NODES))
-        kernel = self._kernel(cell.unsqueeze(-1) * (nodes + 1) / 2).movedim(1, -1)  # (T, *D, S, nodes)
-        collected = (kernel * (weights / 2)) @ kernel.mT * cell.reshape(*shape, 1, 1)
-        for j in range(doublings):
-            matrix = self._matrix(cell * 2**j)
-            collected = collected + matrix @ collected @ matrix.mT
+        halves = _halves(max(self.noise.speeds.tolist()) * last) + _MORE_HALVES
+        # One integral over lags, up to each time.  Its panels end at the times and at halves of the last one, so that
+        # each exponential is smooth on those where it is not over.
+        nodes, weights = np.polynomial.legendre.leggauss(_NODES)
+        edges = np.unique(np.concatenate([[0.0], clock, last * 0.5 ** np.arange(halves + 1)]))
+        width = np.diff(edges)[:, None]
+        lag, weight = edges[:-1, None] + width * (nodes + 1) / 2, width * weights / 2
+        kernel = self._kernel(torch.from_numpy(lag).to(device))  # (panel, node, *D, S)
+        arrives = kernel[..., :1] * torch.from_numpy(weight).to(device).reshape(*weight.shape, *[1] * len(dims), 1)
+        pieces = torch.nn.functional.pad((arrives * kernel).sum(1), [0, 0] * (1 + len(dims)) + [1, 0])
+        collected = pieces.cumsum(0)[torch.from_numpy(np.searchsorted(edges, clock)).to(device)]  # (T, *D, S)
         start_mean, start_factor = self.start()
         matrix = self._matrix(t)
         began = matrix @ start_factor
-        own = (collected + began @ began.mT)[..., 0]  # Cov(z_s, X_s), (T, *D, S)
+        own = collected + (began @ began[..., :1, :].mT).squeeze(-1)  # Cov(z_s, X_s), (T, *D, S)
         if is_uniform(t):
             later = self._first_row(t - t[0])  # (lag, *D, S)
             lower = by_lag(own.movedim(0, -2) @ later.movedim(0, -1)).mT
         else:
-            later = self._first_row((t.unsqueeze(-1) - t).clamp_min(0))  # (t, s, *D, S)
-            lower = (later * own).sum(-1).movedim((0, 1), (-2, -1)).tril()
+            row, column = torch.tril_indices(len(t), len(t), device=device)
+            later = self._first_row(t[row] - t[column])  # (pair, *D, S)
+            pairs = (later * own[column]).sum(-1).movedim(0, -1)
+            order = torch.arange(len(t), device=device)
+            place = (order.unsqueeze(-1) * (order.unsqueeze(-1) + 1) // 2 + order).clamp_max(len(row) - 1)
+            lower = pairs[..., place].tril()
         rate = self._parameter(self.theta) * t.reshape(shape)
         mean = (matrix[..., 0, :] * start_mean).sum(-1) + t.reshape(shape) * mean_decay(rate) * self._parameter(
             self.constant

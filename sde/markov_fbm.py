@@ -201,7 +201,12 @@ class MarkovFractionalBrownianMotion(MarkovNoise):
             self.speeds = geometric_speeds(count, 20.0 if max_speed is None else max_speed)
         elif grid == "horizon":
             self.grid = grid
-            top = _TOP if max_speed is None else max_speed * self.horizon
+            top = _TOP if max_speed is None else as_number(max_speed, "max_speed") * self.horizon
+            if top <= _BOTTOM:
+                raise ValueError(
+                    f"max_speed must exceed {_BOTTOM:g} / horizon = {_BOTTOM / self.horizon:g}, where the speeds "
+                    f"begin, got {max_speed:g}"
+                )
             self.speeds = horizon_speeds(count, self.horizon, _BOTTOM, top)
         else:
             raise ValueError(f"grid must be 'horizon', 'geometric' or a vector of speeds, got {grid!r}")

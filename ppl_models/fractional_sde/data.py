@@ -60,6 +60,8 @@ def check_series(times: Any, observations: Any, mask: Any, shape: tuple[int, ...
     if values.is_complex():
         raise TypeError(f"observations must hold real numbers, got {values.dtype}")
     values = values if values.is_floating_point() else values.to(torch.get_default_dtype())
+    if values.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"observations must be float32 or float64, got {values.dtype}: give observations.float()")
     if values.ndim != 2 + len(shape) or tuple(values.shape[1:]) != (len(clock), *shape) or len(values) == 0:
         flat = shape == (1,) and tuple(values.shape[1:]) == (len(clock),)
         raise ValueError(
@@ -117,6 +119,6 @@ def scales(data: SeriesData, hurst: float = 0.5) -> Scales:
     move = x.diff(dim=1) * both
     jump = ((move**2 / gap ** (2 * hurst)).sum((0, 1)) / pairs).sqrt()
     slope = move.sum((0, 1)) / (both * gap).sum((0, 1)).clamp_min(1e-12)
-    std = torch.where(std > 1e-12, std, 1.0)
-    jump = torch.where(jump > 1e-12, jump, std)
+    std = torch.where(std > 1e-12 * mean.abs(), std, 1.0)
+    jump = torch.where(jump > 0, jump, std)
     return Scales(*(part.to(data.values.dtype) for part in (mean, std, jump, slope)))

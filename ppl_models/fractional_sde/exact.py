@@ -201,12 +201,17 @@ class ParameterModel:
     """A Pyro model of the linear form's parameters, with the paths integrated out exactly.
 
     Sites are those of ``priors``; the evidence enters as the factor ``evidence``.  Any engine for Pyro models takes it.
+    Two sites are in the data's own units, and ``in_full`` makes the SDE's parameters of them.  ``scale`` is what the
+    noise moves X by in a ``tick``: over a unit of time that is far from the data's gaps it would follow H.  Where the
+    drift reverts, ``constant`` is the drift at ``centre``: for data far from 0 that at 0 would follow theta.
 
     Args:
         system: the linear system; parameters without a prior stay at their present values.
         times, values, mask: the data, ``(T,)``, ``(T, B, D)``, ``(T, B or 1, D or 1)``.
         noise_std: ``(D,)``, used unless ``noise_std`` has a prior.
         priors: parameter name to a Pyro distribution of event shape ``()``, ``(D,)`` or batch shape ``(D,)``.
+        tick: time over which the site ``scale`` is the noise's move, ``()``.
+        centre: where the site ``constant`` is the drift, ``(D,)``.
     """
 
     def __init__(
@@ -217,26 +222,47 @@ class ParameterModel:
         mask: Tensor,
         noise_std: Tensor,
         priors: Mapping[str, Any],
+        tick: Tensor,
+        centre: Tensor,
     ) -> None:
         self.system, self.times, self.values, self.mask, self.priors = system, times, values.double(), mask, priors
+        self.tick, self.centre = tick.double(), centre.double()
         self.fixed = {k: v.detach().double() for k, v in system.parameters_now().items()}
         self.fixed["noise_std"] = noise_std.detach().double()
 
+    def in_full(self, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters of the SDE from draws of the sites, with any shape before theirs."""
+        out = dict(draws)
+        if "scale" in out:
+            hurst = out.get("hurst", self.fixed["hurst"])
+            one_for_all = self.fixed["hurst"].ndim == 0
+            out["scale"] = out["scale"] / self.tick ** (hurst.unsqueeze(-1) if one_for_all else hurst)
+        if "constant" in out and "theta" in self.fixed:
+            out["constant"] = out["constant"] + out.get("theta", self.fixed["theta"]) * self.centre
+        return out
+
     def parameters(self, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The fixed values with these draws put in."""
-        return {**self.fixed, **draws}
+        """All parameters of the SDE: these draws of the sites, and the fixed values."""
+        return {**self.fixed, **self.in_full(draws)}
 
     def log_evidence(self, draws: Mapping[str, Tensor]) -> Tensor:
-        """log p(data | parameters), a scalar."""
+        """log p(data | draws of the sites), a scalar."""
         v = self.parameters(draws)
         linear = self.system.linear_sde(v)
         return gaussian_log_likelihood(linear, self.times, self.values, self.mask, v["noise_std"]).sum()
 
     def near_the_maximum(self, site: Any) -> Tensor:
         """A starting value of a site: the present value, or the prior's mean where that lies outside its support."""
-        value = self.fixed[site["name"]].expand(site["fn"].shape()).clone()
+        value = self._now(site["name"]).expand(site["fn"].shape()).clone()
         jitter = 1 + 0.02 * torch.rand_like(value)
         return torch.where(site["fn"].support.check(value * jitter), value * jitter, site["fn"].mean)
+
+    def _now(self, name: str) -> Tensor:
+        """The present value of a site."""
+        value = self.fixed[name]
+        if name == "scale":
+            return value * self.tick ** self.fixed["hurst"]
+        return value - self.fixed["theta"] * self.centre if name == "constant" and "theta" in self.fixed else value
 
     def units(self) -> dict[str, Any]:
         """Transforms of the real-valued sites to units near their posterior deviation, so that no long warm-up has to
@@ -248,7 +274,7 @@ class ParameterModel:
             "theta": now["scale"] * 0 + 3 / span,
         }
         return {
-            name: dist.transforms.AffineTransform(now[name], sizes[name]).inv
+            name: dist.transforms.AffineTransform(self._now(name), sizes[name]).inv
             for name in ("constant", "theta")
             if name in self.priors
         }
@@ -265,20 +291,23 @@ class ParameterModel:
 def default_priors(system: FractionalSystem, noise_std: Tensor, span: float, learns_noise: bool) -> dict[str, Any]:
     """Weakly informative priors around the present (maximum-likelihood) scales.
 
-    H uniform on (0, 1); scale and noise_std log-normal with log standard deviation 1.5; theta normal with standard
-    deviation 20 / span, and the constant normal with standard deviation 10 times the scale over a unit of time.
+    H uniform on (0, 1); scale (what the noise moves X by in a tick, the mean gap of the data) and noise_std log-normal
+    with log standard deviation 1.5; theta normal with standard deviation 20 / span, and the constant (of a drift that
+    reverts: the drift at the data's mean) normal with a standard deviation of 10 such moves a tick.
     """
     now = {k: v.detach().double() for k, v in system.parameters_now().items()}
     zero, one = torch.zeros_like(now["scale"]), torch.ones_like(now["scale"])
+    tick = system.tick.double()
+    move = now["scale"] * tick ** now["hurst"]
     priors: dict[str, Any] = {}
     if system.noise.raw_hurst.requires_grad:
         priors["hurst"] = dist.Uniform(torch.zeros_like(now["hurst"]), torch.ones_like(now["hurst"]))
     if getattr(system.diffusion, "learned", False):
-        priors["scale"] = dist.LogNormal(now["scale"].log(), 1.5 * one)
+        priors["scale"] = dist.LogNormal(move.log(), 1.5 * one)
     if "theta" in now:
         priors["theta"] = dist.Normal(zero, one * 20 / span)
     if "constant" in now:
-        priors["constant"] = dist.Normal(zero, 10 * now["scale"])
+        priors["constant"] = dist.Normal(zero, 10 * move / tick)
     if learns_noise:
         priors["noise_std"] = dist.LogNormal(noise_std.double().log(), 1.5 * one)
     return priors
@@ -324,7 +353,7 @@ def posterior_draws(
     chosen = torch.linspace(0, count - 1, num_samples).round().long()
     means, variances, drawn_rows, noise = [], [], [], []
     for row in chosen.tolist():
-        values = model.parameters({name: value[row] for name, value in flat.items()})
+        values = {**model.fixed, **{name: value[row] for name, value in flat.items()}}
         linear, std = system.linear_sde(values), values["noise_std"].expand(shape[2])
         law = posterior_law(linear, *data, std, wanted)
         if law.factor is None:

@@ -70,8 +70,9 @@ class LatentFractionalSDE(PathModel):
         drift, diffusion, noise, hurst, kind: as of ``FractionalSDE``.
         likelihood: ``"gaussian"`` (noise_std is given to ``fit``) or ``"bernoulli"`` (frames in [0, 1]).
         squash: whether the Gaussian mean passes a sigmoid; by default for images.
-        encoder: module ``(M, *data_shape) -> (M, features)``; by default convolutions or dense layers.
-        decoder: module ``(M, content_size + state_size) -> (M, *data_shape)``.
+        encoder: module ``(M, *data_shape) -> (M, features)`` of frames in the data's units; by default convolutions or
+            dense layers, of standardised frames unless they are squashed or Bernoulli.
+        decoder: module ``(M, content_size + state_size) -> (M, *data_shape)``, in the data's units as well.
         features: of a frame.
         context_size: C, of the context g(t).
         width: channels of the first convolution.
@@ -94,6 +95,8 @@ class LatentFractionalSDE(PathModel):
     """
 
     kind: ClassVar[str] = "LatentFractionalSDE"
+    frame_centre: Tensor
+    frame_spread: Tensor
 
     def __init__(
         self,
@@ -173,6 +176,8 @@ class LatentFractionalSDE(PathModel):
             self.context = Context(features, context_size)
             self.stand_in = nn.Linear(context_size, state_size)
             self.log_stand_in_std = nn.Parameter(torch.zeros(state_size))
+        self.register_buffer("frame_centre", torch.zeros(shape))
+        self.register_buffer("frame_spread", torch.ones(()))
         if horizon is not None:
             source.set_horizon(horizon)
         self.result: LatentResult | None = None
@@ -190,7 +195,8 @@ class LatentFractionalSDE(PathModel):
     def _encode(self, times: Tensor, frames: Tensor, mask: Tensor, grid: SolverGrid, shared: bool = False) -> _Encoded:
         """What q needs of ``(B, T, *shape)`` frames; ``shared`` says that all series miss the same."""
         here = mask.flatten(2).any(-1)  # a frame counts where some of it is seen
-        values = torch.where(mask, frames, 0.0)
+        own = self._config["encoder"] is not None
+        values = torch.where(mask, frames if own else (frames - self.frame_centre) / self.frame_spread, 0.0)
         h = self.encoder(values.flatten(0, 1)).unflatten(0, here.shape)
         g = self.context(h, here, times)
         along = interpolate(g, times, grid.steps.times[:-1].to(times))
@@ -214,7 +220,7 @@ class LatentFractionalSDE(PathModel):
     def _raw(self, content: Tensor, x: Tensor) -> Tensor:
         joined = torch.cat([content.expand(*x.shape[:-1], -1), x], -1)
         out: Tensor = self.decoder(joined.flatten(0, -2)).unflatten(0, joined.shape[:-1])
-        return out
+        return out if self._config["decoder"] is not None else self.frame_centre + self.frame_spread * out
 
     def _log_prob(self, raw: Tensor, frames: Tensor) -> Tensor:
         """Of each pixel."""
@@ -365,7 +371,7 @@ class LatentFractionalSDE(PathModel):
         self._see(data, float(gaps[gaps > 0].min()) / 3 if max_step is None else max_step)
         self.likelihood.set(noise_std, data.values[data.mask].std().reshape(1))
         if fresh:
-            self._initialise(data.times)
+            self._initialise(data)
         solver = self._grid(data.times, checkpoint=checkpoint_segments)
         objective = PathBound(self, solver, num_particles, bound, kl_warmup)
         history = run_fit(
@@ -385,13 +391,19 @@ class LatentFractionalSDE(PathModel):
         self.result = LatentResult(self, history)
         return self.result
 
-    def _initialise(self, times: Tensor) -> None:
-        """The motion moves by about 1 over the span."""
-        span = float(times[-1])
+    def _initialise(self, data: SeriesData) -> None:
+        """The motion moves by about 1 over the span; frames are standardised point by point, in one unit."""
+        times, span = data.times, float(data.times[-1])
         with torch.no_grad():
+            if not self.squash and self.family == "gaussian":
+                here = data.mask.double()
+                centre = (data.values * here).sum((0, 1)) / here.sum((0, 1)).clamp_min(1)
+                spread = (((data.values - centre) ** 2 * here).sum() / here.sum()).sqrt()
+                self.frame_centre.copy_(centre)
+                self.frame_spread.copy_(torch.where(spread > 1e-12 * centre.abs().max(), spread, 1.0))
             jump = torch.full_like(self.posterior.log_scale, span**-0.5)
-            self.posterior.drift.set_units(times, jump)
-            self.system.set_units(times, jump)
+            self.posterior.drift.set_units(times, jump, torch.zeros_like(jump))
+            self.system.set_units(times, jump, torch.zeros_like(jump))
             if isinstance(self.system.drift, NeuralDrift):
                 self.system.drift.rate.fill_(4 / span)
             self.posterior.log_scale.fill_(-0.5 * math.log(span))

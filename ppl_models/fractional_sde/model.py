@@ -160,7 +160,7 @@ class FractionalSDE(PathModel):
         """Starting values and units from the data."""
         found = scales(data)
         system, span = self.system, float(data.times[-1])
-        system.set_units(data.times, found.jump)
+        system.set_units(data.times, found.jump, found.mean)
         with torch.no_grad():
             for module in (system.drift, system.diffusion):
                 if isinstance(module, NeuralDrift | DiagonalNeuralDiffusion):
@@ -179,9 +179,8 @@ class FractionalSDE(PathModel):
                 first = data.values[:, 0][data.mask[:, 0].all(-1)]
                 mean = first.mean(0) if len(first) else found.mean
                 std = first.std(0) if len(first) > 2 else found.std
-                system.start_mean.copy_(mean)
-                system.log_start_std.copy_(torch.where(std > 0, std, found.std).log())
-            self.posterior.drift.set_units(data.times, found.jump)
+                system.put_start(mean, torch.where(std > 0, std, found.std), found.std)
+            self.posterior.drift.set_units(data.times, found.jump, found.mean)
             self.posterior.centre.copy_(found.mean)
             self.posterior.spread.copy_(found.std)
             self.posterior.log_scale.copy_(found.jump.log())
@@ -262,7 +261,9 @@ class FractionalSDE(PathModel):
 
     @property
     def parameter_model(self) -> ParameterModel:
-        """A Pyro model of the linear form's parameters under the default priors, for any engine."""
+        """A Pyro model of the linear form's parameters under the default priors, for any engine; its ``in_full`` turns
+        draws of the sites into the SDE's parameters.
+        """
         return self._parameter_model(None)
 
     # ------------------------------------------------------------------ fitting
@@ -294,6 +295,8 @@ class FractionalSDE(PathModel):
     ) -> FractionalSDEResult:
         """Fit to series observed at common times; a series that lacks some has its mask False there.
 
+        The first fit starts from scales of the data; a later one goes on from the parameters that the model has.
+
         Args:
             times: strictly increasing, ``(T,)``; time 0 is where the path starts.
             observations: ``(N, T, D)``; values where the mask is False don't matter and may be NaN.
@@ -314,8 +317,9 @@ class FractionalSDE(PathModel):
             kl_warmup: steps over which the weight of the path's KL rises to 1.
             average_last: share of the steps, from the end, over which parameters are averaged.
             checkpoint_segments: of a solve, for long series: ``"sqrt"`` makes memory grow like the root of its steps.
-            priors: for NUTS: parameter (``hurst``, ``scale``, ``theta``, ``constant``, ``noise_std``) to a Pyro
-                distribution; those given replace the defaults, see ``default_priors``.
+            priors: for NUTS: parameter (``hurst``, ``scale``, ``theta``, ``constant``, ``noise_std``) of
+                dX = (constant - theta X) dt + scale dB to a Pyro distribution; those given replace the defaults, see
+                ``default_priors``, which are in the data's own units.
             num_samples, warmup_steps, num_chains: of NUTS.
             checkpoint: file to resume from (of NUTS, a folder beside it holds the chains).
             progress: progress bar, or a function that receives its fields.
@@ -342,6 +346,7 @@ class FractionalSDE(PathModel):
         size = check_batch_size(batch_size, len(data.values))
         check_count("num_particles", num_particles)
         self.likelihood.check(noise_std, positive=method == "variational")
+        self._check_start(data, noise_std)
         fresh = self._data is None
         self._see(data, max_step)
         self.likelihood.set(noise_std, scales(data).std)
@@ -377,6 +382,18 @@ class FractionalSDE(PathModel):
             self._sample(history, priors, num_samples, warmup_steps, num_chains, seed, folder, progress)
         return self.result
 
+    def _check_start(self, data: SeriesData, noise_std: Any) -> None:
+        """Raise where an exact observation says what X(0) is, and ``initial`` as well."""
+        if isinstance(noise_std, str) or self.system.learns_start or float(data.times[0]) > 0:
+            return
+        exact = torch.as_tensor(noise_std, dtype=torch.float64).cpu() == 0
+        known = self.system.given_start_std.cpu() == 0
+        if bool((exact & known & data.mask[:, 0].any(0).cpu()).any()):
+            raise ValueError(
+                "times start at 0 with observations without error, and initial fixes X(0) as well: leave time 0 out, "
+                "or give initial a std above 0"
+            )
+
     def _parameter_model(self, priors: Mapping[str, Any] | None) -> ParameterModel:
         if not self.system.linear:
             raise ValueError("parameters can be sampled with the paths integrated out for linear models only")
@@ -389,7 +406,12 @@ class FractionalSDE(PathModel):
         here = data.mask.double().movedim(0, 1)
         here = here[:, :1] if data.shared else here
         values = data.values.movedim(0, 1)
-        return ParameterModel(self.system, data.times, values, here, self.likelihood().detach(), chosen)
+        drift = self.system.drift
+        assert isinstance(drift, LinearDrift)
+        # A prior of the user's is of the SDE's parameter, the default one of what it is in the data's units.
+        tick = torch.ones_like(self.system.tick) if "scale" in (priors or {}) else self.system.tick
+        centre = torch.zeros_like(drift.centre) if "constant" in (priors or {}) else drift.centre
+        return ParameterModel(self.system, data.times, values, here, self.likelihood().detach(), chosen, tick, centre)
 
     def _sample(
         self,
@@ -413,7 +435,7 @@ class FractionalSDE(PathModel):
             transforms=model.units(),
         )  # fmt: skip
         mcmc.run()
-        samples = mcmc.get_samples(group_by_chain=True)
+        samples = model.in_full(mcmc.get_samples(group_by_chain=True))
         self.result = FractionalSDEResult(self, "nuts", history, samples, mcmc.sample_stats)
         self._put({name: value.flatten(0, 1).mean(0) for name, value in samples.items()})
 

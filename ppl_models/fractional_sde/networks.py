@@ -28,7 +28,8 @@ _DIFFUSIONS = ("constant", "neural")
 class LinearDrift(nn.Module):
     """b = constant - theta x, each dimension on its own; theta in 1 / time, constant in units of x / time.
 
-    Learned in units of the data's own, so that an optimiser's steps mean the same whatever time is counted in.
+    Learned as the drift at the data's centre and its slope, in units of the data's own, so that an optimiser's steps
+    mean the same whatever x and time are counted in and from.
 
     Args:
         state_size: D.
@@ -38,6 +39,7 @@ class LinearDrift(nn.Module):
 
     rate: Tensor
     speed: Tensor
+    centre: Tensor
 
     def __init__(self, state_size: int, reverts: bool = True, moves: bool = True) -> None:
         super().__init__()
@@ -46,6 +48,7 @@ class LinearDrift(nn.Module):
         self.raw_constant = nn.Parameter(torch.zeros(state_size)) if moves else None
         self.register_buffer("rate", torch.ones(()))
         self.register_buffer("speed", torch.ones(state_size))
+        self.register_buffer("centre", torch.zeros(state_size))
 
     @property
     def theta(self) -> Tensor | None:
@@ -55,14 +58,18 @@ class LinearDrift(nn.Module):
     @property
     def constant(self) -> Tensor | None:
         """``(D,)``."""
-        return None if self.raw_constant is None else self.raw_constant * self.speed
+        if self.raw_constant is None:
+            return None
+        at_centre, theta = self.raw_constant * self.speed, self.theta
+        return at_centre if theta is None else at_centre + theta * self.centre
 
     @torch.no_grad()
-    def set_units(self, times: Tensor, jump: Tensor) -> None:
-        """From the data's times and what x moves by in a unit of time, ``(D,)``: the rate is the geometric mean of
-        1 / span and 1 / gap, the speed what the noise moves x by in 1 / rate, times the rate.
+    def set_units(self, times: Tensor, jump: Tensor, centre: Tensor) -> None:
+        """From the data's times, what x moves by in a unit of time, and its mean, ``(D,)`` both: the rate is the
+        geometric mean of 1 / span and 1 / gap, the speed what the noise moves x by in 1 / rate, times the rate.
         """
         span = float(times[-1])
+        self.centre.copy_(centre)
         self.rate.fill_(len(times) ** 0.5 / span)
         self.speed.copy_(jump * self.rate.sqrt())
 
@@ -72,13 +79,14 @@ class LinearDrift(nn.Module):
         if theta is not None and self.raw_theta is not None:
             self.raw_theta.copy_(theta / self.rate)
         if constant is not None and self.raw_constant is not None:
-            self.raw_constant.copy_(constant / self.speed)
+            at_centre = constant if self.theta is None else constant - self.theta * self.centre
+            self.raw_constant.copy_(at_centre / self.speed)
 
     def forward(self, time: Tensor, x: Tensor) -> Tensor:
         """``(B, D)``."""
-        constant, theta = self.constant, self.theta
-        out = torch.zeros_like(x) if constant is None else constant.expand_as(x)
-        return out if theta is None else out - theta * x
+        theta = self.theta
+        out = torch.zeros_like(x) if self.raw_constant is None else (self.raw_constant * self.speed).expand_as(x)
+        return out if theta is None else out - theta * (x - self.centre)
 
 
 class NeuralDrift(nn.Module):

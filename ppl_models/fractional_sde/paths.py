@@ -159,8 +159,9 @@ class PathModel(Model):
         check_count("num_samples", num_samples)
         clock = as_times(times).cpu()
         like = self.system.start_mean
-        if not self.system.noise.ready:
-            self.system.noise.set_horizon(2 * float(clock[-1]))
+        last = float(clock[-1])
+        if self._data is None and self.horizon is None and not last <= self.system.noise.horizon < float("inf"):
+            self.system.noise.set_horizon(2 * last if last > 0 else 1.0)
         self._within(clock, "times")
         clock_grid = self._grid(clock) if float(clock[-1]) > 0 else None
         noise = self.system.noise.current()

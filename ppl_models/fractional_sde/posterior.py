@@ -180,7 +180,7 @@ class PathPosterior(nn.Module):
                                for part in (system.drift.theta, system.drift.constant))  # fmt: skip
         zero = torch.zeros_like(self.log_scale)
         theta, constant = (zero if part is None else part for part in (theta, constant))
-        scale = self.log_scale.exp()
+        scale = self.log_scale.exp() * system.tick_factor.detach()
         if isinstance(system.diffusion, ConstantDiffusion):
             scale = system.scale.detach()
         return LinearSDE(
@@ -264,7 +264,8 @@ class PathPosterior(nn.Module):
         particles = len(x0) // plan.ahead.shape[1]
         root_span = grid.steps.times.tolist()[-1] ** 0.5
         reach = plan.noise.gains.detach().abs() * root_span
-        unit = reach.clamp_min(1e-6).to(device, dtype)
+        steady = self._steady(system, plan.noise).to(device, dtype)
+        unit = reach.clamp_min(1e-6).to(device, dtype) / steady[:, 1:]
         u = (grid.steps.times[:-1] / grid.steps.times[-1]).to(device, dtype)
         clock = torch.stack([u, torch.sin(2 * math.pi * u), torch.cos(2 * math.pi * u)], -1)
         coming = tiled(plan.ahead, particles)
@@ -274,12 +275,14 @@ class PathPosterior(nn.Module):
         open_end = coming[..., self.size : 2 * self.size].amax(-1, keepdim=True).unbind()
 
         def residual(n: int, x: Tensor, v: Tensor, base: Tensor) -> Tensor:
-            u: Tensor = self.residual(hours[n], (x - self.centre) / self.spread, v / unit, base, ahead[n])
-            return u * open_end[n] / root_span  # a control is in units of 1 / sqrt(time)
+            # A control is in units of 1 / sqrt(time).
+            u: Tensor = self.residual(hours[n], (x - self.centre) / self.spread, v / unit, base * root_span, ahead[n])
+            return u * open_end[n] / root_span
 
         settings: dict[str, Any] = {}
         if plan.guide is not None:
-            gain, offset, tril = (tiled(part.to(dtype), particles).unbind() for part in plan.guide)
+            guide = plan.guide._replace(gain=plan.guide.gain * steady.unsqueeze(-2))
+            gain, offset, tril = (tiled(part.to(dtype), particles).unbind() for part in guide)
             direction = self._direction(grid.steps).to(device, dtype).unbind()
 
             def guided(step: Step, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -293,7 +296,8 @@ class PathPosterior(nn.Module):
         else:
             linear = None
             if plan.control is not None:
-                weight, shift = (tiled(part.to(dtype), particles) for part in plan.control)
+                control = plan.control._replace(gain=plan.control.gain * steady)
+                weight, shift = (tiled(part.to(dtype), particles) for part in control)
                 linear = weight[..., 0].unbind(), weight[..., 1:].unbind(), shift.unbind()
 
             def controlled(step: Step, x: Tensor, v: Tensor) -> Tensor:
@@ -313,6 +317,17 @@ class PathPosterior(nn.Module):
             keep=grid.keep, seed=seed, checkpoint_segments=grid.checkpoint,
             check=x0.is_cpu or not torch.is_grad_enabled(), **settings,
         )  # fmt: skip
+
+    def _steady(self, system: FractionalSystem, noise: MarkovNoise) -> Tensor:
+        """What z = (X, V) is multiplied by before a posterior that is held fixed sees it: 1, with a derivative in H for
+        V, ``(1 or D, K + 1)``.
+
+        With the hybrid start V is in units of time^H.  A posterior that is held fixed while H moves would else read the
+        same path as another one, the more so the further the horizon is from a unit of time.
+        """
+        hurst = system.noise.hurst.reshape(-1, 1)
+        power = hurst.detach() - hurst if getattr(noise, "start", None) == "hybrid" else torch.zeros_like(hurst)
+        return torch.cat([torch.ones_like(hurst), (noise.horizon**power).expand(-1, self.count)], -1)
 
     def _at_zero(self, info: Information, evidence: Evidence) -> tuple[Tensor, Tensor]:
         """Information on z0 with the observation at time 0: ``(B or 1, D, S, S + 1)`` and ``(B, D, S)``."""

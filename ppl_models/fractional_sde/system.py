@@ -2,13 +2,20 @@
 
 import warnings
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ppl_models.base import check_count
-from ppl_models.fractional_sde.networks import ConstantDiffusion, LinearDrift, build_diffusion, build_drift
+from ppl_models.fractional_sde.networks import (
+    ConstantDiffusion,
+    DiagonalNeuralDiffusion,
+    LinearDrift,
+    build_diffusion,
+    build_drift,
+)
 from sde import (
     BrownianMotion,
     LinearSDE,
@@ -55,10 +62,13 @@ class HurstNoise(nn.Module):
             start: Any = torch.full((state_size,) if hurst == "learn_per_dimension" else (), 0.5)
         else:
             self.mode, start = "fixed", hurst
-        # Built once here so that what is wrong with the settings is said at the door.
+        # Built once here so that what is wrong with the settings is said at the door; the data's unit of time is not
+        # known yet, only that of the fastest speed.
+        fastest = settings["max_speed"]
+        reach = 1 / float(fastest) if isinstance(fastest, Real) and 0 < float(fastest) < float("inf") else 1.0
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NoiseWarning)  # of another horizon than the data's
-            example = MarkovFractionalBrownianMotion(start, horizon=1.0, **settings)
+            example = MarkovFractionalBrownianMotion(start, horizon=reach, **settings)
         if example.hurst.shape not in ((), (state_size,)):
             raise ValueError(f"hurst must be a number or ({state_size},), got shape {tuple(example.hurst.shape)}")
         if self.mode == "learn_in_time" and example.kind != "rl":
@@ -162,7 +172,10 @@ class FractionalSystem(nn.Module):
         hidden: widths of the networks.
     """
 
+    given_start_mean: Tensor
     given_start_std: Tensor
+    start_centre: Tensor
+    start_unit: Tensor
     tick: Tensor
 
     def __init__(
@@ -176,8 +189,11 @@ class FractionalSystem(nn.Module):
         self.register_buffer("tick", torch.ones(()))
         self.learns_start = initial == "learn" if isinstance(initial, str) else False
         if self.learns_start:
-            self.start_mean = nn.Parameter(torch.zeros(state_size))
+            # Learned in the data's units, like the drift.
+            self.raw_start_mean = nn.Parameter(torch.zeros(state_size))
             self.log_start_std = nn.Parameter(torch.zeros(state_size))
+            self.register_buffer("start_centre", torch.zeros(state_size))
+            self.register_buffer("start_unit", torch.ones(state_size))
         else:
             try:
                 if any(isinstance(v, Tensor) and v.is_complex() for v in initial):
@@ -189,18 +205,31 @@ class FractionalSystem(nn.Module):
                 raise ValueError(f"initial must be finite with a std of 0 or more, got {initial!r}")
             if any(v.shape not in ((), (state_size,)) for v in (mean, std)):
                 raise ValueError(f"initial must hold numbers or ({state_size},) vectors")
-            self.register_buffer("start_mean", mean.expand(state_size).clone())
+            self.register_buffer("given_start_mean", mean.expand(state_size).clone())
             self.register_buffer("given_start_std", std.expand(state_size).clone())
+
+    @property
+    def start_mean(self) -> Tensor:
+        """Mean of X(0), ``(D,)``."""
+        return self.start_centre + self.start_unit * self.raw_start_mean if self.learns_start else self.given_start_mean
 
     @property
     def start_std(self) -> Tensor:
         """Standard deviation of X(0), ``(D,)``."""
         return self.log_start_std.exp() if self.learns_start else self.given_start_std
 
-    def set_units(self, times: Tensor, jump: Tensor) -> None:
-        """From the data's times and what x moves by in a unit of time, ``(D,)``; a tick is the mean gap."""
+    @torch.no_grad()
+    def put_start(self, mean: Tensor, std: Tensor, unit: Tensor) -> None:
+        """Set the learned law of X(0), and in which unit its mean is learned, ``(D,)`` each."""
+        self.start_centre.copy_(mean)
+        self.start_unit.copy_(unit)
+        self.raw_start_mean.zero_()
+        self.log_start_std.copy_(std.log())
+
+    def set_units(self, times: Tensor, jump: Tensor, centre: Tensor) -> None:
+        """From the data's times, what x moves by in a unit of time, and its mean, ``(D,)``; a tick is the mean gap."""
         if isinstance(self.drift, LinearDrift):
-            self.drift.set_units(times, jump)
+            self.drift.set_units(times, jump, centre)
         self.tick.fill_(float(times[-1]) / len(times))
 
     @property
@@ -212,19 +241,28 @@ class FractionalSystem(nn.Module):
         """
         assert isinstance(self.diffusion, ConstantDiffusion)
         own = self.diffusion.scale
-        return own * self.tick ** (0.5 - self.noise.hurst) if self.diffusion.learned else own
+        return own * self.tick_factor if self.diffusion.learned else own
+
+    @property
+    def tick_factor(self) -> Tensor:
+        """What a scale learned as said is s over, ``()`` or ``(D,)``."""
+        return self.tick ** (0.5 - self.noise.hurst)
 
     def put_scale(self, value: Tensor) -> None:
         """Set s of a learned constant diffusion, at the present H."""
         assert isinstance(self.diffusion, ConstantDiffusion)
         with torch.no_grad():
-            self.diffusion.log_scale.copy_(value.log() - (0.5 - self.noise.hurst) * self.tick.log())
+            self.diffusion.log_scale.copy_((value / self.tick_factor).log())
 
     @property
     def field(self) -> Any:
         """The diffusion as a function of time and state, for a solver."""
-        if not isinstance(self.diffusion, ConstantDiffusion):
-            return self.diffusion
+        diffusion = self.diffusion
+        if isinstance(diffusion, DiagonalNeuralDiffusion):
+            factor = self.tick_factor
+            return lambda time, x: diffusion(time, x) * factor
+        if not isinstance(diffusion, ConstantDiffusion):
+            return diffusion
         scale = self.scale
         return lambda time, x: scale.expand_as(x)
 

@@ -130,3 +130,37 @@ def test_the_first_import_of_a_package_moves_no_generator() -> None:
         "raise SystemExit(random.getstate() != state)"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_a_double_pendulum_swings_in_its_normal_modes() -> None:
+    """Small swings of equal rods: b = sqrt(2) a at frequency sqrt(g (2 - sqrt 2)), or both roots with other signs."""
+    root = 2**0.5
+    time = 0.1 * np.arange(20)
+    for sign in (1, -1):
+        small = 1e-4 * np.array([[1.0, sign * root, 0.0, 0.0]])
+        found = datasets.pendulum_angles(small, 20, 0.1)[0]
+        swing = np.cos((9.81 * (2 - sign * root)) ** 0.5 * time)
+        np.testing.assert_allclose(found / 1e-4, swing[:, None] * [1, sign * root], atol=1e-5)
+
+
+def test_a_double_pendulum_keeps_its_energy() -> None:
+    """Heights alone say it where both velocities are 0: started at rest, no later frame lies higher."""
+    rng = np.random.default_rng(0)
+    start = np.concatenate([rng.uniform(-np.pi, np.pi, (50, 2)), np.zeros((50, 2))], -1)
+    path = datasets.pendulum_angles(start, 40, 0.1)
+    height = -2 * np.cos(path[..., 0]) - np.cos(path[..., 1])
+    assert (height - height[:, :1]).max() < 1e-4
+    finer = datasets.pendulum_angles(start, 10, 0.1, steps=200)
+    np.testing.assert_allclose(path[:, :10], finer, atol=1e-3)
+
+
+def test_videos_of_a_double_pendulum() -> None:
+    video = datasets.double_pendulum(3, 5, 16, seed=1)
+    assert video.shape == (3, 5, 1, 16, 16) and video.dtype == torch.float32
+    assert float(video.min()) >= 0 and float(video.max()) <= 1
+    assert torch.equal(video, datasets.double_pendulum(3, 5, 16, seed=1))
+    assert not torch.equal(video, datasets.double_pendulum(3, 5, 16, seed=2))
+    # The rods meet in the middle in every frame, and nothing else does.
+    assert float(video[..., 7:9, 7:9].mean()) > 0.2 > float(video.mean())
+    with pytest.raises(ValueError, match="side"):
+        datasets.double_pendulum(1, side=8)

@@ -245,6 +245,8 @@ def test_log_prob_sums_over_dimensions() -> None:
     torch.testing.assert_close(both, apart[0] + apart[1])
     with pytest.raises(ValueError, match="values"):
         FractionalBrownianMotion(0.3).log_prob(times, values)
+    listed = FractionalBrownianMotion([0.2, 0.7]).log_prob(times, values.tolist())
+    torch.testing.assert_close(listed, both)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +260,8 @@ def test_log_prob_sums_over_dimensions() -> None:
         (lambda: FractionalBrownianMotion(0.5).sample([1.0, 0.5], 1), ValueError, "strictly increasing"),
         (lambda: FractionalBrownianMotion(0.5).covariance([]), ValueError, "at least 1"),
         (lambda: FractionalBrownianMotion(0.5).covariance("now"), TypeError, "times"),
+        (lambda: FractionalBrownianMotion(0.5).log_prob([0.0, 1.0], torch.zeros(2, 1)), ValueError, "must be positive"),
+        (lambda: FractionalBrownianMotion(0.5).log_prob([0.5], "x"), TypeError, "values"),
     ],
 )
 def test_bad_input(call: Any, error: type[Exception], match: str) -> None:

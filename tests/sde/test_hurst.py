@@ -134,3 +134,14 @@ def test_interpolation_reproduces_polynomials_and_nodes() -> None:
 def test_bad_input(values: Tensor, settings: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         hurst_estimate(values, **settings)
+
+
+def test_containers() -> None:
+    """A data frame ended in a KeyError, a string in torch's words."""
+    pandas = pytest.importorskip("pandas")
+    values = fractional_gaussian_noise(0.7, 50, 2, seed=0)
+    expected = hurst_estimate(values).hurst
+    for same in (values.numpy(), values.tolist(), pandas.DataFrame(values.numpy())):
+        torch.testing.assert_close(hurst_estimate(same).hurst, expected)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="values must be"):
+        hurst_estimate("0.7")  # type: ignore[arg-type]
