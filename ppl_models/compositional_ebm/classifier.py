@@ -57,6 +57,8 @@ class PrincipalComponents(nn.Module):
         self.mean = x.mean(0)
         _, values, directions = torch.linalg.svd(x - self.mean, full_matrices=False)
         spread = values[:num] / len(x) ** 0.5
+        if not float(spread[0]) > 10 * torch.finfo(x.dtype).eps * float(self.mean.abs().max()):
+            raise ValueError("x is the same in every row: there is nothing to tell classes or densities by")
         if bool((spread < 1e-6 * spread[0]).any()):
             rank = int((spread >= 1e-6 * spread[0]).sum())
             raise ValueError(f"x has only {rank} independent columns: give num_components={rank} or fewer")

@@ -5,6 +5,7 @@ normalisers followed by compositional estimates (``inference.objectives.unnormal
 predictive law may have any shape, several modes included.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
@@ -14,7 +15,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from inference._errors import CheckpointError
+from inference._errors import CheckpointError, SamplerWarning
 from inference.citation import Paper
 from inference.objectives.unnormalised import CompositionalLikelihood, ConditionalCompositionalLikelihood
 from inference.objectives.unnormalised.noise import Noise, noise_from_config
@@ -32,6 +33,8 @@ _NORMALISERS = ("table", "network", "minibatch", "joint")
 _GRID = 512  # points in one dimension; 64 a side in two
 _IMPORTANCE = 4096  # shared noise draws for log Z(x) in more than two dimensions
 _VALUES_AT_ONCE = 1 << 20
+_EFFECTIVE = 25.0  # noise draws that must carry log Z(x)
+_AT_THE_EDGE = 1e-3  # share of a law on the outermost points from which it does not end there
 
 
 @brief
@@ -277,6 +280,9 @@ class ConditionalEnergyModel(Model):
         Raises:
             RuntimeError: the model has not been fitted.
             TypeError, ValueError: bad data.
+
+        Warns:
+            SamplerWarning: the grid or the noise does not hold the law at some x.
         """
         x, y = self._query(x), self._columns("y", y).to(self._like())
         if len(x) != len(y):
@@ -337,7 +343,29 @@ class ConditionalEnergyModel(Model):
             rows = part.repeat_interleave(len(points), 0)
             values = self._law(rows).log_prob(points.repeat(len(part), 1)).reshape(len(part), -1)
             blocks.append(values + offset)
-        return points, torch.cat(blocks), constant
+        table = torch.cat(blocks)
+        self._warn_of_gaps(table)
+        return points, table, constant
+
+    def _warn_of_gaps(self, values: Tensor) -> None:
+        """Warn of rows x whose law the points ``(N, P)`` do not hold, or are too far apart for."""
+        p, dim = values.softmax(1), self.y_columns or 1
+        beyond = torch.zeros(len(p), dtype=torch.bool, device=p.device)
+        if dim <= 2:
+            cells = p.reshape(len(p), *(round(p.shape[1] ** (1 / dim)),) * dim)
+            inner = cells[(slice(None), *(slice(1, -1),) * dim)].flatten(1).sum(1)
+            beyond = 1 - inner > _AT_THE_EDGE
+        narrow = 1 / p.square().sum(1) < (2**dim if dim <= 2 else _EFFECTIVE)
+        reasons = {"beyond the noise's range": beyond, "narrower than the points are apart": narrow & ~beyond}
+        for reason, rows in reasons.items():
+            if bool(rows.any()):
+                warnings.warn(
+                    f"p(y | x) lies {reason} at {int(rows.sum())} of {len(rows)} x (the first is row "
+                    f"{int(rows.nonzero()[0])}): its log Z(x) and draws cannot be trusted. Ask at x like those of the "
+                    "fit, or fit with noise= that covers y there and little else",
+                    SamplerWarning,
+                    stacklevel=4,
+                )
 
     def _query(self, x: Any) -> Tensor:
         if self.noise is None or self.energy is None:

@@ -21,6 +21,7 @@ from inference.citation import Paper
 from inference.objectives.unnormalised import CompositionalLikelihood
 from inference.objectives.unnormalised.guards import unreliable
 from inference.objectives.unnormalised.noise import Noise, noise_from_config
+from inference.objectives.unnormalised.objective import refuse_edges
 from inference.results.evidence import LogPartition
 from ppl_models.base import Model, Standardiser, check_batch_size, check_count, check_counts, to_tensor
 from ppl_models.compositional_ebm.distribution import EnergyDistribution, check_energy
@@ -28,8 +29,12 @@ from ppl_models.compositional_ebm.methods import (
     EnergyFit,
     RelativeEnergy,
     RelativeTo,
+    StandardisedEnergy,
+    StandardisedNoise,
     build_objective,
     check_schedule,
+    default_rate,
+    moves_in_space,
     optimise,
     relative,
 )
@@ -108,6 +113,9 @@ class EnergyModel(Model):
         self.hidden, self.seed = check_counts("hidden", hidden), seed
         size = torch.Size(self.event_shape).numel()
         self.energy = EnergyNetwork(size, self.hidden, seed=seed) if energy is None else energy
+        self._given["support"] = support is not None
+        if support is None and isinstance(base, Distribution):
+            support = base.support
         self._base, self._support = base, support
         self.noise: Noise | None = None
         self.tilt: Noise | None = None
@@ -156,7 +164,7 @@ class EnergyModel(Model):
         valid: Any = None,
         seed: int = 0,
         *,
-        lr: float = 5e-3,
+        lr: float | None = None,
         weight_decay: float = 0.0,
         average_last: float = 0.0,
         optimizer: Callable[..., Any] | None = None,
@@ -178,7 +186,8 @@ class EnergyModel(Model):
             num_steps: steps of the optimiser.
             valid: held-out data; their loss is in the history.
             seed: same seed, same machine, same result to the bit.
-            lr: Adam's first rate; a cosine brings it to zero. In many dimensions more may serve: try it on ``valid``.
+            lr: Adam's first rate; a cosine brings it to zero. None: 5e-3, or 1e-3 of contrastive divergence and score
+                matching. In many dimensions more may serve: try it on ``valid``.
             weight_decay: AdamW's. A few hundred rows are learned by heart without it (10, with 100 steps, served 180).
             average_last: share of the steps, from the end, over which the parameters are averaged.
             optimizer: a function from parameters to a torch optimiser, in place of Adam.
@@ -186,7 +195,8 @@ class EnergyModel(Model):
             progress: progress bar, or a function that receives its fields.
             options: of the method: ``correction``, ``warmup_steps``, ``adapt`` and ``on_collapse`` of the compositional
                 objective, ``noise_ratio`` of NCE, ``num_steps`` and ``step_size`` of contrastive divergence as
-                ``langevin_steps`` and ``langevin_step_size``, ``sigma`` of denoising.
+                ``langevin_steps`` and ``langevin_step_size``, ``sigma`` of denoising; steps and sigma are in units
+                of the data's standard deviations.
 
         Returns:
             The histories and log Z, also kept as ``result``.  A fit that ends in an error leaves the model unfitted.
@@ -197,23 +207,29 @@ class EnergyModel(Model):
             CollapseError: the noise lost sight of the model, so that neither fit nor log Z would mean anything.
 
         Warns:
-            SamplerWarning: a fresh estimate of log Z disagrees with the running one, or its weights have a heavy tail.
+            SamplerWarning: a fresh estimate of log Z disagrees with the running one, or its weights have a heavy tail,
+                as after a contrastive divergence that ran away.
         """
         x = self._check(x, "x")
         held_out = None if valid is None else self._check(valid, "valid").to(x)
         check_count("num_steps", num_steps)
         check_count("noise_samples", noise_samples)
-        check_schedule(lr, weight_decay, average_last)
+        rate = default_rate(method) if lr is None else lr
+        check_schedule(rate, weight_decay, average_last)
         size = check_batch_size(batch_size, len(x), 256)
         if noise is None and self._base is None:
             raise ValueError("an improper model (base=None) has no law to draw noise from: give noise='auto' or a law")
         found = as_noise(noise, x, self._support, seed)
         if held_out is not None:
             refuse_outside(found, held_out, "valid")
-        for name in ("num_steps", "step_size"):
-            if f"langevin_{name}" in options:
-                options[name] = options.pop(f"langevin_{name}")
+        for given, name in (("langevin_steps", "num_steps"), ("langevin_step_size", "step_size")):
+            if given in options:
+                options[name] = options.pop(given)
         build_objective(method, self, found, noise_samples, beta, options)  # refuses before anything is changed
+        if moves_in_space(method):
+            refuse_edges(self._support, f"method={method!r}")
+            if self._base == "tilt" or found.support.is_discrete:
+                refuse_edges(found.support, f"method={method!r}")
         self._start(x, found, seed, frozen=options.get("adapt", "none") != "none")
         data: tuple[Tensor, ...] = (x,)
         held: tuple[Tensor, ...] | None = None if held_out is None else (held_out,)
@@ -224,6 +240,13 @@ class EnergyModel(Model):
             objective = relative_to.density
             data = (x, self._log_noise(x))
             held = None if held_out is None else (held_out, self._log_noise(held_out))
+        elif moves_in_space(method):
+            inside = StandardisedEnergy(self, lambda: self._law(None), x)
+            objective = trained = build_objective(
+                method, inside, StandardisedNoise(found, inside), noise_samples, beta, options
+            )
+            data = (inside.standardise(x),)
+            held = None if held_out is None else (inside.standardise(held_out),)
         else:
             objective = trained = build_objective(method, self, found, noise_samples, beta, options)
         loop, history = optimise(
@@ -233,7 +256,7 @@ class EnergyModel(Model):
             valid=held,
             num_steps=num_steps,
             batch_size=size,
-            lr=lr,
+            lr=rate,
             weight_decay=weight_decay,
             average_last=average_last,
             optimizer=optimizer,
@@ -242,10 +265,10 @@ class EnergyModel(Model):
             progress=progress,
         )
         fresh = self._measure(seed)
-        if isinstance(objective, CompositionalLikelihood):
-            problem = unreliable(float(objective.log_u), fresh.value, fresh.standard_error, fresh.khat)
-            if problem:
-                warnings.warn(problem, SamplerWarning, stacklevel=2)
+        running = float(objective.log_u) if isinstance(objective, CompositionalLikelihood) else fresh.value
+        problem = unreliable(running, fresh.value, fresh.standard_error, fresh.khat)
+        if problem:
+            warnings.warn(problem, SamplerWarning, stacklevel=2)
         self.result = EnergyFit(history, fresh, method, loop)
         return self.result
 

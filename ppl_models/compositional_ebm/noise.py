@@ -175,6 +175,7 @@ def auto_noise(x: Tensor, support: Any = None, seed: int = 0) -> Noise:
         return HalfLineNoise.fit(x, float(low))
     if high is not None or inner not in (None, constraints.real):
         raise ValueError(f"there is no automatic noise for the support {support}: give noise=")
+    _refuse_one_row(x)
     if x[0].numel() <= _FEW:
         return GaussianNoise.fit(x, _INFLATION)
     dim = x[0].numel()
@@ -183,10 +184,16 @@ def auto_noise(x: Tensor, support: Any = None, seed: int = 0) -> Noise:
     return covering_mixture(x, components, inflation=1.1, ridge=ridge, seed=seed)
 
 
+def _refuse_one_row(x: Tensor) -> None:
+    if len(x) < 2:
+        raise ValueError("one row has no spread that automatic noise could have: give noise=, or more rows")
+
+
 def covering_mixture(
     x: Tensor, components: int, *, inflation: float = 1.0, wide: float = _INFLATION, ridge: float, seed: int
 ) -> DefensiveMixture:
     """A mixture of normals fitted to ``x``, with a tenth of one normal of ``wide`` times the standard deviations."""
+    _refuse_one_row(x)
     narrow = MixtureNoise.fit(x, components, inflation=inflation, ridge=ridge, seed=seed)
     return DefensiveMixture(narrow, GaussianNoise.fit(x, wide), 0.1)
 

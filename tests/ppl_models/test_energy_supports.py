@@ -4,17 +4,20 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from inference import SamplerWarning
+from inference import MCMC, CheckpointError, SamplerWarning
+from inference.kernels import HMC
+from inference.objectives.unnormalised import ContrastiveDivergence, DenoisingScoreMatching, SlicedScoreMatching
 from inference.runtime.generators import generator, scoped_seed
-from ppl_models import EnergyClassifier, EnergyModel
-from ppl_models.compositional_ebm import TruncatedNormal, VonMises, classifier, model
-from ppl_models.compositional_ebm.noise import GaussianNoise, QuasiRandomNoise, auto_noise
+from ppl_models import ConditionalEnergyModel, EnergyClassifier, EnergyModel
+from ppl_models.compositional_ebm import EnergyDistribution, TruncatedNormal, VonMises, classifier, model
+from ppl_models.compositional_ebm.noise import BoxNoise, DefensiveMixture, GaussianNoise, QuasiRandomNoise, auto_noise
 
 
 @pytest.fixture(autouse=True)
@@ -160,3 +163,168 @@ def test_discrete_noise_of_a_users_own_is_given_to_load(tmp_path) -> None:
     torch.testing.assert_close(loaded.log_prob(counts[:5]), model.log_prob(counts[:5]))
     with pytest.raises(ValueError, match="event shape"):
         EnergyModel.load(tmp_path / "counts", noise=dist.Poisson(torch.ones(3)).to_event(1))
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [dist.Uniform(torch.zeros(1), torch.ones(1)).to_event(1), BoxNoise(torch.zeros(1), torch.ones(1))],
+    ids=["distribution", "box"],
+)
+def test_chains_and_annealing_of_a_tilt_of_bounded_noise(noise: Any) -> None:
+    """Chains move on the support, and so does annealing.
+
+    A distribution drew its point inside anew at each density, so that no kernel could record it; a box was not the
+    support, and chains that ran into its edge stayed in the narrow parts.
+    """
+    x = torch.rand(400, 1, generator=generator(5, "bounded")).square() * 0.9 + 0.05
+    ebm = EnergyModel(event_shape=(1,), hidden=(8,))
+    ebm.fit(x, noise=noise, num_steps=60, progress=False)
+    assert ebm.distribution().support.check(torch.tensor([[0.5], [1.5]])).tolist() == [True, False]
+    grid = torch.linspace(0, 1, 2001)[1:-1, None]
+    with torch.no_grad():
+        mean = float((ebm.log_prob(grid).softmax(0) * grid[:, 0]).sum())
+    drawn = ebm.sample(256, method="hmc", warmup_steps=20, thin=2)
+    assert bool(((drawn > 0) & (drawn < 1)).all())
+    assert float(drawn.mean()) == pytest.approx(mean, abs=0.06)  # four standard errors
+    assert ebm.log_partition("ais", num_chains=64, num_temperatures=8).value == pytest.approx(ebm.log_z or 0, abs=0.05)
+
+
+def test_a_mixture_reaches_as_far_as_its_wide_part() -> None:
+    box, normal = BoxNoise(torch.zeros(1), torch.ones(1)), GaussianNoise(torch.zeros(1), torch.eye(1))
+    for both in (DefensiveMixture(box, normal, 0.1), DefensiveMixture(normal, box, 0.1)):
+        assert bool(both.support.check(torch.tensor([[-3.0]])).all())
+
+
+def test_a_base_says_the_support() -> None:
+    """Automatic noise stays on it; other noise may leave it, and has no mass there."""
+    x = dist.Gamma(2.0, 1.0).sample((500,))
+    ebm = EnergyModel(Line(), (), base=dist.Exponential(1.0))
+    ebm.fit(x, num_steps=150, lr=0.02, progress=False)
+    assert type(ebm.noise).__name__ == "HalfLineNoise"
+    exact = -math.log(1 + float(ebm.energy.a.detach()))  # of exp(-a x) under Exponential(1)
+    assert ebm.log_z == pytest.approx(exact, abs=0.02)
+    with pytest.raises(ValueError, match="lie outside the model's support"):
+        ebm.log_prob(-x)
+    ebm.fit(x, noise=dist.Normal(2.0, 4.0), num_steps=20, progress=False)
+    assert ebm.log_z == pytest.approx(-math.log(1 + float(ebm.energy.a.detach())), abs=0.03)
+    inside = ebm.distribution().log_prob(torch.tensor([-1.0, 1.0])).detach()
+    assert float(inside[0]) == -math.inf and math.isfinite(float(inside[1]))
+
+
+class Line(nn.Module):
+    """``E = a x``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a * x
+
+
+@pytest.mark.parametrize("method", ["dsm", "ssm", "cd"])
+def test_methods_without_log_z_refuse_edges_and_counts(method: str) -> None:
+    """Sliced matching of a truncated normal gave theta = (2.1, -1.0) for (0.5, -0.5), without a word."""
+    with pytest.raises(ValueError, match="without bounds"):
+        TruncatedNormal(0.0).fit(torch.rand(50), method=method, num_steps=2, progress=False)
+    with pytest.raises(ValueError, match="without bounds"):
+        EnergyModel(event_shape=()).fit(torch.arange(50) % 5, method=method, num_steps=2, progress=False)
+    half = EnergyDistribution(lambda x: x, (), support=constraints.positive)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", half, obs=x)
+
+    objective = {"dsm": DenoisingScoreMatching, "ssm": SlicedScoreMatching, "cd": ContrastiveDivergence}[method]
+    with pytest.raises(ValueError, match="without bounds"):
+        objective(model)(torch.rand(8))
+
+
+@pytest.mark.parametrize("method", ["dsm", "cd", "pcd"])
+def test_methods_that_move_in_space_do_not_depend_on_units(method: str) -> None:
+    """Steps are in standard deviations: in millionths or millions of a unit the fit is the same, and no other one."""
+    draw = torch.randn(300, 2, generator=generator(7, "units")) * torch.tensor([1.0, 0.1])
+    options = {} if method == "dsm" else {"langevin_steps": 3, "langevin_step_size": 0.02}
+    found = []
+    for scale, shift in ((1.0, 0.0), (1e-6, 0.0), (1e6, 1e7)):
+        x = draw.double() * scale + shift
+        ebm = EnergyModel(event_shape=(2,), hidden=(8,))
+        ebm.fit(x, method=method, num_steps=40, progress=False, **options)
+        found.append(float(ebm.log_prob(x).mean()) + 2 * math.log(scale))
+    assert found[1] == pytest.approx(found[0], abs=1e-4) and found[2] == pytest.approx(found[0], abs=1e-4)
+
+
+def test_a_peer_that_ran_away_is_named() -> None:
+    x = torch.randn(200, 2, generator=generator(8, "away"))
+    ebm = EnergyModel(event_shape=(2,), hidden=(16,))
+    with pytest.warns(SamplerWarning, match="Pareto k"):
+        ebm.fit(x, method="cd", lr=0.05, num_steps=150, langevin_step_size=0.5, progress=False)
+
+
+def test_an_energy_without_a_sampler_is_a_latent_site_of_any_model() -> None:
+    """N((0, 1), diag(1, 1/4)) as energy, and a sum that was seen as 3 +- 1; exact by conjugacy."""
+    prior = EnergyDistribution(lambda z: (z[:, 0].square() + 4 * (z[:, 1] - 1).square()) / 2, (2,))
+
+    def sums(y: Tensor) -> None:
+        z = pyro.sample("z", prior)
+        pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=y)
+
+    run = MCMC(HMC(sums, step_size=0.5, num_steps=4), 150, 60, num_chains=16, seed=0, progress=False)
+    drawn = run.run(torch.tensor(3.0)).get_samples()["z"]
+    variance = torch.tensor([1.0, 0.25])
+    gain = variance / (variance.sum() + 1)
+    assert torch.allclose(drawn.mean(0), torch.tensor([0.0, 1.0]) + 2 * gain, atol=0.08)
+    assert torch.allclose(drawn.var(0), variance - gain * variance, atol=0.08)
+
+
+def test_a_support_is_given_again_to_load(tmp_path: Any) -> None:
+    """Without it the loaded density had mass everywhere."""
+    unit = constraints.interval(0.0, 1.0)
+    ebm = EnergyModel(event_shape=(), base=None, support=unit, hidden=(4,))
+    ebm.fit(torch.rand(100), num_steps=3, progress=False)
+    ebm.save(tmp_path / "unit")
+    with pytest.raises(CheckpointError, match=r"support=\.\.\."):
+        EnergyModel.load(tmp_path / "unit")
+    again = EnergyModel.load(tmp_path / "unit", support=unit)
+    with pytest.raises(ValueError, match="outside the model's support"):
+        again.log_prob(torch.tensor([2.0]))
+    family = TruncatedNormal(0.0)
+    family.fit(torch.rand(50), num_steps=3, progress=False)
+    family.save(tmp_path / "family")  # whose name says the support
+    assert TruncatedNormal.load(tmp_path / "family").log_z == family.log_z
+
+
+def test_one_row_is_no_density() -> None:
+    with pytest.raises(ValueError, match="one row has no spread"):
+        EnergyModel(event_shape=(2,)).fit(torch.randn(1, 2), progress=False)
+    with pytest.raises(ValueError, match="one row has no spread"):
+        ConditionalEnergyModel().fit(torch.randn(1), torch.randn(1), progress=False)
+    with pytest.raises(ValueError, match="the same in every row"):
+        EnergyClassifier(num_classes=2).fit(torch.ones(20, 3), torch.arange(20) % 2, progress=False)
+
+
+class LinearRegression(nn.Module):
+    """``y ~ N(2 x, 1 / precision)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.precision = nn.Parameter(torch.tensor(4.0))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.precision / 2 * (y - 2 * x).square().sum(1)
+
+
+def test_a_conditional_law_that_the_grid_does_not_hold_is_named() -> None:
+    """Far from the fit's y, and narrower than the grid is fine, log p came out at 101 and 43 for -0.23 and 5.30."""
+    x = torch.rand(200, generator=generator(9, "line")) * 4 - 2
+    energy = LinearRegression()
+    model = ConditionalEnergyModel(energy, base=None)
+    model.fit(x, 2 * x + 0.5 * torch.randn(200), lr=1e-7, num_steps=1, progress=False)
+    exact = -math.log(0.5 * math.sqrt(2 * math.pi))
+    assert float(model.log_prob(torch.tensor([4.0]), torch.tensor([2.0])).detach()) == pytest.approx(exact, abs=1e-3)
+    with pytest.warns(SamplerWarning, match=r"beyond the noise's range at 1 of 2 x \(the first is row 1\)"):
+        model.log_prob(torch.tensor([4.0, 20.0]), torch.tensor([2.0, 10.0]))
+    with torch.no_grad():
+        energy.precision.fill_(0.002**-2)
+    with pytest.warns(SamplerWarning, match="narrower than the points are apart"):
+        model.sample(torch.tensor([1.0]), 3)

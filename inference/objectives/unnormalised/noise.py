@@ -342,6 +342,8 @@ class DistributionNoise(Noise):
             )
         super().__init__(law.event_shape)
         self.law = law
+        with scoped_seed(0), torch.no_grad():
+            self._inside: Tensor = law.sample()
 
     @property
     def support(self) -> Any:
@@ -357,10 +359,9 @@ class DistributionNoise(Noise):
         """As in ``Noise``; minus infinity outside the support."""
         support: Any = self.law.support
         inside = support.check(x)
-        with torch.no_grad():  # a point inside, so that no infinite slope comes from outside
-            anchor = self.law.sample().expand_as(x)
         shape = inside.shape + (1,) * (x.dim() - inside.dim())
-        value: Tensor = self.law.log_prob(torch.where(inside.reshape(shape), x, anchor))
+        # a point inside, so that no infinite slope comes from outside
+        value: Tensor = self.law.log_prob(torch.where(inside.reshape(shape), x, self._inside.to(x)))
         return torch.where(inside, value, torch.full_like(value, -math.inf))
 
     def config(self) -> dict[str, Any]:
@@ -466,8 +467,11 @@ class DefensiveMixture(Noise):
 
     @property
     def support(self) -> Any:
-        """The narrow part's."""
-        return self.narrow.support
+        """The wide part's, or that of a narrow one without bounds."""
+        inner = self.narrow.support
+        while isinstance(inner, constraints.independent):
+            inner = inner.base_constraint
+        return self.narrow.support if inner is constraints.real else self.wide.support
 
     def draw(self, num: int) -> Tensor:
         """As in ``Noise``."""
