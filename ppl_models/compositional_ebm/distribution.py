@@ -12,7 +12,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from inference.runtime.generators import scoped_seed
+from inference.objectives.unnormalised.noise import NoiseDistribution, unchecked
 
 __all__ = ["EnergyDistribution"]
 
@@ -77,10 +77,7 @@ class EnergyDistribution(TorchDistribution):
         while isinstance(inner, constraints.independent):
             inner = inner.base_constraint
         self._bounded = inner is not constraints.real
-        self._inside: Tensor | None = None
-        if self._bounded and base is not None and base._validate_args:  # which would refuse a row outside
-            with scoped_seed(0), torch.no_grad():
-                self._inside = base.sample()
+        self._base_law = base if base is None or isinstance(base, NoiseDistribution) else unchecked(base)
         super().__init__(torch.Size(batch_shape), torch.Size(event_shape), validate_args=False)
 
     @constraints.dependent_property  # type: ignore[untyped-decorator, unused-ignore]
@@ -122,24 +119,16 @@ class EnergyDistribution(TorchDistribution):
                 f"the energy must map {(len(rows), *self.event_shape)} to one value a row, ({len(rows)},); "
                 f"it returned {found} (end it with .squeeze(-1) or .sum(-1))"
             )
-        log_p, inside = -energy, None
+        log_p = -energy
+        if self._base_law is not None:
+            log_p = log_p + self._base_law.log_prob(rows)
         if self._bounded:
             inside = self._support.check(rows).reshape(len(rows), -1).all(1)
-        if self.base is not None:
-            log_p = log_p + self._base_log_prob(rows, inside)
-        if inside is not None:
             log_p = torch.where(inside, log_p, torch.full_like(log_p, -math.inf))
         log_p = log_p.reshape(batch)
         if self.log_z is not None:
             log_p = log_p - self.log_z
         return log_p.expand(torch.broadcast_shapes(batch, self.batch_shape))
-
-    def _base_log_prob(self, rows: Tensor, inside: Tensor | None) -> Tensor:
-        assert self.base is not None
-        if inside is not None and self._inside is not None:
-            rows = torch.where(inside.reshape(-1, *(1,) * (rows.dim() - 1)), rows, self._inside.to(rows))
-        found: Tensor = self.base.log_prob(rows)
-        return found
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008

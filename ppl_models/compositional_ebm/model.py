@@ -39,7 +39,14 @@ from ppl_models.compositional_ebm.methods import (
     relative,
 )
 from ppl_models.compositional_ebm.networks import EnergyNetwork
-from ppl_models.compositional_ebm.noise import as_noise, given_noise, refuse_outside, without_noise
+from ppl_models.compositional_ebm.noise import (
+    as_noise,
+    noise_for_file,
+    noise_for_load,
+    noise_of_file,
+    refuse_outside,
+    without_noise,
+)
 from ppl_models.compositional_ebm.normaliser import estimate, importance
 from ppl_models.compositional_ebm.sampling import sample
 
@@ -407,12 +414,10 @@ class EnergyModel(Model):
                 f"{path} holds another energy than the default network; where it was a module of yours, give "
                 "load(path, energy=...)"
             ) from error
-        if noise is not None:
+        if noise is not None or (model.log_z is not None and model.noise is None):
             like = next(iter(model.energy.parameters()))
-            model.noise = given_noise(noise, tuple(model.event_shape)).to(device=like.device, dtype=like.dtype)
+            model.noise = noise_for_load(noise, tuple(model.event_shape), like, path)
             model.tilt = model.noise if model._base == "tilt" else None
-        if model.log_z is not None and model.noise is None:
-            raise ValueError(f"{path} was fitted with noise that a file cannot hold: give load(path, noise=...)")
         return model
 
     def _extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -421,11 +426,8 @@ class EnergyModel(Model):
         for name, part in (("noise", self.noise), ("tilt", self.tilt if self.tilt is not self.noise else None)):
             if part is None:
                 continue
-            try:
-                meta[name] = {"kind": type(part).__name__, "config": part.config()}
-                tensors |= {f"{name}/{n}": v for n, v in part.state_dict().items()}
-            except ValueError:
-                meta[name] = "object"
+            found, meta[name] = noise_for_file(part)
+            tensors |= {f"{name}/{n}": v for n, v in found.items()}
         return tensors, meta
 
     def _restore_extra(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -438,10 +440,8 @@ class EnergyModel(Model):
             )
         self.log_z = meta["log_z"]
         for name in ("noise", "tilt"):
-            found = meta.get(name)
-            if isinstance(found, dict):
-                state = {n.removeprefix(f"{name}/"): v for n, v in tensors.items() if n.startswith(f"{name}/")}
-                setattr(self, name, noise_from_config(found["kind"], found["config"], state))
+            state = {n.removeprefix(f"{name}/"): v for n, v in tensors.items() if n.startswith(f"{name}/")}
+            setattr(self, name, noise_of_file(meta.get(name), state))
         if self._base == "tilt" and self.tilt is None:
             self.tilt = self.noise
 

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
@@ -24,6 +24,7 @@ from inference.objectives.unnormalised.noise import (
     NegativeBinomialNoise,
     Noise,
     PoissonNoise,
+    noise_from_config,
 )
 from inference.objectives.unnormalised.quasi_random import QuasiRandomNoise
 from inference.runtime.generators import scoped_seed
@@ -47,6 +48,9 @@ __all__ = [
     "auto_noise",
     "covering_mixture",
     "given_noise",
+    "noise_for_file",
+    "noise_for_load",
+    "noise_of_file",
     "refuse_outside",
     "without_noise",
 ]
@@ -277,6 +281,32 @@ def refuse_outside(noise: Noise, x: Tensor, name: str) -> None:
             f"{int(outside.sum())} of {len(x)} rows of {name} lie outside the noise's support (the first is row "
             f"{int(outside.nonzero()[0])}): the noise must be able to draw whatever the data may be"
         )
+
+
+def noise_for_file(noise: Noise) -> tuple[dict[str, Tensor], Any]:
+    """Tensors and description of a noise for a model's file; ``"object"`` describes what a file cannot hold."""
+    try:
+        return dict(noise.state_dict()), {"kind": type(noise).__name__, "config": noise.config()}
+    except ValueError:
+        return {}, "object"
+
+
+def noise_of_file(description: Any, tensors: Mapping[str, Tensor]) -> Noise | None:
+    """The noise that ``noise_for_file`` described; None where it could not."""
+    if not isinstance(description, dict):
+        return None
+    return noise_from_config(description["kind"], description["config"], tensors)
+
+
+def noise_for_load(noise: Any, event_shape: tuple[int, ...], like: Tensor, path: Any) -> Noise:
+    """What a user gave ``load`` for noise that the file at ``path`` does not hold.
+
+    Raises:
+        TypeError, ValueError: it is None, or none that could be noise.
+    """
+    if noise is None:
+        raise ValueError(f"{path} was fitted with noise that a file cannot hold: give load(path, noise=...)")
+    return given_noise(noise, event_shape).to(device=like.device, dtype=like.dtype)
 
 
 def without_noise(state: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -303,6 +303,31 @@ def test_one_row_is_no_density() -> None:
         EnergyClassifier(num_classes=2).fit(torch.ones(20, 3), torch.arange(20) % 2, progress=False)
 
 
+def test_noise_of_a_users_own_is_given_again_to_all_models(tmp_path: Any) -> None:
+    """``save`` refused what ``load`` was said to take."""
+    x = torch.randn(60, 2, generator=generator(10, "files"))
+    law = dist.Normal(torch.zeros(2), 2.0).to_event(1)
+    clf, reg = EnergyClassifier(num_classes=2, hidden=(4,)), ConditionalEnergyModel(hidden=(4,))
+    clf.fit(x, (x[:, 0] > 0).long(), noise=law, num_steps=3, progress=False)
+    reg.fit(x[:, 0], x[:, 1], noise=dist.Normal(0.0, 2.0), num_steps=3, progress=False)  # over numbers, as y is
+    for ebm, noise in ((clf, law), (reg, dist.Normal(torch.zeros(1), 2.0).to_event(1))):
+        ebm.save(tmp_path / "model")
+        with pytest.raises(ValueError, match="noise that a file cannot hold"):
+            type(ebm).load(tmp_path / "model")
+        again = type(ebm).load(tmp_path / "model", noise=noise)
+        at = (x,) if ebm is clf else (x[:, 1], x[:, 0])
+        assert torch.equal(again.log_prob(*at), ebm.log_prob(*at))
+
+
+def test_laws_that_were_expanded_can_be_recorded() -> None:
+    """Their own checks of arguments read values back: Python in each step of fits and chains, and a warning."""
+    x = torch.rand(100, 2, generator=generator(11, "expanded"))
+    law = dist.Normal(0.0, 2.0).expand([2]).to_event(1)
+    ebm = EnergyModel(event_shape=(2,), base=law, hidden=(4,))
+    ebm.fit(x, noise=law, num_steps=3, progress=False)  # a CaptureWarning is an error here
+    assert ebm.sample(8, method="hmc", warmup_steps=4, thin=1).shape == (8, 2)
+
+
 class LinearRegression(nn.Module):
     """``y ~ N(2 x, 1 / precision)``."""
 

@@ -4,6 +4,7 @@ Each is a ``PyroModule`` whose call draws one row at the site ``"x"``.  Its tens
 and loads with what holds it; a flow's are parameters, which learn with the objective (``adapt``) or from data before.
 """
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
@@ -30,6 +31,7 @@ __all__ = [
     "Noise",
     "NoiseDistribution",
     "PoissonNoise",
+    "unchecked",
 ]
 
 _LOG_2PI = math.log(2 * math.pi)
@@ -329,6 +331,19 @@ class BernoulliNoise(Noise):
         return (k * self.probs.log() + (1 - k) * torch.log1p(-self.probs)).sum(1)
 
 
+def unchecked(law: Any) -> Any:
+    """A copy of a distribution that does not look at its arguments, which a recording could not.
+
+    Laws that were expanded keep checks of their own, whatever the library's scopes say.
+    """
+    found = copy.copy(law)
+    found._validate_args = False
+    for name in ("base_dist", "_mixture_distribution", "_component_distribution"):
+        if name in vars(found):
+            setattr(found, name, unchecked(getattr(found, name)))
+    return found
+
+
 class DistributionNoise(Noise):
     """Any torch or Pyro distribution without batch shape."""
 
@@ -341,7 +356,7 @@ class DistributionNoise(Noise):
                 f".to_event({len(law.batch_shape)}) joins independent ones"
             )
         super().__init__(law.event_shape)
-        self.law = law
+        self.law, self._unchecked = law, unchecked(law)
         with scoped_seed(0), torch.no_grad():
             self._inside: Tensor = law.sample()
 
@@ -361,7 +376,7 @@ class DistributionNoise(Noise):
         inside = support.check(x)
         shape = inside.shape + (1,) * (x.dim() - inside.dim())
         # a point inside, so that no infinite slope comes from outside
-        value: Tensor = self.law.log_prob(torch.where(inside.reshape(shape), x, self._inside.to(x)))
+        value: Tensor = self._unchecked.log_prob(torch.where(inside.reshape(shape), x, self._inside.to(x)))
         return torch.where(inside, value, torch.full_like(value, -math.inf))
 
     def config(self) -> dict[str, Any]:
