@@ -294,6 +294,18 @@ def test_a_support_is_given_again_to_load(tmp_path: Any) -> None:
     assert TruncatedNormal.load(tmp_path / "family").log_z == family.log_z
 
 
+def test_noise_for_columns_of_unlike_units() -> None:
+    """A ridge of a millionth of the mean variance made the small column's noise a thousand times too wide."""
+    scale = torch.tensor([1e6, 1e-6, 1.0])
+    x = torch.randn(400, 3, generator=generator(12, "unlike"))
+    found = GaussianNoise.fit(x * scale, inflation=1.0)
+    assert torch.allclose(found.factor / scale[:, None], GaussianNoise.fit(x, 1.0).factor, rtol=1e-3, atol=1e-4)
+    constant = torch.cat([x, torch.full((400, 1), 3.3)], 1)
+    assert float(GaussianNoise.fit(constant).factor[3, 3]) == pytest.approx(1.3e-3, rel=0.2)
+    same = GaussianNoise.fit(torch.full((50, 2), 0.5))
+    assert bool(torch.isfinite(same.log_prob(same.draw(5))).all())
+
+
 def test_one_row_is_no_density() -> None:
     with pytest.raises(ValueError, match="one row has no spread"):
         EnergyModel(event_shape=(2,)).fit(torch.randn(1, 2), progress=False)

@@ -297,8 +297,9 @@ def test_digits(seed: int = 0) -> None:
     assert without < -20
 
 
-def test_regression(seed: int = 0) -> None:
-    """E3; further seeds are in RESULTS."""
+@pytest.mark.parametrize("seed", SEEDS)
+def test_regression(seed: int) -> None:
+    """E3."""
     model = ConditionalEnergyModel(seed=seed)
     model.fit(*bench.branches(2000, seed), seed=seed, progress=False)
     found = bench.regression_kl(model)

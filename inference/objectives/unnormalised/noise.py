@@ -152,15 +152,24 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, covariance
 
 
-def _factor(covariance: Tensor) -> Tensor:
-    """Cholesky factor, after a ridge where the data lie in a plane."""
-    scale = covariance.diagonal().mean().clamp(min=torch.finfo(covariance.dtype).tiny)
+def _factor(covariance: Tensor, mean: Tensor) -> Tensor:
+    """Cholesky factor ``(dim, dim)``, after a ridge where the data lie in a plane.
+
+    The ridge is a share of each column's own spread, whatever the units of the others; a constant column counts as
+    spread as the largest, or by one where all are constant.
+    """
+    spread = covariance.diagonal().sqrt()
+    floor = 10 * torch.finfo(spread.dtype).eps * mean.abs()  # what rounding leaves of a constant
+    varies = spread > floor
+    largest = spread[varies].max() if bool(varies.any()) else torch.ones_like(spread[0])
+    spread = torch.where(varies, spread, largest)
+    correlation = covariance / spread / spread[:, None]
     eye = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
     for ridge in (0.0, 1e-6, 1e-4, 1e-2, 1.0):
-        factor, failed = torch.linalg.cholesky_ex(covariance + ridge * scale * eye)
-        if not bool(failed) and bool((factor.diagonal() > 1e-4 * scale.sqrt()).all()):
-            return factor
-    return eye
+        factor, failed = torch.linalg.cholesky_ex(correlation + ridge * eye)
+        if not bool(failed) and bool((factor.diagonal() > 1e-4).all()):
+            return spread[:, None] * factor
+    return spread.diag()
 
 
 class GaussianNoise(Noise):
@@ -187,7 +196,7 @@ class GaussianNoise(Noise):
     def fit(cls, x: Tensor, inflation: float = 1.3) -> Self:
         """The law for data ``(row, *event)``."""
         mean, covariance = _moments(x)
-        return cls(mean.reshape(x.shape[1:]), positive("inflation", inflation) * _factor(covariance))
+        return cls(mean.reshape(x.shape[1:]), positive("inflation", inflation) * _factor(covariance, mean))
 
     def draw(self, num: int) -> Tensor:
         """As in ``Noise``."""
