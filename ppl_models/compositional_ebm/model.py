@@ -310,8 +310,8 @@ class EnergyModel(Model):
         """
         self._fitted("log_prob")
         law, x = self._law(self.log_z), self._check(x, "x")
-        placed = next(itertools.chain(self.energy.parameters(), self.energy.buffers()), x)
-        x = x.to(placed.device)
+        held = itertools.chain(self.energy.parameters(), self.energy.buffers())
+        x = x.to(next((t for t in held if t.is_floating_point()), x))
         return torch.cat([law.log_prob(part) for part in x.split(_ROWS_AT_ONCE)])
 
     def log_partition(

@@ -69,7 +69,14 @@ class CallableNoise(Noise):
 
     def __init__(self, guide: Callable[[], Any]) -> None:
         with scoped_seed(0), torch.no_grad(), poutine.block():
-            site: Any = poutine.trace(guide).get_trace().nodes.get("x")
+            nodes: Any = poutine.trace(guide).get_trace().nodes
+        site = nodes.get("x")
+        others = [n for n, s in nodes.items() if s["type"] == "sample" and n != "x"]
+        if others:
+            raise ValueError(
+                f"noise must draw the site 'x' alone, it has {others} too: the density of x would be the one given their "
+                "values. Sum them out: a mixture is MixtureSameFamily"
+            )
         if site is None or site["type"] != "sample":
             raise ValueError('noise must draw the site "x": pyro.sample("x", ...)')
         if site["fn"].batch_shape:

@@ -294,6 +294,24 @@ def test_a_support_is_given_again_to_load(tmp_path: Any) -> None:
     assert TruncatedNormal.load(tmp_path / "family").log_z == family.log_z
 
 
+def test_queries_in_another_precision() -> None:
+    """As numpy's grids are."""
+    ebm, x = EnergyModel(event_shape=(2,), hidden=(4,)), torch.randn(50, 2, generator=generator(13, "precision"))
+    ebm.fit(x, num_steps=2, progress=False)
+    assert torch.equal(ebm.log_prob(x.double().numpy()), ebm.log_prob(x))
+
+
+def test_a_callable_noise_has_no_other_latents() -> None:
+    """Its density of x was that given a fresh draw of them, so that log Z was wrong."""
+
+    def two() -> None:
+        side = pyro.sample("side", dist.Bernoulli(0.5))
+        pyro.sample("x", dist.Normal(4 * side - 2, 1.0))
+
+    with pytest.raises(ValueError, match=r"alone, it has \['side'\] too"):
+        EnergyModel(event_shape=()).fit(torch.randn(50), noise=two, progress=False)
+
+
 def test_noise_for_columns_of_unlike_units() -> None:
     """A ridge of a millionth of the mean variance made the small column's noise a thousand times too wide."""
     scale = torch.tensor([1e6, 1e-6, 1.0])
