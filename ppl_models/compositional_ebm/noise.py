@@ -71,18 +71,19 @@ class CallableNoise(Noise):
         with scoped_seed(0), torch.no_grad(), poutine.block():
             nodes: Any = poutine.trace(guide).get_trace().nodes
         site = nodes.get("x")
-        others = [n for n, s in nodes.items() if s["type"] == "sample" and n != "x"]
-        if others:
-            raise ValueError(
-                f"noise must draw the site 'x' alone, it has {others} too: the density of x would be the one given their "
-                "values. Sum them out: a mixture is MixtureSameFamily"
-            )
         if site is None or site["type"] != "sample":
             raise ValueError('noise must draw the site "x": pyro.sample("x", ...)')
         if site["fn"].batch_shape:
             raise ValueError(
                 f"noise must draw one row at a time, without a plate; its site has batch shape "
                 f"{tuple(site['fn'].batch_shape)}"
+            )
+        drawn = {n: s for n, s in nodes.items() if s["type"] == "sample" and not s["infer"].get("_deterministic")}
+        others = sorted(drawn.keys() - {"x"})
+        if others:
+            raise ValueError(
+                f"noise must draw the site 'x' alone, it has {others} too: the density of x would be that given what "
+                "they drew. Sum them out: a mixture is MixtureSameFamily"
             )
         super().__init__(site["fn"].event_shape)
         self.guide = guide
