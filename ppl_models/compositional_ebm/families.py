@@ -5,13 +5,16 @@ a base, so that ``fit``, ``log_prob``, ``log_partition`` and ``sample`` are the 
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from inference._errors import SamplerWarning
 from inference.objectives.unnormalised.noise import BernoulliNoise, PoissonNoise
 from ppl_models.base import check_count, to_tensor
 from ppl_models.compositional_ebm.methods import EnergyFit
@@ -83,6 +86,17 @@ class ExponentialFamily(EnergyModel):
         raise ValueError("a family of your own statistics cannot be saved: keep theta, or use a named family")
 
 
+class _Standardised:
+    """``((x - m) / s, ((x - m)^2 / s^2 - 1) / sqrt 2)``."""
+
+    def __init__(self, mean: Tensor, variance: Tensor) -> None:
+        self.mean, self.scale = mean, variance.sqrt()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        z = (x - self.mean) / self.scale
+        return torch.stack([z, (z.square() - 1) / math.sqrt(2)], -1)
+
+
 class TruncatedNormal(ExponentialFamily):
     """``p(x) ~ exp(t1 x + t2 x^2)`` on ``low <= x <= high``, the law of ``N(mu, sigma^2)`` where it was cut.
 
@@ -110,8 +124,42 @@ class TruncatedNormal(ExponentialFamily):
 
     @property
     def scale(self) -> float:
-        """sigma, the uncut law's standard deviation."""
+        """sigma, the uncut law's standard deviation; NaN where the density curves upwards between the cuts."""
         return float((-1 / (2 * self.theta[1])).sqrt())
+
+    def fit(self, x: Any, *args: Any, **options: Any) -> EnergyFit:
+        """As ``ExponentialFamily.fit``, from the normal law of the data's mean and variance."""
+        data = self._check(x, "x")
+        mean, variance = data.mean(), data.var(correction=0)
+        if not float(variance) > (10 * torch.finfo(data.dtype).eps * float(mean)) ** 2:
+            raise ValueError("x is the same in every row: no normal law is the most likely")
+        if float(mean.square() / variance) * torch.finfo(data.dtype).eps > 1e-3:
+            warnings.warn(
+                "x lies so far from 0 that theta' T(x) loses its digits: give float64", SamplerWarning, stacklevel=2
+            )
+        # Statistics of mean 0 and covariance 1 under that normal law: one rate serves data of any unit, and log Z moves
+        # little with the parameters (a constant in the energy is multiplied by each batch's error of Z).
+        energy, root = self.energy.to(device=data.device, dtype=data.dtype), math.sqrt(2)
+        t = energy.theta
+        with torch.no_grad():
+            t.copy_(torch.stack([torch.zeros_like(mean), torch.full_like(mean, -1 / root)]))
+        statistics, energy.statistics = energy.statistics, _Standardised(mean, variance)
+        try:
+            result = super().fit(data, *args, **options)
+        finally:
+            energy.statistics = statistics
+            with torch.no_grad():
+                constant = float(-t[0] * mean * variance.rsqrt() + t[1] / root * (mean.square() / variance - 1))
+                first = t[0] * variance.rsqrt() - root * t[1] * mean / variance
+                t.copy_(torch.stack([first, t[1] / (root * variance)]))
+        # log Z goes with theta' T, which is less than what was learned by a constant
+        found = result.log_partition
+        assert found is not None and self.log_z is not None
+        self.log_z -= constant
+        moved = {n: getattr(found, n) - constant for n in ("value", "lower", "upper", "log_weights")}
+        history = {n: h - constant if n.startswith("log_partition") else h for n, h in result.history.items()}
+        self.result = replace(result, log_partition=found._replace(**moved), history=history)
+        return self.result
 
     def config(self) -> dict[str, Any]:
         """The cuts."""

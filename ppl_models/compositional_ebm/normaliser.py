@@ -61,7 +61,8 @@ def quadrature(law: EnergyDistribution, noise: Noise, num_samples: int, seed: in
             edges.copy_(pick(edges, torch.as_tensor(bound, dtype=edges.dtype, device=edges.device).expand_as(edges)))
     points = max(16, int(num_samples ** (1 / dim)) // 2 * 2)
     width = (high - low) / points
-    axes = [low[i] + width[i] * (torch.arange(points, device=low.device) + 0.5) for i in range(dim)]
+    steps = torch.arange(points, dtype=low.dtype, device=low.device) + 0.5
+    axes = [low[i] + width[i] * steps for i in range(dim)]
     grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, *shape)
     with torch.no_grad():
         values = torch.cat([law.log_prob(part).double() for part in grid.split(_CHUNK)])

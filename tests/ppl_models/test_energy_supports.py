@@ -30,6 +30,8 @@ def half_normal() -> tuple[EnergyModel, float]:
     """exp(-x^2 / 2) on x >= 0: Z = sqrt(pi / 2)."""
     family = TruncatedNormal(0.0)
     family.fit(torch.randn(300).abs(), num_steps=1, lr=1e-9, average_last=0.0, progress=False)
+    with torch.no_grad():
+        family.energy.theta.copy_(torch.tensor([0.0, -0.5]))
     return family, 0.5 * math.log(math.pi / 2)
 
 
@@ -292,6 +294,33 @@ def test_a_support_is_given_again_to_load(tmp_path: Any) -> None:
     family.fit(torch.rand(50), num_steps=3, progress=False)
     family.save(tmp_path / "family")  # whose name says the support
     assert TruncatedNormal.load(tmp_path / "family").log_z == family.log_z
+
+
+def test_a_truncated_normal_in_any_unit() -> None:
+    """From theta = (0, -0.5) in the data's own unit the fit ended elsewhere in tens, far off in thousandths, and in the
+    collapse error in thousands."""
+    draw = 0.5 + torch.randn(3000, generator=generator(14, "unit"), dtype=torch.float64)
+    found = []
+    for scale in (1.0, 1e-3, 1e3):
+        family = TruncatedNormal(0.0)
+        family.fit(draw[draw > 0] * scale, num_steps=200, progress=False)
+        found.append((family.location / scale, family.scale / scale, family.log_z - math.log(scale)))
+    assert found[1] == pytest.approx(found[0], abs=1e-6) and found[2] == pytest.approx(found[0], abs=1e-6)
+    assert found[0][0] == pytest.approx(0.5, abs=0.25) and found[0][1] == pytest.approx(1.0, abs=0.1)
+    assert family.log_partition("quadrature", 4000).value == pytest.approx(family.log_z, abs=0.01)
+    far, family = 300 + 3 * draw[:1000], TruncatedNormal(-math.inf)
+    result = family.fit(far, num_steps=200, progress=False)
+    assert family.location == pytest.approx(float(far.mean()), abs=0.05)
+    assert family.scale == pytest.approx(float(far.std()), rel=0.01)
+    t1, t2 = family.theta.tolist()
+    exact = -(t1**2) / (4 * t2) + 0.5 * math.log(math.pi / -t2)
+    assert family.log_z == pytest.approx(exact, abs=0.01) and result.log_partition is not None
+    assert (
+        result.log_partition.value == family.log_z and result.log_partition.lower < exact < result.log_partition.upper
+    )
+    assert float(result.history["log_partition"][-1]) == pytest.approx(exact, abs=0.05)
+    with pytest.raises(ValueError, match="the same in every row"):
+        family.fit(torch.full((20,), 0.7), progress=False)
 
 
 def test_queries_in_another_precision() -> None:
