@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from inference._errors import SamplerWarning
-from inference.objectives.unnormalised.noise import BernoulliNoise, PoissonNoise
+from inference.objectives.unnormalised.noise import BernoulliNoise, NegativeBinomialNoise, cholesky_of
 from ppl_models.base import check_count, to_tensor
 from ppl_models.compositional_ebm.methods import EnergyFit
 from ppl_models.compositional_ebm.model import EnergyModel
@@ -40,6 +40,25 @@ class LinearEnergy(nn.Module):
         """``(row, *event)`` to ``(row,)``."""
         energy = -self.statistics(x) @ self.theta
         return energy if self.log_measure is None else energy - self.log_measure(x)
+
+
+class _Whitened:
+    """Statistics of mean 0 and covariance 1 over data: ``L^-1 (T(x) - mean)``, ``L L'`` the covariance of T.
+
+    Attributes:
+        mean, factor: the mean of T and L, in float64.
+    """
+
+    def __init__(self, statistics: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        self.statistics = statistics
+        t = statistics(x).double()
+        self.mean = t.mean(0)
+        centred = t - self.mean
+        self.factor = cholesky_of(centred.T @ centred / len(t), self.mean)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        centred = self.statistics(x.double()) - self.mean
+        return torch.linalg.solve_triangular(self.factor, centred.T, upper=False).T.to(x)
 
 
 class ExponentialFamily(EnergyModel):
@@ -75,26 +94,41 @@ class ExponentialFamily(EnergyModel):
         return found
 
     def fit(self, x: Any, *args: Any, **options: Any) -> EnergyFit:
-        """As ``EnergyModel.fit``; by default Adam from 0.05, 512 noise draws and the average of the last half."""
+        """As ``EnergyModel.fit``; by default Adam from 0.05, 512 noise draws and the average of the last half.
+
+        The fit starts at the theta that the family has. What it learns are the parameters of the statistics at mean 0
+        and covariance 1 over the data, so that one rate serves data of any unit, and log Z moves little with them (a
+        constant in the energy is multiplied by each batch's error of Z).
+        """
         defaults = {"lr": 0.05, "average_last": 0.5}
         if len(args) < 3:
             defaults["noise_samples"] = 512
-        return super().fit(x, *args, **{**defaults, **options})
+        data = self._check(x, "x")
+        energy = self.energy.to(device=data.device, dtype=data.dtype)
+        with torch.no_grad():
+            whitened = _Whitened(energy.statistics, data)
+            energy.theta.copy_(whitened.factor.T @ energy.theta.double())
+        statistics, energy.statistics = energy.statistics, whitened
+        try:
+            result = super().fit(data, *args, **{**defaults, **options})
+        finally:
+            energy.statistics = statistics
+            with torch.no_grad():
+                theta = torch.linalg.solve_triangular(whitened.factor.T, energy.theta.double()[:, None], upper=True)
+                constant = float(theta.squeeze(1) @ whitened.mean)
+                energy.theta.copy_(theta.squeeze(1))
+        # log Z goes with theta' T, which is more than what was learned by a constant
+        found = result.log_partition
+        assert found is not None and self.log_z is not None
+        self.log_z += constant
+        moved = {n: getattr(found, n) + constant for n in ("value", "lower", "upper", "log_weights")}
+        history = {n: h + constant if n.startswith("log_partition") else h for n, h in result.history.items()}
+        self.result = replace(result, log_partition=found._replace(**moved), history=history)
+        return self.result
 
     def config(self) -> dict[str, Any]:
         """Refused: a file cannot hold the statistics."""
         raise ValueError("a family of your own statistics cannot be saved: keep theta, or use a named family")
-
-
-class _Standardised:
-    """``((x - m) / s, ((x - m)^2 / s^2 - 1) / sqrt 2)``."""
-
-    def __init__(self, mean: Tensor, variance: Tensor) -> None:
-        self.mean, self.scale = mean, variance.sqrt()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        z = (x - self.mean) / self.scale
-        return torch.stack([z, (z.square() - 1) / math.sqrt(2)], -1)
 
 
 class TruncatedNormal(ExponentialFamily):
@@ -134,32 +168,11 @@ class TruncatedNormal(ExponentialFamily):
         if not float(variance) > (10 * torch.finfo(data.dtype).eps * float(mean)) ** 2:
             raise ValueError("x is the same in every row: no normal law is the most likely")
         if float(mean.square() / variance) * torch.finfo(data.dtype).eps > 1e-3:
-            warnings.warn(
-                "x lies so far from 0 that theta' T(x) loses its digits: give float64", SamplerWarning, stacklevel=2
-            )
-        # Statistics of mean 0 and covariance 1 under that normal law: one rate serves data of any unit, and log Z moves
-        # little with the parameters (a constant in the energy is multiplied by each batch's error of Z).
-        energy, root = self.energy.to(device=data.device, dtype=data.dtype), math.sqrt(2)
-        t = energy.theta
+            problem = "x lies so far from 0 that theta' T(x) loses its digits: give float64"
+            warnings.warn(problem, SamplerWarning, stacklevel=2)
         with torch.no_grad():
-            t.copy_(torch.stack([torch.zeros_like(mean), torch.full_like(mean, -1 / root)]))
-        statistics, energy.statistics = energy.statistics, _Standardised(mean, variance)
-        try:
-            result = super().fit(data, *args, **options)
-        finally:
-            energy.statistics = statistics
-            with torch.no_grad():
-                constant = float(-t[0] * mean * variance.rsqrt() + t[1] / root * (mean.square() / variance - 1))
-                first = t[0] * variance.rsqrt() - root * t[1] * mean / variance
-                t.copy_(torch.stack([first, t[1] / (root * variance)]))
-        # log Z goes with theta' T, which is less than what was learned by a constant
-        found = result.log_partition
-        assert found is not None and self.log_z is not None
-        self.log_z -= constant
-        moved = {n: getattr(found, n) - constant for n in ("value", "lower", "upper", "log_weights")}
-        history = {n: h - constant if n.startswith("log_partition") else h for n, h in result.history.items()}
-        self.result = replace(result, log_partition=found._replace(**moved), history=history)
-        return self.result
+            self.energy.to(data).theta.copy_(torch.stack([mean / variance, -0.5 / variance]))
+        return super().fit(data, *args, **options)
 
     def config(self) -> dict[str, Any]:
         """The cuts."""
@@ -174,6 +187,19 @@ class VonMises(ExponentialFamily):
     def __init__(self) -> None:
         support = constraints.interval(-math.pi, math.pi)
         super().__init__(lambda x: torch.stack([x.cos(), x.sin()], -1), [0.0, 0.0], (), support)
+
+    def fit(self, x: Any, *args: Any, **options: Any) -> EnergyFit:
+        """As ``ExponentialFamily.fit``, from the law that the mean resultant approximately has.
+
+        Banerjee, Dhillon, Ghosh and Sra, "Clustering on the unit hypersphere using von Mises-Fisher distributions",
+        JMLR 6, 2005, equation 4.4.
+        """
+        angle = self._check(x, "x")
+        mean = torch.stack([angle.cos().mean(), angle.sin().mean()])
+        length = mean.norm().clamp(max=0.9999)
+        with torch.no_grad():
+            self.energy.to(angle).theta.copy_(mean * (2 - length.square()) / (1 - length.square()))
+        return super().fit(angle, *args, **options)
 
     @property
     def concentration(self) -> float:
@@ -214,7 +240,7 @@ class ConwayMaxwellPoisson(ExponentialFamily):
         """As ``ExponentialFamily.fit``, from the Poisson law of the data's mean."""
         if isinstance(noise, str) and noise == "auto":
             counts = self._check(x, "x")
-            noise = PoissonNoise.fit(counts)
+            noise = NegativeBinomialNoise.fit(counts)
             with torch.no_grad():
                 self.energy.theta.copy_(torch.stack([counts.mean().clamp(min=1e-3).log(), torch.ones(())]))
         return super().fit(x, noise, *args, **options)

@@ -57,6 +57,7 @@ __all__ = [
 
 _FEW = 3  # dimensions that one inflated normal still covers well
 _OVERDISPERSED = 1.3  # variance of counts over their mean, above which Poisson noise does not cover them
+_LARGE = 10.0  # mean count, above which Poisson noise of 1.3 times it lies a standard deviation and more too high
 _INFLATION = 1.3
 _COMPONENTS = 60  # at most, of the automatic mixture
 _PRIOR_ROWS = 0.125  # rows a dimension that each component's prior, the data's own variance, is worth
@@ -149,11 +150,11 @@ def counts_or_labels(x: Tensor) -> bool:
 def auto_noise(x: Tensor, support: Any = None, seed: int = 0) -> Noise:
     """Noise for data ``(row, *event)``: that which covers them and little else.
 
-    Zeros and ones get Bernoulli noise, counts Poisson, or negative binomial where one varies more than that; a box or
-    half-line, as ``support`` says, uniform or exponential noise; real data of up to three dimensions a normal of 1.3
-    times their standard deviations, and more dimensions a mixture of normals with a tenth of a wide normal.  Whole
-    numbers on a large scale are real data (see ``counts_or_labels``); ``support=constraints.nonnegative_integer`` makes
-    counts of them.
+    Zeros and ones get Bernoulli noise, counts Poisson, or negative binomial where one varies more than that or is
+    large; a box or half-line, as ``support`` says, uniform or exponential noise; real data of up to three dimensions a
+    normal of 1.3 times their standard deviations, and more dimensions a mixture of normals with a tenth of a wide
+    normal.  Whole numbers on a large scale are real data (see ``counts_or_labels``);
+    ``support=constraints.nonnegative_integer`` makes counts of them.
 
     Warns:
         SamplerWarning: some coordinates are whole numbers on a large scale and others on a small one, which independent
@@ -175,7 +176,8 @@ def auto_noise(x: Tensor, support: Any = None, seed: int = 0) -> Noise:
         if bool((x < 0).any()):
             raise ValueError("data of whole numbers below zero have no automatic noise: give noise=")
         counts = x.double()
-        spread = bool((counts.var(0, correction=0) > _OVERDISPERSED * counts.mean(0)).any())
+        mean = counts.mean(0)
+        spread = bool(((counts.var(0, correction=0) > _OVERDISPERSED * mean) | (mean > _LARGE)).any())
         return NegativeBinomialNoise.fit(x) if spread else PoissonNoise.fit(x)
     x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
     low, high = getattr(inner, "lower_bound", None), getattr(inner, "upper_bound", None)

@@ -31,6 +31,7 @@ __all__ = [
     "Noise",
     "NoiseDistribution",
     "PoissonNoise",
+    "cholesky_of",
     "unchecked",
 ]
 
@@ -152,7 +153,7 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, covariance
 
 
-def _factor(covariance: Tensor, mean: Tensor) -> Tensor:
+def cholesky_of(covariance: Tensor, mean: Tensor) -> Tensor:
     """Cholesky factor ``(dim, dim)``, after a ridge where the data lie in a plane.
 
     The ridge is a share of each column's own spread, whatever the units of the others; a constant column counts as
@@ -196,7 +197,7 @@ class GaussianNoise(Noise):
     def fit(cls, x: Tensor, inflation: float = 1.3) -> Self:
         """The law for data ``(row, *event)``."""
         mean, covariance = _moments(x)
-        return cls(mean.reshape(x.shape[1:]), positive("inflation", inflation) * _factor(covariance, mean))
+        return cls(mean.reshape(x.shape[1:]), positive("inflation", inflation) * cholesky_of(covariance, mean))
 
     def draw(self, num: int) -> Tensor:
         """As in ``Noise``."""
