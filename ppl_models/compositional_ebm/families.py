@@ -57,7 +57,7 @@ class _Whitened:
         self.factor = cholesky_of(centred.T @ centred / len(t), self.mean)
 
     def __call__(self, x: Tensor) -> Tensor:
-        centred = self.statistics(x.double()) - self.mean
+        centred = self.statistics(x).double() - self.mean
         return torch.linalg.solve_triangular(self.factor, centred.T, upper=False).T.to(x)
 
 
