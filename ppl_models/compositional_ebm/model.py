@@ -54,6 +54,7 @@ __all__ = ["EnergyModel"]
 
 _CHECK_SAMPLES = 100_000
 _ROWS_AT_ONCE = 16_384
+_LOSS = 0.5  # nats a row; peers that are short of their optimum are below their noise by less
 
 
 class EnergyModel(Model):
@@ -215,7 +216,7 @@ class EnergyModel(Model):
 
         Warns:
             SamplerWarning: a fresh estimate of log Z disagrees with the running one, or its weights have a heavy tail,
-                as after a contrastive divergence that ran away.
+                as after a contrastive divergence that ran away; or a tilt is below its own noise on its own data.
         """
         x = self._check(x, "x")
         held_out = None if valid is None else self._check(valid, "valid").to(x)
@@ -273,7 +274,7 @@ class EnergyModel(Model):
         )
         fresh = self._measure(seed)
         running = float(objective.log_u) if isinstance(objective, CompositionalLikelihood) else fresh.value
-        problem = unreliable(running, fresh.value, fresh.standard_error, fresh.khat)
+        problem = unreliable(running, fresh.value, fresh.standard_error, fresh.khat, fresh.ess) or self._lost(x)
         if problem:
             warnings.warn(problem, SamplerWarning, stacklevel=2)
         self.result = EnergyFit(history, fresh, method, loop)
@@ -293,6 +294,20 @@ class EnergyModel(Model):
     @torch.no_grad()
     def _log_noise(self, x: Tensor) -> Tensor:
         return torch.cat([self._noise().log_prob(part) for part in x.split(_ROWS_AT_ONCE)])
+
+    @torch.no_grad()
+    def _lost(self, x: Tensor) -> str | None:
+        """How far a tilt is below its own noise, E = 0, on its own data; None where it is not."""
+        if self._base != "tilt":
+            return None
+        energies = torch.cat([self.energy(part) for part in x.split(_ROWS_AT_ONCE)]).double()
+        gain = float(-energies.mean()) - float(self.log_z or 0.0)
+        if gain > -_LOSS:
+            return None
+        return (
+            f"the fitted density is {-gain:.3g} nats a row below the noise that it started from, on its own data: the "
+            "fit ran away, as it may at rows many standard deviations out. Lower lr, or take logarithms of x"
+        )
 
     def _measure(self, seed: int) -> LogPartition:
         found = importance(self._law(None), self._noise(), _CHECK_SAMPLES, seed)

@@ -13,6 +13,7 @@ import torch
 
 from inference._errors import SamplerWarning
 from inference.log_partition import ais_sandwich, bridge_sampling
+from inference.objectives.unnormalised.guards import FEWEST
 from inference.objectives.unnormalised.noise import Noise
 from inference.objectives.unnormalised.quasi_random import QuasiRandomNoise
 from inference.results.evidence import LogPartition, from_weights, with_upper_bound
@@ -97,6 +98,13 @@ def estimate(law: EnergyDistribution, noise: Noise, method: str, num_samples: in
             warnings.warn(
                 f"the weights have Pareto k = {found.khat:.2f} > {_UNRELIABLE_K}: neither log Z nor its error can be "
                 "trusted; use method='ais', or noise with heavier tails",
+                SamplerWarning,
+                stacklevel=3,
+            )
+        elif found.ess < FEWEST:
+            warnings.warn(
+                f"{found.ess:.3g} of {num_samples} draws carry log Z: neither it nor its error can be trusted; use "
+                "method='ais', or noise that covers the model",
                 SamplerWarning,
                 stacklevel=3,
             )

@@ -389,6 +389,18 @@ def test_noise_for_columns_of_unlike_units() -> None:
     assert bool(torch.isfinite(same.log_prob(same.draw(5))).all())
 
 
+def test_a_fit_below_its_own_noise_is_named() -> None:
+    """As fits of log-normal data were, hundreds of nats below the truth with a sound Pareto k, without a word.
+
+    Here E = 20 x^2 / 2 as it starts: ten nats, less log E_q exp(-10 x^2).
+    """
+    x, energy = torch.randn(300, 1, generator=generator(15, "below")), Square()
+    with torch.no_grad():
+        energy.a.fill_(20.0)
+    with pytest.warns(SamplerWarning, match=r"(8|9)\.\d+ nats a row below the noise that it started from"):
+        EnergyModel(energy, (1,)).fit(x, num_steps=1, lr=1e-9, progress=False)
+
+
 def test_one_row_is_no_density() -> None:
     with pytest.raises(ValueError, match="one row has no spread"):
         EnergyModel(event_shape=(2,)).fit(torch.randn(1, 2), progress=False)
