@@ -411,10 +411,13 @@ class LogDensity:
 
         def initial_value(site: Any) -> Tensor | None:
             fn = site["fn"]
-            if isinstance(fn, ImproperUniform):  # nothing to draw from, whatever the strategy
+            if fn.support.is_discrete:
+                return None
+            try:
+                return chosen(site)
+            except NotImplementedError:  # a law without draws: an improper one, or an energy
                 transform = biject_to(fn.support)
                 return transform(4 * torch.rand(transform.inverse_shape(fn.shape())) - 2)
-            return None if fn.support.is_discrete else chosen(site)
 
         with poutine.trace() as recorder, InitMessenger(initial_value):
             self.model(*args, **kwargs)

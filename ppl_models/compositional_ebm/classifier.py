@@ -8,7 +8,7 @@ normalised and its log p(x) can be compared between models.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import pyro
 import pyro.distributions as dist
@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from inference.citation import Paper
 from inference.objectives.unnormalised import CompositionalLikelihood
-from inference.objectives.unnormalised.noise import Noise, noise_from_config
+from inference.objectives.unnormalised.noise import Noise
 from inference.results.evidence import LogPartition
 from ppl_models.base import Model, check_batch_size, check_count, check_counts, to_tensor
 from ppl_models.compositional_ebm.distribution import EnergyDistribution
@@ -32,7 +32,14 @@ from ppl_models.compositional_ebm.methods import (
     relative,
 )
 from ppl_models.compositional_ebm.networks import EnergyNetwork
-from ppl_models.compositional_ebm.noise import as_noise, covering_mixture, without_noise
+from ppl_models.compositional_ebm.noise import (
+    as_noise,
+    covering_mixture,
+    noise_for_file,
+    noise_for_load,
+    noise_of_file,
+    without_noise,
+)
 from ppl_models.compositional_ebm.normaliser import importance
 
 __all__ = ["EnergyClassifier"]
@@ -57,6 +64,8 @@ class PrincipalComponents(nn.Module):
         self.mean = x.mean(0)
         _, values, directions = torch.linalg.svd(x - self.mean, full_matrices=False)
         spread = values[:num] / len(x) ** 0.5
+        if not float(spread[0]) > 10 * torch.finfo(x.dtype).eps * float(self.mean.abs().max()):
+            raise ValueError("x is the same in every row: there is nothing to tell classes or densities by")
         if bool((spread < 1e-6 * spread[0]).any()):
             rank = int((spread >= 1e-6 * spread[0]).sum())
             raise ValueError(f"x has only {rank} independent columns: give num_components={rank} or fewer")
@@ -322,15 +331,25 @@ class EnergyClassifier(Model):
             "input_shape": None if self.input_shape is None else list(self.input_shape),
         }
 
+    @classmethod
+    def load(cls, path: str | Path, **objects: Any) -> Self:
+        """The classifier that ``save`` wrote; ``noise`` over components is given again where it was yours."""
+        noise = objects.pop("noise", None)
+        model = super().load(path, **objects)
+        if noise is not None or (model.log_z is not None and model.noise is None):
+            like = model.components.projection
+            model.noise = noise_for_load(noise, (like.shape[1],), like, path)
+        return model
+
     def _extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if self.noise is None:
             return {}, {}
-        meta = {"log_z": self.log_z, "noise": {"kind": type(self.noise).__name__, "config": self.noise.config()}}
-        return dict(self.noise.state_dict()), meta
+        tensors, description = noise_for_file(self.noise)
+        return tensors, {"log_z": self.log_z, "noise": description}
 
     def _restore_extra(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         if "noise" in meta:
-            self.noise = noise_from_config(meta["noise"]["kind"], meta["noise"]["config"], tensors)
+            self.noise = noise_of_file(meta["noise"], tensors)
             self.log_z = meta["log_z"]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

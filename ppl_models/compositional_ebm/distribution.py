@@ -12,6 +12,8 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
+from inference.objectives.unnormalised.noise import NoiseDistribution, unchecked
+
 __all__ = ["EnergyDistribution"]
 
 
@@ -75,6 +77,7 @@ class EnergyDistribution(TorchDistribution):
         while isinstance(inner, constraints.independent):
             inner = inner.base_constraint
         self._bounded = inner is not constraints.real
+        self._base_law = base if base is None or isinstance(base, NoiseDistribution) else unchecked(base)
         super().__init__(torch.Size(batch_shape), torch.Size(event_shape), validate_args=False)
 
     @constraints.dependent_property  # type: ignore[untyped-decorator, unused-ignore]
@@ -117,8 +120,8 @@ class EnergyDistribution(TorchDistribution):
                 f"it returned {found} (end it with .squeeze(-1) or .sum(-1))"
             )
         log_p = -energy
-        if self.base is not None:
-            log_p = log_p + self.base.log_prob(rows)
+        if self._base_law is not None:
+            log_p = log_p + self._base_law.log_prob(rows)
         if self._bounded:
             inside = self._support.check(rows).reshape(len(rows), -1).all(1)
             log_p = torch.where(inside, log_p, torch.full_like(log_p, -math.inf))

@@ -5,14 +5,17 @@ a base, so that ``fit``, ``log_prob``, ``log_partition`` and ``sample`` are the 
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from inference.objectives.unnormalised.noise import BernoulliNoise, PoissonNoise
+from inference._errors import SamplerWarning
+from inference.objectives.unnormalised.noise import BernoulliNoise, NegativeBinomialNoise, cholesky_of
 from ppl_models.base import check_count, to_tensor
 from ppl_models.compositional_ebm.methods import EnergyFit
 from ppl_models.compositional_ebm.model import EnergyModel
@@ -37,6 +40,25 @@ class LinearEnergy(nn.Module):
         """``(row, *event)`` to ``(row,)``."""
         energy = -self.statistics(x) @ self.theta
         return energy if self.log_measure is None else energy - self.log_measure(x)
+
+
+class _Whitened:
+    """Statistics of mean 0 and covariance 1 over data: ``L^-1 (T(x) - mean)``, ``L L'`` the covariance of T.
+
+    Attributes:
+        mean, factor: the mean of T and L, in float64.
+    """
+
+    def __init__(self, statistics: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        self.statistics = statistics
+        t = statistics(x).double()
+        self.mean = t.mean(0)
+        centred = t - self.mean
+        self.factor = cholesky_of(centred.T @ centred / len(t), self.mean)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        centred = self.statistics(x).double() - self.mean
+        return torch.linalg.solve_triangular(self.factor, centred.T, upper=False).T.to(x)
 
 
 class ExponentialFamily(EnergyModel):
@@ -72,11 +94,37 @@ class ExponentialFamily(EnergyModel):
         return found
 
     def fit(self, x: Any, *args: Any, **options: Any) -> EnergyFit:
-        """As ``EnergyModel.fit``; by default Adam from 0.05, 512 noise draws and the average of the last half."""
+        """As ``EnergyModel.fit``; by default Adam from 0.05, 512 noise draws and the average of the last half.
+
+        The fit starts at the theta that the family has. What it learns are the parameters of the statistics at mean 0
+        and covariance 1 over the data, so that one rate serves data of any unit, and log Z moves little with them (a
+        constant in the energy is multiplied by each batch's error of Z).
+        """
         defaults = {"lr": 0.05, "average_last": 0.5}
         if len(args) < 3:
             defaults["noise_samples"] = 512
-        return super().fit(x, *args, **{**defaults, **options})
+        data = self._check(x, "x")
+        energy = self.energy.to(device=data.device, dtype=data.dtype)
+        with torch.no_grad():
+            whitened = _Whitened(energy.statistics, data)
+            energy.theta.copy_(whitened.factor.T @ energy.theta.double())
+        statistics, energy.statistics = energy.statistics, whitened
+        try:
+            result = super().fit(data, *args, **{**defaults, **options})
+        finally:
+            energy.statistics = statistics
+            with torch.no_grad():
+                theta = torch.linalg.solve_triangular(whitened.factor.T, energy.theta.double()[:, None], upper=True)
+                constant = float(theta.squeeze(1) @ whitened.mean)
+                energy.theta.copy_(theta.squeeze(1))
+        # log Z goes with theta' T, which is more than what was learned by a constant
+        found = result.log_partition
+        assert found is not None and self.log_z is not None
+        self.log_z += constant
+        moved = {n: getattr(found, n) + constant for n in ("value", "lower", "upper", "log_weights")}
+        history = {n: h + constant if n.startswith("log_partition") else h for n, h in result.history.items()}
+        self.result = replace(result, log_partition=found._replace(**moved), history=history)
+        return self.result
 
     def config(self) -> dict[str, Any]:
         """Refused: a file cannot hold the statistics."""
@@ -110,8 +158,21 @@ class TruncatedNormal(ExponentialFamily):
 
     @property
     def scale(self) -> float:
-        """sigma, the uncut law's standard deviation."""
+        """sigma, the uncut law's standard deviation; NaN where the density curves upwards between the cuts."""
         return float((-1 / (2 * self.theta[1])).sqrt())
+
+    def fit(self, x: Any, *args: Any, **options: Any) -> EnergyFit:
+        """As ``ExponentialFamily.fit``, from the normal law of the data's mean and variance."""
+        data = self._check(x, "x")
+        mean, variance = data.mean(), data.var(correction=0)
+        if not float(variance) > (10 * torch.finfo(data.dtype).eps * float(mean)) ** 2:
+            raise ValueError("x is the same in every row: no normal law is the most likely")
+        if float(mean.square() / variance) * torch.finfo(data.dtype).eps > 1e-3:
+            problem = "x lies so far from 0 that theta' T(x) loses its digits: give float64"
+            warnings.warn(problem, SamplerWarning, stacklevel=2)
+        with torch.no_grad():
+            self.energy.to(data).theta.copy_(torch.stack([mean / variance, -0.5 / variance]))
+        return super().fit(data, *args, **options)
 
     def config(self) -> dict[str, Any]:
         """The cuts."""
@@ -126,6 +187,19 @@ class VonMises(ExponentialFamily):
     def __init__(self) -> None:
         support = constraints.interval(-math.pi, math.pi)
         super().__init__(lambda x: torch.stack([x.cos(), x.sin()], -1), [0.0, 0.0], (), support)
+
+    def fit(self, x: Any, *args: Any, **options: Any) -> EnergyFit:
+        """As ``ExponentialFamily.fit``, from the law that the mean resultant approximately has.
+
+        Banerjee, Dhillon, Ghosh and Sra, "Clustering on the unit hypersphere using von Mises-Fisher distributions",
+        JMLR 6, 2005, equation 4.4.
+        """
+        angle = self._check(x, "x")
+        mean = torch.stack([angle.cos().mean(), angle.sin().mean()])
+        length = mean.norm().clamp(max=0.9999)
+        with torch.no_grad():
+            self.energy.to(angle).theta.copy_(mean * (2 - length.square()) / (1 - length.square()))
+        return super().fit(angle, *args, **options)
 
     @property
     def concentration(self) -> float:
@@ -166,7 +240,7 @@ class ConwayMaxwellPoisson(ExponentialFamily):
         """As ``ExponentialFamily.fit``, from the Poisson law of the data's mean."""
         if isinstance(noise, str) and noise == "auto":
             counts = self._check(x, "x")
-            noise = PoissonNoise.fit(counts)
+            noise = NegativeBinomialNoise.fit(counts)
             with torch.no_grad():
                 self.energy.theta.copy_(torch.stack([counts.mean().clamp(min=1e-3).log(), torch.ones(())]))
         return super().fit(x, noise, *args, **options)

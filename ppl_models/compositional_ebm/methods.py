@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -27,6 +28,7 @@ from inference.objectives.unnormalised.objective import UnnormalisedObjective
 from inference.results.brief import brief
 from inference.results.evidence import LogPartition
 from inference.results.export import to_arviz
+from ppl_models.base import Standardiser
 from ppl_models.compositional_ebm.distribution import EnergyDistribution
 
 __all__ = [
@@ -35,7 +37,11 @@ __all__ = [
     "NoiseMeasure",
     "RelativeEnergy",
     "RelativeTo",
+    "StandardisedEnergy",
+    "StandardisedNoise",
     "build_objective",
+    "default_rate",
+    "moves_in_space",
     "optimise",
     "relative",
 ]
@@ -47,13 +53,20 @@ METHODS: dict[str, tuple[type[UnnormalisedObjective], dict[str, Any]]] = {
     "nce": (NoiseContrastive, {}),
     "ence": (ExponentialNoiseContrastive, {}),
     "cd": (ContrastiveDivergence, {"start": "data"}),
-    "pcd": (ContrastiveDivergence, {"start": "buffer"}),
-    "short_run": (ContrastiveDivergence, {"start": "noise"}),
+    "pcd": (ContrastiveDivergence, {"start": "buffer", "penalty": 0.1}),  # without it they run away
+    "short_run": (ContrastiveDivergence, {"start": "noise", "penalty": 0.1}),
     "dsm": (DenoisingScoreMatching, {}),
     "ssm": (SlicedScoreMatching, {}),
 }
 _LIKELIHOODS = (CompositionalLikelihood, SelfNormalisedLikelihood)
+_RATE, _RATE_IN_SPACE = 5e-3, 1e-3  # the latter of chains and scores, which run away at more
 _WITHOUT_NOISE = (ContrastiveDivergence, DenoisingScoreMatching, SlicedScoreMatching)
+
+
+def _known(method: str) -> str:
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {sorted(METHODS)}, got {method!r}")
+    return method
 
 
 def build_objective(
@@ -69,9 +82,7 @@ def build_objective(
     Raises:
         TypeError, ValueError: no such method, or an option that it does not have.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {sorted(METHODS)}, got {method!r}")
-    kind, defaults = METHODS[method]
+    kind, defaults = METHODS[_known(method)]
     arguments = {**defaults, **options}
     if kind is CompositionalLikelihood:
         arguments.setdefault("beta", beta)
@@ -141,9 +152,68 @@ class RelativeTo(nn.Module):
             self.density.refresh_after_average(x)
 
 
+class StandardisedEnergy(nn.Module):
+    """The Pyro model of events in units of the data's standard deviations, for methods that move in their space.
+
+    Langevin steps and denoising noise are as long in each coordinate, whatever its unit.
+
+    Args:
+        model: has the energy; its density is looked at by ``law``.
+        law: the unnormalised density of events in their own units.
+        x: data ``(row, *event)``.
+    """
+
+    def __init__(self, model: nn.Module, law: Callable[[], EnergyDistribution], x: Tensor) -> None:
+        super().__init__()
+        self.model, self._law = model, law
+        self.units = Standardiser(x[0].numel()).to(x)
+        self.units.learn(x.reshape(len(x), -1))
+
+    def standardise(self, x: Tensor) -> Tensor:
+        """Events ``(row, *event)`` in standard deviations."""
+        z: Tensor = self.units(x.reshape(len(x), -1))
+        return z.reshape(x.shape)
+
+    def forward(self, z: Tensor) -> None:
+        """Rows that are standardised."""
+        law = self._law()
+        jacobian = 0.0 if law.base is None else self.units.scale.log().sum()
+
+        def energy(rows: Tensor) -> Tensor:
+            return -law.log_prob(self.units.inverse(rows.reshape(len(rows), -1)).reshape(rows.shape)) - jacobian
+
+        with pyro.plate("data", len(z)):
+            pyro.sample("x", EnergyDistribution(energy, tuple(law.event_shape)), obs=z)
+
+
+class StandardisedNoise(nn.Module):
+    """A noise guide in the units of a ``StandardisedEnergy``."""
+
+    def __init__(self, noise: Noise, model: StandardisedEnergy) -> None:
+        super().__init__()
+        self.noise, self.units = noise, model.units
+
+    def forward(self, *batch: Any) -> None:
+        """Draws a row."""
+        shape = self.noise.event_shape
+        shift, scale = self.units.shift.reshape(shape), self.units.scale.reshape(shape)
+        to_units = dist.transforms.AffineTransform(-shift / scale, 1 / scale, event_dim=len(shape))
+        pyro.sample("x", dist.TransformedDistribution(self.noise.distribution(), [to_units]))
+
+
+def moves_in_space(method: str) -> bool:
+    """Whether a method takes steps or derivatives in the events' own space."""
+    return issubclass(METHODS[_known(method)][0], _WITHOUT_NOISE)
+
+
+def default_rate(method: str) -> float:
+    """Adam's first rate where none is given."""
+    return _RATE_IN_SPACE if moves_in_space(method) else _RATE
+
+
 def relative(method: str, options: Mapping[str, Any]) -> bool:
     """Whether a method needs densities at data and noise alone, from noise that stays as it is."""
-    return not issubclass(METHODS[method][0], _WITHOUT_NOISE) and options.get("adapt", "none") == "none"
+    return not moves_in_space(method) and options.get("adapt", "none") == "none"
 
 
 @brief

@@ -21,6 +21,7 @@ from inference.citation import Paper
 from inference.objectives.unnormalised import CompositionalLikelihood
 from inference.objectives.unnormalised.guards import unreliable
 from inference.objectives.unnormalised.noise import Noise, noise_from_config
+from inference.objectives.unnormalised.objective import refuse_edges
 from inference.results.evidence import LogPartition
 from ppl_models.base import Model, Standardiser, check_batch_size, check_count, check_counts, to_tensor
 from ppl_models.compositional_ebm.distribution import EnergyDistribution, check_energy
@@ -28,13 +29,24 @@ from ppl_models.compositional_ebm.methods import (
     EnergyFit,
     RelativeEnergy,
     RelativeTo,
+    StandardisedEnergy,
+    StandardisedNoise,
     build_objective,
     check_schedule,
+    default_rate,
+    moves_in_space,
     optimise,
     relative,
 )
 from ppl_models.compositional_ebm.networks import EnergyNetwork
-from ppl_models.compositional_ebm.noise import as_noise, given_noise, refuse_outside, without_noise
+from ppl_models.compositional_ebm.noise import (
+    as_noise,
+    noise_for_file,
+    noise_for_load,
+    noise_of_file,
+    refuse_outside,
+    without_noise,
+)
 from ppl_models.compositional_ebm.normaliser import estimate, importance
 from ppl_models.compositional_ebm.sampling import sample
 
@@ -42,6 +54,7 @@ __all__ = ["EnergyModel"]
 
 _CHECK_SAMPLES = 100_000
 _ROWS_AT_ONCE = 16_384
+_LOSS = 0.5  # nats a row; peers that are short of their optimum are below their noise by less
 
 
 class EnergyModel(Model):
@@ -108,6 +121,9 @@ class EnergyModel(Model):
         self.hidden, self.seed = check_counts("hidden", hidden), seed
         size = torch.Size(self.event_shape).numel()
         self.energy = EnergyNetwork(size, self.hidden, seed=seed) if energy is None else energy
+        self._given["support"] = support is not None
+        if support is None and isinstance(base, Distribution):
+            support = base.support
         self._base, self._support = base, support
         self.noise: Noise | None = None
         self.tilt: Noise | None = None
@@ -156,7 +172,7 @@ class EnergyModel(Model):
         valid: Any = None,
         seed: int = 0,
         *,
-        lr: float = 5e-3,
+        lr: float | None = None,
         weight_decay: float = 0.0,
         average_last: float = 0.0,
         optimizer: Callable[..., Any] | None = None,
@@ -178,7 +194,8 @@ class EnergyModel(Model):
             num_steps: steps of the optimiser.
             valid: held-out data; their loss is in the history.
             seed: same seed, same machine, same result to the bit.
-            lr: Adam's first rate; a cosine brings it to zero. In many dimensions more may serve: try it on ``valid``.
+            lr: Adam's first rate; a cosine brings it to zero. None: 5e-3, or 1e-3 of contrastive divergence and score
+                matching. In many dimensions more may serve: try it on ``valid``.
             weight_decay: AdamW's. A few hundred rows are learned by heart without it (10, with 100 steps, served 180).
             average_last: share of the steps, from the end, over which the parameters are averaged.
             optimizer: a function from parameters to a torch optimiser, in place of Adam.
@@ -186,7 +203,8 @@ class EnergyModel(Model):
             progress: progress bar, or a function that receives its fields.
             options: of the method: ``correction``, ``warmup_steps``, ``adapt`` and ``on_collapse`` of the compositional
                 objective, ``noise_ratio`` of NCE, ``num_steps`` and ``step_size`` of contrastive divergence as
-                ``langevin_steps`` and ``langevin_step_size``, ``sigma`` of denoising.
+                ``langevin_steps`` and ``langevin_step_size``, ``sigma`` of denoising; steps and sigma are in units
+                of the data's standard deviations.
 
         Returns:
             The histories and log Z, also kept as ``result``.  A fit that ends in an error leaves the model unfitted.
@@ -197,23 +215,29 @@ class EnergyModel(Model):
             CollapseError: the noise lost sight of the model, so that neither fit nor log Z would mean anything.
 
         Warns:
-            SamplerWarning: a fresh estimate of log Z disagrees with the running one, or its weights have a heavy tail.
+            SamplerWarning: a fresh estimate of log Z disagrees with the running one, or its weights have a heavy tail,
+                as after a contrastive divergence that ran away; or a tilt is below its own noise on its own data.
         """
         x = self._check(x, "x")
         held_out = None if valid is None else self._check(valid, "valid").to(x)
         check_count("num_steps", num_steps)
         check_count("noise_samples", noise_samples)
-        check_schedule(lr, weight_decay, average_last)
+        rate = default_rate(method) if lr is None else lr
+        check_schedule(rate, weight_decay, average_last)
         size = check_batch_size(batch_size, len(x), 256)
         if noise is None and self._base is None:
             raise ValueError("an improper model (base=None) has no law to draw noise from: give noise='auto' or a law")
         found = as_noise(noise, x, self._support, seed)
         if held_out is not None:
             refuse_outside(found, held_out, "valid")
-        for name in ("num_steps", "step_size"):
-            if f"langevin_{name}" in options:
-                options[name] = options.pop(f"langevin_{name}")
+        for given, name in (("langevin_steps", "num_steps"), ("langevin_step_size", "step_size")):
+            if given in options:
+                options[name] = options.pop(given)
         build_objective(method, self, found, noise_samples, beta, options)  # refuses before anything is changed
+        if moves_in_space(method):
+            refuse_edges(self._support, f"method={method!r}")
+            if self._base == "tilt" or found.support.is_discrete:
+                refuse_edges(found.support, f"method={method!r}")
         self._start(x, found, seed, frozen=options.get("adapt", "none") != "none")
         data: tuple[Tensor, ...] = (x,)
         held: tuple[Tensor, ...] | None = None if held_out is None else (held_out,)
@@ -224,6 +248,13 @@ class EnergyModel(Model):
             objective = relative_to.density
             data = (x, self._log_noise(x))
             held = None if held_out is None else (held_out, self._log_noise(held_out))
+        elif moves_in_space(method):
+            inside = StandardisedEnergy(self, lambda: self._law(None), x)
+            objective = trained = build_objective(
+                method, inside, StandardisedNoise(found, inside), noise_samples, beta, options
+            )
+            data = (inside.standardise(x),)
+            held = None if held_out is None else (inside.standardise(held_out),)
         else:
             objective = trained = build_objective(method, self, found, noise_samples, beta, options)
         loop, history = optimise(
@@ -233,7 +264,7 @@ class EnergyModel(Model):
             valid=held,
             num_steps=num_steps,
             batch_size=size,
-            lr=lr,
+            lr=rate,
             weight_decay=weight_decay,
             average_last=average_last,
             optimizer=optimizer,
@@ -242,10 +273,10 @@ class EnergyModel(Model):
             progress=progress,
         )
         fresh = self._measure(seed)
-        if isinstance(objective, CompositionalLikelihood):
-            problem = unreliable(float(objective.log_u), fresh.value, fresh.standard_error, fresh.khat)
-            if problem:
-                warnings.warn(problem, SamplerWarning, stacklevel=2)
+        running = float(objective.log_u) if isinstance(objective, CompositionalLikelihood) else fresh.value
+        problem = unreliable(running, fresh.value, fresh.standard_error, fresh.khat, fresh.ess) or self._lost(x)
+        if problem:
+            warnings.warn(problem, SamplerWarning, stacklevel=2)
         self.result = EnergyFit(history, fresh, method, loop)
         return self.result
 
@@ -264,6 +295,20 @@ class EnergyModel(Model):
     def _log_noise(self, x: Tensor) -> Tensor:
         return torch.cat([self._noise().log_prob(part) for part in x.split(_ROWS_AT_ONCE)])
 
+    @torch.no_grad()
+    def _lost(self, x: Tensor) -> str | None:
+        """How far a tilt is below its own noise, E = 0, on its own data; None where it is not."""
+        if self._base != "tilt":
+            return None
+        energies = torch.cat([self.energy(part) for part in x.split(_ROWS_AT_ONCE)]).double()
+        gain = float(-energies.mean()) - float(self.log_z or 0.0)
+        if gain > -_LOSS:
+            return None
+        return (
+            f"the fitted density is {-gain:.3g} nats a row below the noise that it started from, on its own data: the "
+            "fit ran away, as it may at rows many standard deviations out. Lower lr, or take logarithms of x"
+        )
+
     def _measure(self, seed: int) -> LogPartition:
         found = importance(self._law(None), self._noise(), _CHECK_SAMPLES, seed)
         self.log_z = found.value
@@ -280,8 +325,8 @@ class EnergyModel(Model):
         """
         self._fitted("log_prob")
         law, x = self._law(self.log_z), self._check(x, "x")
-        placed = next(itertools.chain(self.energy.parameters(), self.energy.buffers()), x)
-        x = x.to(placed.device)
+        held = itertools.chain(self.energy.parameters(), self.energy.buffers())
+        x = x.to(next((t for t in held if t.is_floating_point()), x))
         return torch.cat([law.log_prob(part) for part in x.split(_ROWS_AT_ONCE)])
 
     def log_partition(
@@ -384,12 +429,10 @@ class EnergyModel(Model):
                 f"{path} holds another energy than the default network; where it was a module of yours, give "
                 "load(path, energy=...)"
             ) from error
-        if noise is not None:
+        if noise is not None or (model.log_z is not None and model.noise is None):
             like = next(iter(model.energy.parameters()))
-            model.noise = given_noise(noise, tuple(model.event_shape)).to(device=like.device, dtype=like.dtype)
+            model.noise = noise_for_load(noise, tuple(model.event_shape), like, path)
             model.tilt = model.noise if model._base == "tilt" else None
-        if model.log_z is not None and model.noise is None:
-            raise ValueError(f"{path} was fitted with noise that a file cannot hold: give load(path, noise=...)")
         return model
 
     def _extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -398,11 +441,8 @@ class EnergyModel(Model):
         for name, part in (("noise", self.noise), ("tilt", self.tilt if self.tilt is not self.noise else None)):
             if part is None:
                 continue
-            try:
-                meta[name] = {"kind": type(part).__name__, "config": part.config()}
-                tensors |= {f"{name}/{n}": v for n, v in part.state_dict().items()}
-            except ValueError:
-                meta[name] = "object"
+            found, meta[name] = noise_for_file(part)
+            tensors |= {f"{name}/{n}": v for n, v in found.items()}
         return tensors, meta
 
     def _restore_extra(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -415,10 +455,8 @@ class EnergyModel(Model):
             )
         self.log_z = meta["log_z"]
         for name in ("noise", "tilt"):
-            found = meta.get(name)
-            if isinstance(found, dict):
-                state = {n.removeprefix(f"{name}/"): v for n, v in tensors.items() if n.startswith(f"{name}/")}
-                setattr(self, name, noise_from_config(found["kind"], found["config"], state))
+            state = {n.removeprefix(f"{name}/"): v for n, v in tensors.items() if n.startswith(f"{name}/")}
+            setattr(self, name, noise_of_file(meta.get(name), state))
         if self._base == "tilt" and self.tilt is None:
             self.tilt = self.noise
 

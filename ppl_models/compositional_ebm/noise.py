@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
@@ -24,6 +24,7 @@ from inference.objectives.unnormalised.noise import (
     NegativeBinomialNoise,
     Noise,
     PoissonNoise,
+    noise_from_config,
 )
 from inference.objectives.unnormalised.quasi_random import QuasiRandomNoise
 from inference.runtime.generators import scoped_seed
@@ -47,12 +48,16 @@ __all__ = [
     "auto_noise",
     "covering_mixture",
     "given_noise",
+    "noise_for_file",
+    "noise_for_load",
+    "noise_of_file",
     "refuse_outside",
     "without_noise",
 ]
 
 _FEW = 3  # dimensions that one inflated normal still covers well
 _OVERDISPERSED = 1.3  # variance of counts over their mean, above which Poisson noise does not cover them
+_LARGE = 10.0  # mean count, above which Poisson noise of 1.3 times it lies a standard deviation and more too high
 _INFLATION = 1.3
 _COMPONENTS = 60  # at most, of the automatic mixture
 _PRIOR_ROWS = 0.125  # rows a dimension that each component's prior, the data's own variance, is worth
@@ -65,13 +70,21 @@ class CallableNoise(Noise):
 
     def __init__(self, guide: Callable[[], Any]) -> None:
         with scoped_seed(0), torch.no_grad(), poutine.block():
-            site: Any = poutine.trace(guide).get_trace().nodes.get("x")
+            nodes: Any = poutine.trace(guide).get_trace().nodes
+        site = nodes.get("x")
         if site is None or site["type"] != "sample":
             raise ValueError('noise must draw the site "x": pyro.sample("x", ...)')
         if site["fn"].batch_shape:
             raise ValueError(
                 f"noise must draw one row at a time, without a plate; its site has batch shape "
                 f"{tuple(site['fn'].batch_shape)}"
+            )
+        drawn = {n: s for n, s in nodes.items() if s["type"] == "sample" and not s["infer"].get("_deterministic")}
+        others = sorted(drawn.keys() - {"x"})
+        if others:
+            raise ValueError(
+                f"noise must draw the site 'x' alone, it has {others} too: the density of x would be that given what "
+                "they drew. Sum them out: a mixture is MixtureSameFamily"
             )
         super().__init__(site["fn"].event_shape)
         self.guide = guide
@@ -137,11 +150,11 @@ def counts_or_labels(x: Tensor) -> bool:
 def auto_noise(x: Tensor, support: Any = None, seed: int = 0) -> Noise:
     """Noise for data ``(row, *event)``: that which covers them and little else.
 
-    Zeros and ones get Bernoulli noise, counts Poisson, or negative binomial where one varies more than that; a box or
-    half-line, as ``support`` says, uniform or exponential noise; real data of up to three dimensions a normal of 1.3
-    times their standard deviations, and more dimensions a mixture of normals with a tenth of a wide normal.  Whole
-    numbers on a large scale are real data (see ``counts_or_labels``); ``support=constraints.nonnegative_integer`` makes
-    counts of them.
+    Zeros and ones get Bernoulli noise, counts Poisson, or negative binomial where one varies more than that or is
+    large; a box or half-line, as ``support`` says, uniform or exponential noise; real data of up to three dimensions a
+    normal of 1.3 times their standard deviations, and more dimensions a mixture of normals with a tenth of a wide
+    normal.  Whole numbers on a large scale are real data (see ``counts_or_labels``);
+    ``support=constraints.nonnegative_integer`` makes counts of them.
 
     Warns:
         SamplerWarning: some coordinates are whole numbers on a large scale and others on a small one, which independent
@@ -163,7 +176,8 @@ def auto_noise(x: Tensor, support: Any = None, seed: int = 0) -> Noise:
         if bool((x < 0).any()):
             raise ValueError("data of whole numbers below zero have no automatic noise: give noise=")
         counts = x.double()
-        spread = bool((counts.var(0, correction=0) > _OVERDISPERSED * counts.mean(0)).any())
+        mean = counts.mean(0)
+        spread = bool(((counts.var(0, correction=0) > _OVERDISPERSED * mean) | (mean > _LARGE)).any())
         return NegativeBinomialNoise.fit(x) if spread else PoissonNoise.fit(x)
     x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
     low, high = getattr(inner, "lower_bound", None), getattr(inner, "upper_bound", None)
@@ -175,6 +189,7 @@ def auto_noise(x: Tensor, support: Any = None, seed: int = 0) -> Noise:
         return HalfLineNoise.fit(x, float(low))
     if high is not None or inner not in (None, constraints.real):
         raise ValueError(f"there is no automatic noise for the support {support}: give noise=")
+    _refuse_one_row(x)
     if x[0].numel() <= _FEW:
         return GaussianNoise.fit(x, _INFLATION)
     dim = x[0].numel()
@@ -183,10 +198,16 @@ def auto_noise(x: Tensor, support: Any = None, seed: int = 0) -> Noise:
     return covering_mixture(x, components, inflation=1.1, ridge=ridge, seed=seed)
 
 
+def _refuse_one_row(x: Tensor) -> None:
+    if len(x) < 2:
+        raise ValueError("one row has no spread that automatic noise could have: give noise=, or more rows")
+
+
 def covering_mixture(
     x: Tensor, components: int, *, inflation: float = 1.0, wide: float = _INFLATION, ridge: float, seed: int
 ) -> DefensiveMixture:
     """A mixture of normals fitted to ``x``, with a tenth of one normal of ``wide`` times the standard deviations."""
+    _refuse_one_row(x)
     narrow = MixtureNoise.fit(x, components, inflation=inflation, ridge=ridge, seed=seed)
     return DefensiveMixture(narrow, GaussianNoise.fit(x, wide), 0.1)
 
@@ -270,6 +291,32 @@ def refuse_outside(noise: Noise, x: Tensor, name: str) -> None:
             f"{int(outside.sum())} of {len(x)} rows of {name} lie outside the noise's support (the first is row "
             f"{int(outside.nonzero()[0])}): the noise must be able to draw whatever the data may be"
         )
+
+
+def noise_for_file(noise: Noise) -> tuple[dict[str, Tensor], Any]:
+    """Tensors and description of a noise for a model's file; ``"object"`` describes what a file cannot hold."""
+    try:
+        return dict(noise.state_dict()), {"kind": type(noise).__name__, "config": noise.config()}
+    except ValueError:
+        return {}, "object"
+
+
+def noise_of_file(description: Any, tensors: Mapping[str, Tensor]) -> Noise | None:
+    """The noise that ``noise_for_file`` described; None where it could not."""
+    if not isinstance(description, dict):
+        return None
+    return noise_from_config(description["kind"], description["config"], tensors)
+
+
+def noise_for_load(noise: Any, event_shape: tuple[int, ...], like: Tensor, path: Any) -> Noise:
+    """What a user gave ``load`` for noise that the file at ``path`` does not hold.
+
+    Raises:
+        TypeError, ValueError: it is None, or none that could be noise.
+    """
+    if noise is None:
+        raise ValueError(f"{path} was fitted with noise that a file cannot hold: give load(path, noise=...)")
+    return given_noise(noise, event_shape).to(device=like.device, dtype=like.dtype)
 
 
 def without_noise(state: dict[str, Any], prefix: str) -> dict[str, Any]:

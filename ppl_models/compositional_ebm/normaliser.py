@@ -13,6 +13,7 @@ import torch
 
 from inference._errors import SamplerWarning
 from inference.log_partition import ais_sandwich, bridge_sampling
+from inference.objectives.unnormalised.guards import FEWEST
 from inference.objectives.unnormalised.noise import Noise
 from inference.objectives.unnormalised.quasi_random import QuasiRandomNoise
 from inference.results.evidence import LogPartition, from_weights, with_upper_bound
@@ -61,7 +62,8 @@ def quadrature(law: EnergyDistribution, noise: Noise, num_samples: int, seed: in
             edges.copy_(pick(edges, torch.as_tensor(bound, dtype=edges.dtype, device=edges.device).expand_as(edges)))
     points = max(16, int(num_samples ** (1 / dim)) // 2 * 2)
     width = (high - low) / points
-    axes = [low[i] + width[i] * (torch.arange(points, device=low.device) + 0.5) for i in range(dim)]
+    steps = torch.arange(points, dtype=low.dtype, device=low.device) + 0.5
+    axes = [low[i] + width[i] * steps for i in range(dim)]
     grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, *shape)
     with torch.no_grad():
         values = torch.cat([law.log_prob(part).double() for part in grid.split(_CHUNK)])
@@ -96,6 +98,13 @@ def estimate(law: EnergyDistribution, noise: Noise, method: str, num_samples: in
             warnings.warn(
                 f"the weights have Pareto k = {found.khat:.2f} > {_UNRELIABLE_K}: neither log Z nor its error can be "
                 "trusted; use method='ais', or noise with heavier tails",
+                SamplerWarning,
+                stacklevel=3,
+            )
+        elif found.ess < FEWEST:
+            warnings.warn(
+                f"{found.ess:.3g} of {num_samples} draws carry log Z: neither it nor its error can be trusted; use "
+                "method='ais', or noise that covers the model",
                 SamplerWarning,
                 stacklevel=3,
             )

@@ -45,6 +45,7 @@ def test_a_lag_and_a_tail_are_named() -> None:
     assert "Pareto k = 0.75 > 0.7" in str(unreliable(1.0, 1.0, 0.01, 0.75))
     assert "Pareto k" in str(unreliable(1.0, 9.0, 0.01, 0.75))  # such a fresh estimate shows no lag
     assert unreliable(math.nan, 1.0, 0.01, 0.3) is not None
+    assert "3 of the noise draws" in str(unreliable(1.0, 1.0, 0.01, 0.3, ess=3.0))  # whose tail has no shape
 
 
 def test_beta_that_holds_the_variance_of_u() -> None:

@@ -26,6 +26,12 @@ class BoxNoise(Noise):
         self.register_buffer("low", low.detach().clone().reshape(-1))
         self.register_buffer("high", high.detach().clone().reshape(-1))
 
+    @property
+    def support(self) -> Any:
+        """The box."""
+        edges = constraints.interval(self.low.reshape(self.event_shape), self.high.reshape(self.event_shape))
+        return constraints.independent(edges, len(self.event_shape)) if self.event_shape else edges
+
     @classmethod
     def fit(cls, x: Tensor, margin: float = 0.1) -> Self:
         """The box around data ``(row, *event)``."""

@@ -21,10 +21,10 @@ same noise batch's estimates at the new and at the old ones,
     log u_{t-1}  <-  log u_{t-1} + log g(theta_t; z_t) - log g(theta_{t-1}; z_t),
 
 (a STORM correction that keeps u positive; it is not in the paper), at the cost of one more pass of some of the noise
-without a gradient.  Half of the draws serve: their share of Var(log u) is ``(1 - beta)^2 / (beta (2 - beta))`` times
-that of the change of l over one step, which is small beside the estimate's own.  The draws must be fresh ones: those of
-the step before, whose values at theta_{t-1} are known already, are what the step from there was fitted to, and on them
-Z falls too much.  Before, ``warmup_steps`` steps are made with beta = 1.
+without a gradient.  Half of the draws serve, and of many 256: their share of Var(log u) is
+``(1 - beta)^2 / (beta (2 - beta))`` times that of the change of l over one step, which is small beside the estimate's
+own.  The draws must be fresh ones: those of the step before, whose values at theta_{t-1} are known already, are what
+the step from there was fitted to, and on them Z falls too much.  Before, ``warmup_steps`` steps are made with beta = 1.
 """
 
 import math
@@ -47,6 +47,7 @@ __all__ = ["CompositionalLikelihood", "mix"]
 _CORRECTIONS = ("ratio", "none")
 _ADAPTATIONS = ("none", "data", "cross_entropy")
 _CORRECTED_BY_HALF = 64  # noise draws from which every other one carries the ratio correction
+_CORRECTING = 256  # draws that do so at most, of larger batches
 
 
 def mix(log_u: Tensor, log_g: Tensor, beta: Tensor) -> Tensor:
@@ -236,7 +237,8 @@ class CompositionalLikelihood(UnnormalisedObjective):
                 for n, p in current.items():
                     self.register_buffer(_key(n), p.detach().clone())
             else:
-                some = slice(None, None, 1 if len(a) < _CORRECTED_BY_HALF else 2)  # every other one of a grid, too
+                stride = 1 if len(a) < _CORRECTED_BY_HALF else max(2, len(a) // _CORRECTING)
+                some = slice(None, None, stride)  # evenly over a grid, too
                 values = {n: z[some] for n, z in draws.values.items()}
                 covariates = self._covariates(batch, len(a), some)
                 old = self.pair.log_density(values, covariates, record=True, parameters=kept)

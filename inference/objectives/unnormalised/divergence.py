@@ -17,7 +17,7 @@ from torch import Tensor
 
 from inference.kernels.base import count, nonnegative, positive
 from inference.kernels.sgld import SGLD, SGLDState
-from inference.objectives.unnormalised.objective import UnnormalisedObjective
+from inference.objectives.unnormalised.objective import UnnormalisedObjective, refuse_edges
 
 __all__ = ["ContrastiveDivergence"]
 
@@ -124,7 +124,9 @@ class ContrastiveDivergence(UnnormalisedObjective):
         super()._prepare(batch)
         if first and self.pair.covariates(batch):
             raise ValueError("contrastive divergence takes no covariates")
-        if first and (self.pair.discrete or not self.pair.data(batch)[self._site()].is_floating_point()):
+        if first:
+            refuse_edges(self.pair.support, "Langevin dynamics")
+        if first and not self.pair.data(batch)[self._site()].is_floating_point():
             raise ValueError("Langevin dynamics needs continuous data: use method 'compositional', 'nce' or 'snl'")
 
     def _state_names(self) -> set[str]:

@@ -19,6 +19,7 @@ __all__ = ["LEAST_ESS", "PATIENCE", "Guard", "unreliable"]
 LEAST_ESS = 0.01  # effective share of the noise below which its weights have collapsed
 PATIENCE = 50  # steps in a row
 LARGEST_K = 0.7
+FEWEST = 25  # effective draws of a fresh estimate
 LARGEST_LAG = 0.5  # nats between the running log u and a fresh estimate
 _WINDOW = 512  # noise draws that are judged together
 
@@ -82,8 +83,10 @@ class Guard:
         warnings.warn(message, SamplerWarning, stacklevel=2)
 
 
-def unreliable(running: float, fresh: float, error: float, pareto_k: float) -> str | None:
+def unreliable(running: float, fresh: float, error: float, pareto_k: float, ess: float = math.inf) -> str | None:
     """Why a learned log Z should not be trusted beside a fresh large estimate; None where it may."""
+    if ess < FEWEST:  # of which no tail can be told
+        return f"{ess:.3g} of the noise draws carry the estimate of log Z: {ADVICE}"
     if pareto_k > LARGEST_K:  # first, as then the fresh estimate is none that u could be held against
         return f"the noise weights have Pareto k = {pareto_k:.2f} > {LARGEST_K}: {ADVICE}"
     if not abs(running - fresh) <= LARGEST_LAG + 4 * error:

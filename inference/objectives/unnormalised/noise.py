@@ -4,6 +4,7 @@ Each is a ``PyroModule`` whose call draws one row at the site ``"x"``.  Its tens
 and loads with what holds it; a flow's are parameters, which learn with the objective (``adapt``) or from data before.
 """
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
@@ -30,6 +31,8 @@ __all__ = [
     "Noise",
     "NoiseDistribution",
     "PoissonNoise",
+    "cholesky_of",
+    "unchecked",
 ]
 
 _LOG_2PI = math.log(2 * math.pi)
@@ -150,15 +153,24 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, covariance
 
 
-def _factor(covariance: Tensor) -> Tensor:
-    """Cholesky factor, after a ridge where the data lie in a plane."""
-    scale = covariance.diagonal().mean().clamp(min=torch.finfo(covariance.dtype).tiny)
+def cholesky_of(covariance: Tensor, mean: Tensor) -> Tensor:
+    """Cholesky factor ``(dim, dim)``, after a ridge where the data lie in a plane.
+
+    The ridge is a share of each column's own spread, whatever the units of the others; a constant column counts as
+    spread as the largest, or by one where all are constant.
+    """
+    spread = covariance.diagonal().sqrt()
+    floor = 10 * torch.finfo(spread.dtype).eps * mean.abs()  # what rounding leaves of a constant
+    varies = spread > floor
+    largest = spread[varies].max() if bool(varies.any()) else torch.ones_like(spread[0])
+    spread = torch.where(varies, spread, largest)
+    correlation = covariance / spread / spread[:, None]
     eye = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
     for ridge in (0.0, 1e-6, 1e-4, 1e-2, 1.0):
-        factor, failed = torch.linalg.cholesky_ex(covariance + ridge * scale * eye)
-        if not bool(failed) and bool((factor.diagonal() > 1e-4 * scale.sqrt()).all()):
-            return factor
-    return eye
+        factor, failed = torch.linalg.cholesky_ex(correlation + ridge * eye)
+        if not bool(failed) and bool((factor.diagonal() > 1e-4).all()):
+            return spread[:, None] * factor
+    return spread.diag()
 
 
 class GaussianNoise(Noise):
@@ -185,7 +197,7 @@ class GaussianNoise(Noise):
     def fit(cls, x: Tensor, inflation: float = 1.3) -> Self:
         """The law for data ``(row, *event)``."""
         mean, covariance = _moments(x)
-        return cls(mean.reshape(x.shape[1:]), positive("inflation", inflation) * _factor(covariance))
+        return cls(mean.reshape(x.shape[1:]), positive("inflation", inflation) * cholesky_of(covariance, mean))
 
     def draw(self, num: int) -> Tensor:
         """As in ``Noise``."""
@@ -329,6 +341,19 @@ class BernoulliNoise(Noise):
         return (k * self.probs.log() + (1 - k) * torch.log1p(-self.probs)).sum(1)
 
 
+def unchecked(law: Any) -> Any:
+    """A copy of a distribution that does not look at its arguments, which a recording could not.
+
+    Laws that were expanded keep checks of their own, whatever the library's scopes say.
+    """
+    found = copy.copy(law)
+    found._validate_args = False
+    for name in ("base_dist", "_mixture_distribution", "_component_distribution"):
+        if name in vars(found):
+            setattr(found, name, unchecked(getattr(found, name)))
+    return found
+
+
 class DistributionNoise(Noise):
     """Any torch or Pyro distribution without batch shape."""
 
@@ -341,7 +366,9 @@ class DistributionNoise(Noise):
                 f".to_event({len(law.batch_shape)}) joins independent ones"
             )
         super().__init__(law.event_shape)
-        self.law = law
+        self.law, self._unchecked = law, unchecked(law)
+        with scoped_seed(0), torch.no_grad():
+            self._inside: Tensor = law.sample()
 
     @property
     def support(self) -> Any:
@@ -357,10 +384,9 @@ class DistributionNoise(Noise):
         """As in ``Noise``; minus infinity outside the support."""
         support: Any = self.law.support
         inside = support.check(x)
-        with torch.no_grad():  # a point inside, so that no infinite slope comes from outside
-            anchor = self.law.sample().expand_as(x)
         shape = inside.shape + (1,) * (x.dim() - inside.dim())
-        value: Tensor = self.law.log_prob(torch.where(inside.reshape(shape), x, anchor))
+        # a point inside, so that no infinite slope comes from outside
+        value: Tensor = self._unchecked.log_prob(torch.where(inside.reshape(shape), x, self._inside.to(x)))
         return torch.where(inside, value, torch.full_like(value, -math.inf))
 
     def config(self) -> dict[str, Any]:
@@ -466,8 +492,11 @@ class DefensiveMixture(Noise):
 
     @property
     def support(self) -> Any:
-        """The narrow part's."""
-        return self.narrow.support
+        """The wide part's, or that of a narrow one without bounds."""
+        inner = self.narrow.support
+        while isinstance(inner, constraints.independent):
+            inner = inner.base_constraint
+        return self.narrow.support if inner is constraints.real else self.wide.support
 
     def draw(self, num: int) -> Tensor:
         """As in ``Noise``."""

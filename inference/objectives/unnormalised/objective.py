@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from inference.kernels.base import count
 from inference.objectives.unnormalised.guards import Guard
@@ -13,7 +14,7 @@ from inference.objectives.unnormalised.pair import Draws, NoisePair
 from inference.results.evidence import LogPartition, from_weights, with_upper_bound
 from inference.runtime.generators import derive_seed, scoped_seed
 
-__all__ = ["UnnormalisedObjective", "positive_weights"]
+__all__ = ["UnnormalisedObjective", "positive_weights", "refuse_edges"]
 
 _LOOK_EVERY = 256  # steps between two looks at the counters; each is one transfer from the device
 _CHUNK = 16_384  # noise draws at once in ``log_partition``; fixed, as the random stream depends on it
@@ -202,6 +203,26 @@ class UnnormalisedObjective(nn.Module):
         row = torch.stack([v.detach().to(self.record) for v in values])
         self.record.index_copy_(0, self.step.reshape(1), row[None])
         self.step.add_(1)
+
+
+def refuse_edges(support: Any, what: str) -> None:
+    """Refuse a law on a part of the real numbers: there a score says nothing of the mass at the edge.
+
+    Args:
+        support: the law's; None where it is not known.
+        what: the method, for the message.
+
+    Raises:
+        ValueError: the support is discrete or bounded.
+    """
+    inner = support
+    while isinstance(inner, constraints.independent):
+        inner = inner.base_constraint
+    if inner not in (None, constraints.real, constraints.real_vector):
+        raise ValueError(
+            f"{what} needs continuous data without bounds, the support is {support}: use method 'compositional', "
+            "'nce' or 'snl'"
+        )
 
 
 def positive_weights(weights: Tensor, log_p: Tensor) -> Tensor:

@@ -83,6 +83,7 @@ class NoisePair(nn.Module):
         self.plate_size: int | None = None  # rows of the whole data, where the model's plate says it
         self.inspected = False
         self.discrete = False
+        self.support: Any = None  # of the first noise site, as the model has it
         self._graphs: dict[Any, Callable[..., list[Tensor]]] = {}
         self._held: tuple[dict[str, nn.Parameter], list[Tensor]] = ({}, [])
         self._in_python = False
@@ -208,6 +209,7 @@ class NoisePair(nn.Module):
                     "must sit inside the data plate with one value a row, not be summed over the rows"
                 )
         support = getattr(site["fn"], "support", None)
+        self.support = support
         if self._functions[1] is not None and support is not None and bool(support.is_discrete) != self.discrete:
             kinds = ("discrete", "continuous") if support.is_discrete else ("continuous", "discrete")
             raise ValueError(f"the model's site {self.sites[0]!r} is {kinds[0]} and the noise is {kinds[1]}")

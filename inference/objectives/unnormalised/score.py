@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from inference.kernels.base import positive
-from inference.objectives.unnormalised.objective import UnnormalisedObjective
+from inference.objectives.unnormalised.objective import UnnormalisedObjective, refuse_edges
 
 __all__ = ["DenoisingScoreMatching", "SlicedScoreMatching"]
 
@@ -36,6 +36,12 @@ class _ScoreMatching(UnnormalisedObjective):
         if self._advances():
             self._write(loss)
         return loss if torch.is_grad_enabled() else loss.detach()
+
+    def _prepare(self, batch: tuple[Tensor, ...]) -> None:
+        first = not self.pair.inspected
+        super()._prepare(batch)
+        if first:
+            refuse_edges(self.pair.support, "score matching")
 
     def _loss(self, x: Tensor, log_density: Callable[[Tensor], Tensor]) -> Tensor:
         raise NotImplementedError
