@@ -383,6 +383,7 @@ def test_other_bad_arguments() -> None:
         (lambda: dbm.fit([[0] * 6] * 4, objective="x"), "objective"),
         (lambda: dbm.fit([[0] * 6] * 4, [[False] * 6] * 4), "nothing as data"),
         (lambda: dbm.fit([[0] * 6] * 4, observed_fraction=1.5), "observed_fraction"),
+        (lambda: dbm.fit([[0] * 6] * 4, observed_fraction=1.0), "hides nothing"),
         (lambda: dbm.fit([[0] * 6] * 4, [[True] * 5 + [False]] * 4, objective="pseudo_likelihood"), "hidden"),
         (lambda: dbm.fit([[0] * 6] * 4, labels=[9]), "labels"),
         (lambda: dbm.fit([[0] * 6] * 4, lr=-1.0), "lr"),
