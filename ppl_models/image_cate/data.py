@@ -210,13 +210,17 @@ def make_trial(
         found = "; ".join(f"{name}: rows {_some(mask)}" for name, mask in reasons.items() if bool(mask.any()))
         if missing == "raise":
             raise ValueError(f"NaN or infinite values ({found}). Impute them, or give missing='drop' to leave rows out")
+        if len(dropped) == n:
+            raise ValueError(f"every row holds NaN or infinite values ({found}): nothing is left to fit")
         messages.append(f"left out {len(dropped)} of {n} rows with NaN or infinite values ({found})")
     if not bool(torch.isfinite(t).all()) or not bool(((t == 0) | (t == 1)).all()):
         wrong = int((~((t == 0) | (t == 1))).nonzero()[0])
         raise ValueError(f"treatment must be 0 or 1, it is {t[wrong].item():g} at row {wrong}")
     weight = parts["sample_weight"].to(dtype)
-    if not bool((torch.isfinite(weight) & (weight >= 0)).all()) or not bool(weight.sum() > 0):
-        raise ValueError("sample_weight must be finite and not negative, with a positive sum")
+    if not bool((torch.isfinite(weight) & (weight >= 0)).all()) or not bool(weight[keep].sum() > 0):
+        raise ValueError(
+            "sample_weight must be finite and not negative, with a positive sum over the rows that are kept"
+        )
     trial = Trial(
         images=pixels[first],
         outcome=y,
@@ -225,7 +229,7 @@ def make_trial(
         groups=index if site is None else site,
         modifiers=parts["covariates"],
         controls=parts["controls"],
-        sample_weight=weight / weight.mean(),
+        sample_weight=weight / weight[keep].mean(),  # of those that are kept: it is an amount of information too
         rows=torch.arange(n, device=device),
         image_rows=first,
         dropped=dropped,

@@ -1,5 +1,6 @@
 """ImageCATE on data: truth of simulations, invariances, bad input, and one fit that many tests look at."""
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -409,6 +410,21 @@ def test_rows_with_gaps_are_dropped_and_named() -> None:
     with pytest.warns(UserWarning, match="left out 2 of 240 rows"):
         result = fit_tabular(model, trial)
     assert result.dropped == (3, 7) and len(model.to_dataframe()) == 238
+
+
+def test_weights_of_dropped_rows_do_not_matter() -> None:
+    trial = stripes(240, noise=0.5, seed=0)
+    keep = torch.arange(240) >= 20
+    outcome, weight = torch.where(keep, trial.outcome, math.nan), torch.where(keep, 1.0, 100.0)
+    settings: dict[str, Any] = {"backbone": "fixed", "num_folds": 2, "num_samples": 100}
+    dropped, own = ImageCATE(**settings, missing="drop"), ImageCATE(**settings)
+    with pytest.warns(UserWarning, match="left out 20"):
+        dropped.fit(outcome, trial.treatment, trial.images, sample_weight=weight, progress=False)
+    own.fit(outcome[keep], trial.treatment[keep], trial.images[keep], progress=False)
+    for a, b in zip(dropped.cluster_effects(), own.cluster_effects(), strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match="nothing is left"):
+        dropped.fit(outcome * math.nan, trial.treatment, trial.images, progress=False)
 
 
 def test_types_that_were_lost_are_told() -> None:
