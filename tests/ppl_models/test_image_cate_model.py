@@ -270,6 +270,16 @@ def test_one_type_is_a_constant_effect() -> None:
     assert bool((model.salience(trial["images"]) == 0).all())
 
 
+def test_one_type_ranks_nobody() -> None:
+    """Rounding of the baselines, which differ between units, would."""
+    trial = stripes(100, noise=1.0, seed=0)
+    model = ImageCATE(num_clusters=1, backbone="fixed", num_folds=2, num_samples=50)
+    model.fit(trial.outcome.double(), trial.treatment, trial.images.double(), progress=False)
+    found = model.evaluate()
+    assert found.autoc.estimate == found.qini.estimate == found.autoc.standard_error == 0
+    assert found.permutation_p_value == 1
+
+
 def test_images_are_looked_at_once_and_hold_folds_together() -> None:
     """Units that share an image, by index or by equal pixels, give the same fit and the same errors."""
     trial = tabular_trial(60)
