@@ -58,7 +58,8 @@ class MarginalizationModel(Training):
     Args:
         cardinalities: number of values K_j of each variable; they may differ.
         network: ``"mlp"`` (residual), ``"transformer"``, ``"unet"`` (images) or ``"lattice"`` (periodic convolutions).
-        context_features: size C of a vector that the law is conditional on; 0 for none.
+        context_features: size C of a vector that the law is conditional on, in any units: the first fit standardises
+            it; 0 for none.
         marginal: the network of f: ``"trunk"``, of its own, reading the features of the conditionals' network;
             ``"separate"``, of its own alone; ``"shared"``, a head on those features.
         hidden: width.
@@ -159,10 +160,10 @@ class MarginalizationModel(Training):
         if isinstance(rows, str) and rows not in _ROWS:
             raise ValueError(f"rows must be one of {_ROWS} or rows of your own, got {rows!r}")
         values, held_out = self._training_rows("x", x), None
-        c, held_c = self._check_context(context, len(values)), None
+        c, held_c = self._raw_context(context, len(values)), None
         if valid is not None:
             held_out = self._training_rows("valid", valid)
-            held_c = self._check_context(valid_context, len(held_out), "valid_context")
+            held_c = self._raw_context(valid_context, len(held_out), "valid_context")
         check_count("num_steps", num_steps)
         check_count("num_rows", num_rows, 2)
         count = check_count("refit_rows", refit_rows, 0)
@@ -176,6 +177,8 @@ class MarginalizationModel(Training):
         path = None if checkpoint is None else Path(checkpoint)
         settings: dict[str, Any] = {"batch": size, "lr": lr, "weight_decay": weight_decay}
         settings |= {"patience": patience, "progress": progress}
+        self._learn_context(c)
+        c, held_c = self._in_own_units(c), self._in_own_units(held_c)
         self._start("data", None)
         self.marginals.base.learn(values, generator=generator(seed, "classes", device=values.device))
         judged = (values, c) if held_out is None else (held_out, held_c)

@@ -69,7 +69,7 @@ class EnergyTarget:
                 f"log_density is minus infinity at {len(found) - len(possible)} of {len(found)} random rows; such "
                 f"states are given {self.floor:.4g}, {_BELOW:g} nats below the lowest finite value there",
                 SamplerWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def exact(self, values: Tensor) -> Tensor:
