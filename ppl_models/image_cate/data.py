@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_models.base import from_array, to_tensor
+from ppl_models.base import from_array, to_precision, to_tensor
 
 __all__ = ["Trial", "Units", "check_images", "make_trial"]
 
@@ -168,7 +168,7 @@ def make_trial(
             raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
         return tensor
 
-    y = numeric("outcome", outcome, 1).to(dtype)
+    y = numeric("outcome", outcome, 1)
     t = numeric("treatment", treatment, 1).to(dtype)
     n = len(y)
     if image_index is None:
@@ -190,9 +190,9 @@ def make_trial(
     parts = {
         "treatment": t,
         "image_index": index,
-        "covariates": empty if covariates is None else numeric("covariates", covariates, 2).to(dtype),
-        "controls": empty if controls is None else numeric("controls", controls, 2).to(dtype),
-        "sample_weight": torch.ones_like(y) if sample_weight is None else numeric("sample_weight", sample_weight, 1),
+        "covariates": empty if covariates is None else numeric("covariates", covariates, 2),
+        "controls": empty if controls is None else numeric("controls", controls, 2),
+        "sample_weight": y.new_ones(n) if sample_weight is None else numeric("sample_weight", sample_weight, 1),
     }
     site = None if groups is None else _labels("groups", groups, device)
     for name, part in [*parts.items(), *([] if site is None else [("groups", site)])]:
@@ -216,6 +216,10 @@ def make_trial(
     if not bool(torch.isfinite(t).all()) or not bool(((t == 0) | (t == 1)).all()):
         wrong = int((~((t == 0) | (t == 1))).nonzero()[0])
         raise ValueError(f"treatment must be 0 or 1, it is {t[wrong].item():g} at row {wrong}")
+    # Before units are centred: an offset may be all that a narrower dtype holds.
+    for name, part in (("outcome", y), *((c, parts[c]) for c in ("covariates", "controls"))):
+        to_precision(name, part[keep], dtype)
+    y, *columns = (x.to(dtype) for x in (y, parts["covariates"], parts["controls"]))
     weight = parts["sample_weight"].to(dtype)
     if not bool((torch.isfinite(weight) & (weight >= 0)).all()) or not bool(weight[keep].sum() > 0):
         raise ValueError(
@@ -227,8 +231,8 @@ def make_trial(
         treatment=t,
         image_index=index,
         groups=index if site is None else site,
-        modifiers=parts["covariates"],
-        controls=parts["controls"],
+        modifiers=columns[0],
+        controls=columns[1],
         sample_weight=weight / weight[keep].mean(),  # of those that are kept: it is an amount of information too
         rows=torch.arange(n, device=device),
         image_rows=first,

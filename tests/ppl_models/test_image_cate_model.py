@@ -384,6 +384,8 @@ def bad(**changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         ({"num_clusters": 0}, "at least 1"),
         ({"objective": "soft"}, "objective must be one of"),
         ({"num_folds": 1}, "num_folds"),
+        ({"outcome": torch.arange(40).double() + 1e8}, "outcome varies by 11.5 .* float32 cannot tell apart"),
+        ({"covariates": torch.arange(40).double().sqrt() + 1e9}, "covariates varies .* column 0"),
         ({"outcome": torch.zeros(40, 2)}, r"outcome must have shape \(N,\)"),
         ({"images": torch.randn(30, 4)}, "give image_index"),
         ({"lon_lat": torch.zeros(39, 2)}, r"lon_lat must be \(S, 2\)"),
