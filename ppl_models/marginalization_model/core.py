@@ -38,6 +38,7 @@ class MarginalizationNetworks(Model):
 
     kind: ClassVar[str] = "MarginalizationModel"
     cardinalities: Tensor
+    _level: float = 0.0  # what f lacks to the density that it was fitted to, everywhere
 
     def __init__(
         self,
@@ -268,12 +269,12 @@ class MarginalizationNetworks(Model):
 
     # ------------------------------------------------------------------ files
     def _extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return self.marginals.pairwise.terms(), {"kind": self.marginals.kind}
+        return self.marginals.pairwise.terms(), {"kind": self.marginals.kind, "level": self._level}
 
     def _restore_extra(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         if meta["kind"] not in ("data", "pairwise", "energy", "none"):
             raise ValueError(f"unknown kind {meta['kind']!r}")
-        self.marginals.kind = meta["kind"]
+        self.marginals.kind, self._level = meta["kind"], float(meta.get("level", 0.0))
         self.marginals.pairwise.set_terms(**tensors)
 
 

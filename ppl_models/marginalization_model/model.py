@@ -40,6 +40,7 @@ _BATCH = 512
 _AVERAGED = 0.3  # of the second stage's updates
 _FEWEST_TO_SPLIT, _MOST_SET_ASIDE = 20, 1000
 _MASKS = 500  # at least, of held-out rows: few rows are looked at behind many
+_LEVEL_DRAWS = 1024  # for the level of f after a fit by divergence
 _SWEEPS = 8  # of Metropolis blocks, from resampled draws to draws of the target
 
 
@@ -373,6 +374,8 @@ class MarginalizationModel(Training):
         )
         if objective.startswith("arm"):
             return MarginalizationResult(self, history, None, None)
+        if objective == "kl":
+            self._level = self._level_of(target, seed)
         check = compare(self, self.sample(self._check_count(), seed=seed), None, CHECK_ORDERS, seed)
         return MarginalizationResult(self, history, None, check, int(chains.restarts) if chains is not None else 0)
 
@@ -430,6 +433,12 @@ class MarginalizationModel(Training):
         larger.marginals.pairwise.set_terms(**terms)
         return larger
 
+    @torch.no_grad()
+    def _level_of(self, target: EnergyTarget, seed: int) -> float:
+        """What f lacks to the density on average over draws: the divergence does not see a constant in f."""
+        draws = self.sample(_LEVEL_DRAWS, seed=seed)
+        return float((target(draws) - self._in_chunks(self.marginals, draws, None)).double().mean())
+
     def _energy(self, values: Tensor) -> Tensor:
         if self._target is not None:
             return self._target.exact(values)
@@ -478,7 +487,7 @@ class MarginalizationModel(Training):
             raise RuntimeError("log_partition is of an energy: call fit_energy first (a fit to data has Z = 1)")
         empty = self.cardinalities.new_full((num_samples, self.num_variables), -1)
         if method == "network":
-            value = float(self.marginals(empty[:1], None))
+            value = float(self.marginals(empty[:1], None)) + self._level
             none = torch.zeros(0, dtype=torch.float64)
             return LogPartition(value, math.nan, -math.inf, math.inf, math.nan, math.nan, False, method, none, none)
         found = self._check_order(order)
