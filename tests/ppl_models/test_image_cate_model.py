@@ -270,6 +270,19 @@ def test_one_type_is_a_constant_effect() -> None:
     assert bool((model.salience(trial["images"]) == 0).all())
 
 
+@pytest.mark.parametrize(("shift", "scale"), [(0.0, 1e-7), (1e7, 1.0)])
+def test_exemplars_in_any_units(shift: float, scale: float) -> None:
+    """All images were taken for constant ones."""
+    trial = stripes(100, noise=0.5, seed=0)
+    images = shift + scale * trial.images.double()
+    images[5] = shift
+    model = ImageCATE(backbone="fixed", num_folds=2, num_samples=50)
+    with pytest.warns(UserWarning, match="1 of 100 images are constant"):
+        model.fit(trial.outcome, trial.treatment, images, progress=False)
+    rows = model.exemplars(100).rows
+    assert bool((rows == 5).any()) is False and int((rows >= 0).sum(1)[0]) == 99
+
+
 def test_one_type_ranks_nobody() -> None:
     """Rounding of the baselines, which differ between units, would."""
     trial = stripes(100, noise=1.0, seed=0)
