@@ -323,10 +323,13 @@ class MarginalizationModel(Training):
         if objective == "consistency" and structure and target.floor > -math.inf:
             terms = find_pairwise(target.log_density, self.cardinalities, draw)
         self.conditionals.independent.zero_()  # where rows of data were, if there were any
+        if terms is None and objective in ("consistency", "fm"):
+            target.centre(self._typical(target, batch_size, draw))
         self._start("none" if objective.startswith("arm") else "energy" if terms is None else "pairwise", target)
         if terms is not None:
             self.marginals.pairwise.set_terms(**terms)
         self.marginals.freeze_trunk = False
+        self._level = target.offset
         networks = (self.marginals, self.conditionals, target, self.cardinalities)
         loss: nn.Module
         if objective == "consistency":
@@ -434,6 +437,14 @@ class MarginalizationModel(Training):
         return larger
 
     @torch.no_grad()
+    def _typical(self, target: EnergyTarget, count: int, draw: torch.Generator) -> float:
+        """Mean log-density of rows that Metropolis steps have moved from uniform ones."""
+        rows, block = uniform_values(self.cardinalities, count, draw), max(1, self.num_variables // 16)
+        steps = math.ceil(_SWEEPS * self.num_variables / block)
+        moved, _ = block_gibbs(self.conditionals, rows, steps, block, parallel=True, log_density=target, generator=draw)
+        return float(target(moved).double().mean())
+
+    @torch.no_grad()
     def _level_of(self, target: EnergyTarget, seed: int) -> float:
         """What f lacks to the density on average over draws: the divergence does not see a constant in f."""
         draws = self.sample(_LEVEL_DRAWS, seed=seed)
@@ -499,7 +510,8 @@ class MarginalizationModel(Training):
             return drawn.values, drawn.log_prob
 
         values, log_q = self._in_chunks(fill, empty, ranks)
-        forward = self._in_chunks(self._energy, values).double() - log_q.double()
+        offset = 0.0 if self._target is None else self._target.offset
+        forward = self._in_chunks(self._energy, values).double() + offset - log_q.double()
         if bool((forward == -math.inf).all()):
             raise RuntimeError(
                 f"all of {num_samples} draws have zero density: fit longer, or give a density of which more states are "
@@ -512,7 +524,7 @@ class MarginalizationModel(Training):
             self.conditionals, values[chosen], steps, block, parallel=True, log_density=self._energy, generator=draw
         )
         path = self._in_chunks(lambda v, r: chain_rule(self.conditionals, v, r)[:, -1], moved, ranks)
-        backward = self._in_chunks(self._energy, moved).double() - path.double()
+        backward = self._in_chunks(self._energy, moved).double() + offset - path.double()
         if method == "bridge":
             return sandwich(forward, backward, method, exact=False)
         low, high = from_weights(forward, method), from_weights(backward, method, reverse=True)
