@@ -438,11 +438,14 @@ class MarginalizationModel(Training):
 
     @torch.no_grad()
     def _typical(self, target: EnergyTarget, count: int, draw: torch.Generator) -> float:
-        """Mean log-density of rows that Metropolis steps have moved from uniform ones."""
+        """A level about which f can be learned: the mean log-density of uniform rows, and of a peaked density what rows
+        have that Metropolis steps have moved, less the logarithm of the number of states.
+        """
         rows, block = uniform_values(self.cardinalities, count, draw), max(1, self.num_variables // 16)
         steps = math.ceil(_SWEEPS * self.num_variables / block)
         moved, _ = block_gibbs(self.conditionals, rows, steps, block, parallel=True, log_density=target, generator=draw)
-        return float(target(moved).double().mean())
+        uniform, typical = (float(target(x).double().mean()) for x in (rows, moved))
+        return max(uniform, typical - self.log_states)
 
     @torch.no_grad()
     def _level_of(self, target: EnergyTarget, seed: int) -> float:
