@@ -32,6 +32,7 @@ __all__ = [
     "check_counts",
     "check_inputs",
     "from_array",
+    "to_precision",
     "to_tensor",
     "unchanged_on_error",
 ]
@@ -49,6 +50,38 @@ def from_array(value: Any, dtype: Any = None) -> Tensor:
     return torch.tensor(np.asarray(value, dtype=dtype))
 
 
+_EXACT = (torch.float64, torch.int64, torch.int32)  # what single precision may round
+_MOST_LOST = 0.01  # of a column's standard deviation
+_ROWS = 4096  # that are looked at
+
+
+def to_precision(name: str, value: Tensor, like: Tensor | torch.dtype) -> Tensor:
+    """``value`` ``(..., columns)`` or ``(N,)`` in the dtype (and on the device) of ``like``.
+
+    Raises:
+        ValueError: what varies in a column would be lost by rounding: large numbers that differ little.
+    """
+    made = value.to(like)
+    if not value.numel() or value.dtype not in _EXACT or value.dtype == made.dtype:
+        return made
+    rows = value.detach().reshape(-1, value.shape[-1] if value.ndim > 1 else 1)
+    exact = rows[:: -(-len(rows) // _ROWS)].double()
+    spread = exact.std(0, correction=0)
+    least, most = exact.aminmax(dim=0)
+    size = torch.maximum(least.abs(), most.abs())
+    doubtful = (torch.finfo(made.dtype).eps * size > _MOST_LOST * spread) & (spread > 1e-14 * size)
+    for column in doubtful.nonzero()[:, 0].tolist():
+        own = exact[:, column]
+        if float((own.to(made.dtype).double() - own).abs().max()) > _MOST_LOST * float(spread[column]):
+            place = f" in column {column}" if value.ndim > 1 else ""
+            kind = str(made.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{name} varies by {float(spread[column]):.3g} around {float(own.mean()):.6g}{place}, which {kind} "
+                "cannot tell apart: subtract a constant, or give all data as float64 tensors"
+            )
+    return made
+
+
 def to_tensor(name: str, value: Any) -> Tensor:
     """``value`` as a finite tensor.
 
@@ -57,7 +90,7 @@ def to_tensor(name: str, value: Any) -> Tensor:
 
     Raises:
         TypeError: not numeric.
-        ValueError: empty, or NaN or infinite values.
+        ValueError: empty, NaN or infinite values, or numbers that torch's default dtype cannot tell apart.
     """
     if not isinstance(value, Tensor):
         try:
@@ -67,7 +100,7 @@ def to_tensor(name: str, value: Any) -> Tensor:
                 f"{name} must be a tensor or a numeric array, got {type(value).__name__} ({error})"
             ) from error
         if value.is_floating_point():
-            value = value.to(torch.get_default_dtype())
+            value = to_precision(name, value, torch.get_default_dtype())
     if value.is_complex():
         raise TypeError(f"{name} must hold real numbers, got {value.dtype}")
     if value.numel() == 0:
@@ -92,7 +125,7 @@ def check_inputs(name: str, value: Any, columns: int, event_shape: tuple[int, ..
     """
     value = to_tensor(name, value)
     if not value.is_floating_point():
-        value = value.to(torch.get_default_dtype())
+        value = to_precision(name, value, torch.get_default_dtype())
     if event_shape is not None and tuple(value.shape[1:]) == event_shape:
         value = value.flatten(1)
     if value.ndim != 2 or value.shape[1] != columns:

@@ -72,6 +72,10 @@ class MaskedConditionals(nn.Module):
         for head in heads:
             if head.shown is not None and not 0 <= head.shown <= 1:
                 raise ValueError(f"the share of rows that show a head must lie in [0, 1], got {head.shown!r}")
+        if all((low if head.shown is None else head.shown) == 1 for head in heads):
+            raise ValueError(
+                f"observed_fraction = {given!r} hides nothing, so that there is nothing to learn: give less than 1"
+            )
         self.model, self.conditional, self.heads = model, conditional, list(heads)
         self.low, self.high, self.num_steps = float(low), float(high), num_steps
         self.units = int(unit_of.max()) + 1

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from inference.results.brief import brief
 from inference.runtime.generators import derive_seed, generator
-from ppl_models.base import check_count
+from ppl_models.base import check_count, to_tensor
 from ppl_models.functional_prior_bnn.predictions import Prediction
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def _doubt(prediction: Prediction) -> Tensor:
     return prediction.mutual_information if prediction.noise_variance is None else prediction.function_variance.sum(-1)
 
 
-def auroc(inside: Tensor, outside: Tensor) -> Tensor:
+def auroc(inside: Any, outside: Any) -> Tensor:
     """Area under the ROC curve of a score that should be larger out of distribution: ``P(outside > inside) + P(equal)
     / 2``.
 
@@ -168,18 +168,21 @@ def auroc(inside: Tensor, outside: Tensor) -> Tensor:
         outside: scores of out-of-distribution points, ``(M,)``.
 
     Raises:
-        ValueError: empty or not finite.
+        TypeError, ValueError: not numeric, empty or not finite.
     """
+    inside, outside = to_tensor("inside", inside), to_tensor("outside", outside)
+    dtype = torch.promote_types(inside.dtype, outside.dtype)
+    inside, outside = inside.to(dtype), outside.to(inside.device, dtype)
     for name, value in (("inside", inside), ("outside", outside)):
-        if value.ndim != 1 or len(value) == 0 or not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{name} must be a non-empty vector of finite scores, got shape {tuple(value.shape)}")
+        if value.ndim != 1:
+            raise ValueError(f"{name} must be a vector of scores, got shape {tuple(value.shape)}")
     ordered = inside.sort().values
     below = torch.searchsorted(ordered, outside, right=False)
     not_above = torch.searchsorted(ordered, outside, right=True)
     return (below + not_above).double().mean() / (2 * len(inside))
 
 
-def calibration_error(probabilities: Tensor, labels: Tensor, num_bins: int = 10) -> Tensor:
+def calibration_error(probabilities: Any, labels: Any, num_bins: int = 10) -> Tensor:
     """Expected calibration error: the mean over points of |accuracy - confidence| of their bin of confidence (Guo et
     al., ICML 2017).
 
@@ -187,8 +190,18 @@ def calibration_error(probabilities: Tensor, labels: Tensor, num_bins: int = 10)
         probabilities: ``(N, classes)``, or ``(N, 1)`` of the label 1.
         labels: ``(N,)``.
         num_bins: equal bins of [0, 1].
+
+    Raises:
+        TypeError, ValueError: not numeric, or other shapes.
     """
     check_count("num_bins", num_bins)
+    probabilities = to_tensor("probabilities", probabilities)
+    labels = to_tensor("labels", labels).to(probabilities.device)
+    if probabilities.ndim != 2 or labels.numel() != len(probabilities):
+        raise ValueError(
+            f"probabilities must be (N, classes) and labels (N,), got {tuple(probabilities.shape)} and "
+            f"{tuple(labels.shape)}"
+        )
     p = torch.cat([1 - probabilities, probabilities], 1) if probabilities.shape[1] == 1 else probabilities
     confidence, predicted = p.max(1)
     right = (predicted == labels.reshape(-1)).to(p.dtype)

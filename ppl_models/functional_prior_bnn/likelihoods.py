@@ -12,7 +12,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from ppl_models.base import to_tensor
+from ppl_models.base import to_precision, to_tensor
 
 __all__ = ["Bernoulli", "Categorical", "Gaussian", "Laplace", "Likelihood", "build_likelihood"]
 
@@ -55,7 +55,7 @@ class Gaussian(Likelihood):
         y = to_tensor("y", y)
         if y.is_complex():
             raise TypeError(f"y must be real for a {self.name} likelihood, got {y.dtype}")
-        return _columns(y, num_rows, num_outputs).to(like)
+        return to_precision("y", _columns(y, num_rows, num_outputs), like)
 
     def distribution(self, f: Tensor, noise_variance: Tensor | None) -> Any:
         """Normal, independent over outputs."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_models.base import from_array, to_tensor
+from ppl_models.base import from_array, to_precision, to_tensor
 
 __all__ = ["Trial", "Units", "check_images", "make_trial"]
 
@@ -168,7 +168,7 @@ def make_trial(
             raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
         return tensor
 
-    y = numeric("outcome", outcome, 1).to(dtype)
+    y = numeric("outcome", outcome, 1)
     t = numeric("treatment", treatment, 1).to(dtype)
     n = len(y)
     if image_index is None:
@@ -190,9 +190,9 @@ def make_trial(
     parts = {
         "treatment": t,
         "image_index": index,
-        "covariates": empty if covariates is None else numeric("covariates", covariates, 2).to(dtype),
-        "controls": empty if controls is None else numeric("controls", controls, 2).to(dtype),
-        "sample_weight": torch.ones_like(y) if sample_weight is None else numeric("sample_weight", sample_weight, 1),
+        "covariates": empty if covariates is None else numeric("covariates", covariates, 2),
+        "controls": empty if controls is None else numeric("controls", controls, 2),
+        "sample_weight": y.new_ones(n) if sample_weight is None else numeric("sample_weight", sample_weight, 1),
     }
     site = None if groups is None else _labels("groups", groups, device)
     for name, part in [*parts.items(), *([] if site is None else [("groups", site)])]:
@@ -210,22 +210,30 @@ def make_trial(
         found = "; ".join(f"{name}: rows {_some(mask)}" for name, mask in reasons.items() if bool(mask.any()))
         if missing == "raise":
             raise ValueError(f"NaN or infinite values ({found}). Impute them, or give missing='drop' to leave rows out")
+        if len(dropped) == n:
+            raise ValueError(f"every row holds NaN or infinite values ({found}): nothing is left to fit")
         messages.append(f"left out {len(dropped)} of {n} rows with NaN or infinite values ({found})")
     if not bool(torch.isfinite(t).all()) or not bool(((t == 0) | (t == 1)).all()):
         wrong = int((~((t == 0) | (t == 1))).nonzero()[0])
         raise ValueError(f"treatment must be 0 or 1, it is {t[wrong].item():g} at row {wrong}")
+    # Before units are centred: an offset may be all that a narrower dtype holds.
+    for name, part in (("outcome", y), *((c, parts[c]) for c in ("covariates", "controls"))):
+        to_precision(name, part[keep], dtype)
+    y, *columns = (x.to(dtype) for x in (y, parts["covariates"], parts["controls"]))
     weight = parts["sample_weight"].to(dtype)
-    if not bool((torch.isfinite(weight) & (weight >= 0)).all()) or not bool(weight.sum() > 0):
-        raise ValueError("sample_weight must be finite and not negative, with a positive sum")
+    if not bool((torch.isfinite(weight) & (weight >= 0)).all()) or not bool(weight[keep].sum() > 0):
+        raise ValueError(
+            "sample_weight must be finite and not negative, with a positive sum over the rows that are kept"
+        )
     trial = Trial(
         images=pixels[first],
         outcome=y,
         treatment=t,
         image_index=index,
         groups=index if site is None else site,
-        modifiers=parts["covariates"],
-        controls=parts["controls"],
-        sample_weight=weight / weight.mean(),
+        modifiers=columns[0],
+        controls=columns[1],
+        sample_weight=weight / weight[keep].mean(),  # of those that are kept: it is an amount of information too
         rows=torch.arange(n, device=device),
         image_rows=first,
         dropped=dropped,

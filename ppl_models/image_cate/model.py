@@ -319,7 +319,7 @@ class ImageCATE(Model):
             checkpoint=checkpoint,
         )
         for message in state.messages[len(trial.messages) :]:
-            warnings.warn(message, UserWarning, stacklevel=2)
+            warnings.warn(message, UserWarning, stacklevel=3)
         object.__setattr__(self, "_state", state)
         object.__setattr__(self, "_places", places)
         return self.result

@@ -41,7 +41,7 @@ class Rate:
         grid: shares at which the curve has a standard error, ``(10,)``: 0.1, 0.2, ... 1.
         grid_toc: the curve there.
         grid_standard_error: its standard error there.
-        num_groups: number of groups that were drawn from.
+        num_groups: number of groups that were drawn from: those with weight.
     """
 
     estimate: float
@@ -90,7 +90,7 @@ def rate(
         weights: sample weights ``(N,)``, not negative.  None: equal.
 
     Raises:
-        ValueError: NaN, shapes that differ, fewer than two groups, an unknown kind, a negative weight.
+        ValueError: NaN, shapes that differ, fewer than two groups with weight, an unknown kind, a negative weight.
     """
     scores = as_vector("scores", scores)
     n, device = len(scores), scores.device
@@ -99,6 +99,10 @@ def rate(
     num_bootstrap = check_count("num_bootstrap", num_bootstrap, 2)
     sites = index_groups(groups, n, device, least=2)
     weight = as_weights(weights, scores)
+    present = group_sums(weight, sites) > 0
+    num_groups = int(present.sum())
+    if num_groups < 2:
+        raise ValueError(f"weights must be positive in at least 2 groups, they are in {num_groups}")
 
     order = torch.argsort(priority, descending=True, stable=True)
     starts, ends = _tie_bounds(priority[order])
@@ -112,8 +116,9 @@ def rate(
     chunk = max(1, _CELLS // n)
     for first in range(0, num_bootstrap, chunk):
         keys = torch.rand(min(chunk, num_bootstrap - first), sites.count, generator=stream, device=device)
+        keys[:, ~present] = -1.0  # a group without weight is not in the sample, nor in half of it
         half = torch.zeros_like(keys, dtype=torch.float64)
-        half.scatter_(1, keys.topk(sites.count // 2, dim=1, sorted=False).indices, 1.0)
+        half.scatter_(1, keys.topk(num_groups // 2, dim=1, sorted=False).indices, 1.0)
         drawn, _, curve = _curve(centred, half[:, site] * weight, starts, ends, kind, grid)
         values.append(drawn)
         curves.append(curve)
@@ -126,7 +131,7 @@ def rate(
         grid=grid,
         grid_toc=at_grid[0],
         grid_standard_error=torch.cat(curves).std(0),
-        num_groups=sites.count,
+        num_groups=num_groups,
     )
 
 

@@ -110,13 +110,11 @@ def refute(
 ) -> tuple[Refutation, ...]:
     """Refit the study under each of ``methods``.
 
-    - ``"placebo_treatment"``: treatments are shuffled over units, or over groups where a group has one treatment, and
-    the
-      propensity is constant.  Neither an average effect nor a ranking may be found.
+    - ``"placebo_treatment"``: treatments are shuffled over units, or over groups where a group has one treatment,
+      and the propensity is constant.  Neither an average effect nor a ranking may be found.
     - ``"permuted_images"``: images are shuffled over sites.  No ranking may be found.
-    - ``"random_common_cause"``: a column of standard normals joins the covariates.  The average effect may move by half
-    of
-      its standard error.
+    - ``"random_common_cause"``: a column of standard normals joins the covariates.  The average effect may move by
+      half of its standard error.
     - ``"subset"``: a share of the groups, at random.  The average effect may move by what the smaller sample explains.
     - ``"leave_one_region_out"``, where asked for: each region of ``study.regions`` in turn is left out, once whatever
       ``num_repeats`` is.  The same of the average effect, which one region may not make.

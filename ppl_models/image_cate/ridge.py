@@ -18,7 +18,7 @@ class _Standard:
     def __init__(self, x: Tensor) -> None:
         self.shift = x.mean(0)
         scale = (x - self.shift).square().mean(0).sqrt()
-        flat = scale <= 1e-10 * (1 + self.shift.abs())
+        flat = scale <= 1e-10 * self.shift.abs()
         self.inverse_scale = torch.where(flat, 0.0, 1 / torch.where(flat, 1.0, scale))
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -83,7 +83,8 @@ def exemplars(fitted: Fitted, count: int, lon_lat: Tensor | None, least_km: floa
     found = fitted.at(trial.images, *fitted.average_columns(trial.num_images)).probs[..., fitted.order]
     lower = found.quantile(0.05, 0) if len(found) > 1 else found[0]
     flat = trial.images.flatten(1)
-    blank = flat.std(1) <= 1e-6 * (1 + flat.abs().amax(1))
+    rounding = 4 * torch.finfo(flat.dtype).eps * flat.abs().amax(1)
+    blank = flat.std(1) <= torch.maximum(1e-6 * flat.std(), rounding)
     rows = torch.full((lower.shape[1], count), -1, dtype=torch.long, device=lower.device)
     bounds = lower.new_full(rows.shape, math.nan)
     for k in range(lower.shape[1]):

@@ -371,6 +371,9 @@ def point_values(guide: TypeGuide, *args: Any) -> dict[str, Tensor]:
 def point_effects(mixture: EffectMixture, drawn: dict[str, Tensor], found: Any, units: Units) -> Tensor:
     """Effects of the types in outcome units ``(B, U or 1, K)`` at values of the sites, without site effects.
 
+    Where they do not depend on the baseline they are not made as a difference from it either, whose rounding would rank
+    units of one effect.
+
     Args:
         mixture: the model.
         drawn: values of its sites.
@@ -381,6 +384,10 @@ def point_effects(mixture: EffectMixture, drawn: dict[str, Tensor], found: Any, 
     drawn.setdefault("rho", mixture.effect_loc.new_zeros(2, 0, mixture.num_clusters))
     means = []
     logits, baseline, deviation = found
+    if mixture.likelihood.linear:
+        effect = drawn["mu"] if deviation is None else drawn["mu"] + deviation
+        shape = torch.broadcast_shapes((len(units.treatment), 1, 1), effect.shape[:-1])
+        return (mixture.likelihood.scale * effect[..., 0]).expand(shape)
     for arm in (0.0, 1.0):
         treated = torch.full_like(units.treatment, arm)
         everyone = units._replace(treatment=treated, site=torch.zeros_like(units.site))

@@ -12,7 +12,7 @@ from torch import Tensor
 from inference.any_order import MISSING
 from inference.citation import Paper
 from inference.runtime.generators import scoped_seed
-from ppl_models.base import Model, check_count, check_counts, to_tensor
+from ppl_models.base import Model, Standardiser, check_count, check_counts, to_tensor
 from ppl_models.marginalization_model.distribution import MarginalizationDistribution
 from ppl_models.marginalization_model.networks import BODIES, BodySpec, ConditionalNetwork, MarginalNetwork, build_body
 
@@ -38,6 +38,7 @@ class MarginalizationNetworks(Model):
 
     kind: ClassVar[str] = "MarginalizationModel"
     cardinalities: Tensor
+    _level: float = 0.0  # what f lacks to the density that it was fitted to, everywhere
 
     def __init__(
         self,
@@ -95,6 +96,7 @@ class MarginalizationNetworks(Model):
         spec = BodySpec(
             len(counts), max(counts), hidden, depth, float(dropout), context_features, num_heads=num_heads, shape=sides
         )
+        self.context_units = Standardiser(context_features) if context_features else None
         with scoped_seed(seed):
             trunk = build_body(network, spec)
             self.conditionals = ConditionalNetwork(trunk, counts)
@@ -154,6 +156,7 @@ class MarginalizationNetworks(Model):
                 raise ValueError(
                     f"context must have {self.context_features} features (last dimension), got {tuple(context.shape)}"
                 )
+            context = self._in_own_units(context)
         elif context is not None:
             raise ValueError("context was given and the model has none: set context_features")
         shape = torch.Size() if observed is None else observed.shape[:-1]
@@ -209,7 +212,21 @@ class MarginalizationNetworks(Model):
             )
         return values
 
+    def _in_own_units(self, context: Tensor | None) -> Tensor | None:
+        """A context as the networks take it: standardised as the first fit's was."""
+        return context if context is None or self.context_units is None else self.context_units(context)
+
+    def _learn_context(self, context: Tensor | None) -> None:
+        """The units of contexts ``(N, C)``; those of a model that was fitted before stay as they are."""
+        units = self.context_units
+        if context is not None and units is not None and bool(((units.shift == 0) & (units.scale == 1)).all()):
+            units.learn(context)
+
     def _check_context(self, context: Any, rows: int, name: str = "context") -> Tensor | None:
+        """A context ``(rows, C)`` as the networks take it."""
+        return self._in_own_units(self._raw_context(context, rows, name))
+
+    def _raw_context(self, context: Any, rows: int, name: str = "context") -> Tensor | None:
         if context is None:
             if self.context_features:
                 raise ValueError(f"{name} is needed: shape (N, {self.context_features})")
@@ -252,12 +269,12 @@ class MarginalizationNetworks(Model):
 
     # ------------------------------------------------------------------ files
     def _extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return self.marginals.pairwise.terms(), {"kind": self.marginals.kind}
+        return self.marginals.pairwise.terms(), {"kind": self.marginals.kind, "level": self._level}
 
     def _restore_extra(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         if meta["kind"] not in ("data", "pairwise", "energy", "none"):
             raise ValueError(f"unknown kind {meta['kind']!r}")
-        self.marginals.kind = meta["kind"]
+        self.marginals.kind, self._level = meta["kind"], float(meta.get("level", 0.0))
         self.marginals.pairwise.set_terms(**tensors)
 
 

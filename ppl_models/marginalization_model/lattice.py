@@ -81,7 +81,7 @@ class LatticeIsing:
         """log Z, exact to rounding, in float64.
 
         Raises:
-            ValueError: the lattice is wider than 12 both ways.
+            ValueError: the lattice is wider than 12 both ways, or colder than double precision can tell.
         """
         return self._log_z_and_slope(0.0, 0.0)[0]
 
@@ -114,11 +114,12 @@ class LatticeIsing:
         row_slope = 2 * coupling * edges + field * total
         top = row.max()
         weight = (row - top).exp()
-        bond = (2 * self.coupling * pair).exp()
+        strongest = 2 * abs(self.coupling)
+        bond = (2 * self.coupling * pair - strongest).exp()
         bond_slope = 2 * coupling * pair * bond
-        # T = diag(w) B x ... x B with one 2 x 2 factor for each bond between two rows; trace(T^along) by its columns.
+        # T = diag(w) B x ... x B with one 2 x 2 factor for each bond between two rows; trace(T^along) by its columns,
+        # whose largest number is kept at one: a long or a cold lattice would leave the range of float64.
         size = 2**across
-        log_scale, trace, slope = 0.0, None, None
         pieces = []
         for first in range(0, size, _COLUMNS):
             columns = torch.arange(first, min(first + _COLUMNS, size))
@@ -134,9 +135,14 @@ class LatticeIsing:
                     value = (bond @ shaped).reshape(size, -1)
                 change = weight[:, None] * (change + row_slope[:, None] * value)
                 value = weight[:, None] * value
-                scale = 2.0**across  # keeps the numbers near one; the same for all columns
+                scale = float(value.max())
                 value, change, log_scale = value / scale, change / scale, log_scale + math.log(scale)
             diagonal = (columns, torch.arange(len(columns)))
-            pieces.append((value[diagonal].sum(), change[diagonal].sum()))
-        trace, slope = (torch.stack(part).sum() for part in zip(*pieces, strict=True))
-        return float(trace.log() + along * top + log_scale), float(slope / trace)
+            pieces.append(torch.stack([value[diagonal].sum(), change[diagonal].sum(), value.new_tensor(log_scale)]))
+        traces, slopes, scales = torch.stack(pieces, 1)
+        relative = (scales - scales.max()).exp()
+        trace = relative @ traces
+        log_z, slope = trace.log() + scales.max(), (relative @ slopes) / trace
+        if not bool(torch.isfinite(log_z + slope)):
+            raise ValueError(f"coupling = {self.coupling} is too strong for an exact solution in double precision")
+        return float(log_z + along * (top + across * strongest)), float(slope)

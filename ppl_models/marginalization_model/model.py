@@ -40,6 +40,7 @@ _BATCH = 512
 _AVERAGED = 0.3  # of the second stage's updates
 _FEWEST_TO_SPLIT, _MOST_SET_ASIDE = 20, 1000
 _MASKS = 500  # at least, of held-out rows: few rows are looked at behind many
+_LEVEL_DRAWS = 1024  # for the level of f after a fit by divergence
 _SWEEPS = 8  # of Metropolis blocks, from resampled draws to draws of the target
 
 
@@ -58,7 +59,8 @@ class MarginalizationModel(Training):
     Args:
         cardinalities: number of values K_j of each variable; they may differ.
         network: ``"mlp"`` (residual), ``"transformer"``, ``"unet"`` (images) or ``"lattice"`` (periodic convolutions).
-        context_features: size C of a vector that the law is conditional on; 0 for none.
+        context_features: size C of a vector that the law is conditional on, in any units: the first fit standardises
+            it; 0 for none.
         marginal: the network of f: ``"trunk"``, of its own, reading the features of the conditionals' network;
             ``"separate"``, of its own alone; ``"shared"``, a head on those features.
         hidden: width.
@@ -159,10 +161,10 @@ class MarginalizationModel(Training):
         if isinstance(rows, str) and rows not in _ROWS:
             raise ValueError(f"rows must be one of {_ROWS} or rows of your own, got {rows!r}")
         values, held_out = self._training_rows("x", x), None
-        c, held_c = self._check_context(context, len(values)), None
+        c, held_c = self._raw_context(context, len(values)), None
         if valid is not None:
             held_out = self._training_rows("valid", valid)
-            held_c = self._check_context(valid_context, len(held_out), "valid_context")
+            held_c = self._raw_context(valid_context, len(held_out), "valid_context")
         check_count("num_steps", num_steps)
         check_count("num_rows", num_rows, 2)
         count = check_count("refit_rows", refit_rows, 0)
@@ -176,6 +178,8 @@ class MarginalizationModel(Training):
         path = None if checkpoint is None else Path(checkpoint)
         settings: dict[str, Any] = {"batch": size, "lr": lr, "weight_decay": weight_decay}
         settings |= {"patience": patience, "progress": progress}
+        self._learn_context(c)
+        c, held_c = self._in_own_units(c), self._in_own_units(held_c)
         self._start("data", None)
         self.marginals.base.learn(values, generator=generator(seed, "classes", device=values.device))
         judged = (values, c) if held_out is None else (held_out, held_c)
@@ -319,10 +323,13 @@ class MarginalizationModel(Training):
         if objective == "consistency" and structure and target.floor > -math.inf:
             terms = find_pairwise(target.log_density, self.cardinalities, draw)
         self.conditionals.independent.zero_()  # where rows of data were, if there were any
+        if terms is None and objective in ("consistency", "fm"):
+            target.centre(self._typical(target, batch_size, draw))
         self._start("none" if objective.startswith("arm") else "energy" if terms is None else "pairwise", target)
         if terms is not None:
             self.marginals.pairwise.set_terms(**terms)
         self.marginals.freeze_trunk = False
+        self._level = target.offset
         networks = (self.marginals, self.conditionals, target, self.cardinalities)
         loss: nn.Module
         if objective == "consistency":
@@ -370,6 +377,8 @@ class MarginalizationModel(Training):
         )
         if objective.startswith("arm"):
             return MarginalizationResult(self, history, None, None)
+        if objective == "kl":
+            self._level = self._level_of(target, seed)
         check = compare(self, self.sample(self._check_count(), seed=seed), None, CHECK_ORDERS, seed)
         return MarginalizationResult(self, history, None, check, int(chains.restarts) if chains is not None else 0)
 
@@ -427,6 +436,23 @@ class MarginalizationModel(Training):
         larger.marginals.pairwise.set_terms(**terms)
         return larger
 
+    @torch.no_grad()
+    def _typical(self, target: EnergyTarget, count: int, draw: torch.Generator) -> float:
+        """A level about which f can be learned: the mean log-density of uniform rows, and of a peaked density what rows
+        have that Metropolis steps have moved, less the logarithm of the number of states.
+        """
+        rows, block = uniform_values(self.cardinalities, count, draw), max(1, self.num_variables // 16)
+        steps = math.ceil(_SWEEPS * self.num_variables / block)
+        moved, _ = block_gibbs(self.conditionals, rows, steps, block, parallel=True, log_density=target, generator=draw)
+        uniform, typical = (float(target(x).double().mean()) for x in (rows, moved))
+        return max(uniform, typical - self.log_states)
+
+    @torch.no_grad()
+    def _level_of(self, target: EnergyTarget, seed: int) -> float:
+        """What f lacks to the density on average over draws: the divergence does not see a constant in f."""
+        draws = self.sample(_LEVEL_DRAWS, seed=seed)
+        return float((target(draws) - self._in_chunks(self.marginals, draws, None)).double().mean())
+
     def _energy(self, values: Tensor) -> Tensor:
         if self._target is not None:
             return self._target.exact(values)
@@ -475,7 +501,7 @@ class MarginalizationModel(Training):
             raise RuntimeError("log_partition is of an energy: call fit_energy first (a fit to data has Z = 1)")
         empty = self.cardinalities.new_full((num_samples, self.num_variables), -1)
         if method == "network":
-            value = float(self.marginals(empty[:1], None))
+            value = float(self.marginals(empty[:1], None)) + self._level
             none = torch.zeros(0, dtype=torch.float64)
             return LogPartition(value, math.nan, -math.inf, math.inf, math.nan, math.nan, False, method, none, none)
         found = self._check_order(order)
@@ -487,7 +513,8 @@ class MarginalizationModel(Training):
             return drawn.values, drawn.log_prob
 
         values, log_q = self._in_chunks(fill, empty, ranks)
-        forward = self._in_chunks(self._energy, values).double() - log_q.double()
+        offset = 0.0 if self._target is None else self._target.offset
+        forward = self._in_chunks(self._energy, values).double() + offset - log_q.double()
         if bool((forward == -math.inf).all()):
             raise RuntimeError(
                 f"all of {num_samples} draws have zero density: fit longer, or give a density of which more states are "
@@ -500,7 +527,7 @@ class MarginalizationModel(Training):
             self.conditionals, values[chosen], steps, block, parallel=True, log_density=self._energy, generator=draw
         )
         path = self._in_chunks(lambda v, r: chain_rule(self.conditionals, v, r)[:, -1], moved, ranks)
-        backward = self._in_chunks(self._energy, moved).double() - path.double()
+        backward = self._in_chunks(self._energy, moved).double() + offset - path.double()
         if method == "bridge":
             return sandwich(forward, backward, method, exact=False)
         low, high = from_weights(forward, method), from_weights(backward, method, reverse=True)

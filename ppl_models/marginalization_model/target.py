@@ -19,7 +19,9 @@ _BELOW = 10.0  # nats under the lowest finite value seen, for states of zero den
 
 
 class EnergyTarget:
-    """``log_density`` in the model's dtype, and finite: a state of zero density gets ``floor``.
+    """``log_density - offset`` in the model's dtype, and finite: a state of zero density gets ``floor``.
+
+    The offset is 0 until ``centre``.
 
     Args:
         log_density: ``(B, D) -> (B,)``.
@@ -39,7 +41,7 @@ class EnergyTarget:
     ) -> None:
         if not callable(log_density):
             raise TypeError(f"log_density must be a callable (B, D) -> (B,), got {type(log_density).__name__}")
-        self.log_density, self.dtype, self.floor = log_density, like.dtype, -math.inf
+        self.log_density, self.dtype, self.floor, self.offset = log_density, like.dtype, -math.inf, 0.0
         trials = uniform_values(cardinalities, _TRIALS, generator)
         for rows in (trials, trials[:3]):
             with torch.no_grad():
@@ -69,12 +71,16 @@ class EnergyTarget:
                 f"log_density is minus infinity at {len(found) - len(possible)} of {len(found)} random rows; such "
                 f"states are given {self.floor:.4g}, {_BELOW:g} nats below the lowest finite value there",
                 SamplerWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
+
+    def centre(self, level: float) -> None:
+        """Take ``level`` from the density: a network learns its level only from near by."""
+        self.offset, self.floor = self.offset + level, self.floor - level
 
     def exact(self, values: Tensor) -> Tensor:
         """``(B, D)`` to ``(B,)``, minus infinity where the density is zero."""
-        return self.log_density(values).to(self.dtype)
+        return (self.log_density(values) - self.offset).to(self.dtype)
 
     def __call__(self, values: Tensor) -> Tensor:
         """``(B, D)`` to ``(B,)``."""

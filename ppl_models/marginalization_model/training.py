@@ -56,7 +56,7 @@ class Training(Queries):
     def _start(self, kind: str, target: EnergyTarget | None) -> None:
         """Forget a former fit's structure; a shared or watched trunk learns from f in one-stage training only."""
         self.marginals.kind = kind
-        self._target = target
+        self._target, self._level = target, 0.0
         self.marginals.freeze_trunk = True
 
     def _likelihood(self, values: Tensor) -> MaskedCompletion:

@@ -1,7 +1,11 @@
 """How far probabilities can be taken at their word, and a factor on logits that brings them there."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from ppl_models.base import check_count, to_tensor
 
 __all__ = ["TemperatureScaling", "expected_calibration_error"]
 
@@ -25,14 +29,20 @@ class TemperatureScaling(nn.Module):
         return nn.functional.cross_entropy(logits * self.log_factor.exp(), states)
 
 
-def expected_calibration_error(probabilities: Tensor, labels: Tensor, num_bins: int = 15) -> float:
+def expected_calibration_error(probabilities: Any, labels: Any, num_bins: int = 15) -> float:
     """Mean distance between confidence and accuracy over equal bins of confidence.
 
     Args:
-        probabilities: ``(n, K)``.
+        probabilities: ``(n, K)``, a tensor or array.
         labels: ``(n,)``.
         num_bins: bins of [0, 1].
+
+    Raises:
+        TypeError, ValueError: not numeric, or other shapes.
     """
+    check_count("num_bins", num_bins)
+    probabilities = to_tensor("probabilities", probabilities)
+    labels = to_tensor("labels", labels).to(probabilities.device)
     if probabilities.dim() != 2 or labels.shape != probabilities.shape[:1]:
         raise ValueError(
             f"probabilities must be (n, K) and labels (n,), got {tuple(probabilities.shape)} and {tuple(labels.shape)}"

@@ -17,7 +17,9 @@ count their products with Phi, and say of each query whether it converged:
   always falls.
 * ``forward_backward``: ``q <- prox_a((1 - a) q + a (Phi q + b))``, the published solver; converges for ``a < 2 / L``
   with L the largest eigenvalue of ``I - Phi``.
-* ``peaceman_rachford``: the splitting of Winston and Kolter (NeurIPS 2020, arXiv 2006.08591), any a.
+* ``peaceman_rachford``: the splitting of Winston and Kolter (NeurIPS 2020, arXiv 2006.08591), any a, of ``c I - Phi``
+  and the entropy less ``c / 2 q^2``, which is convex up to c = 2: c is 1 under the published bound, else 2 with a below
+  1. Beyond the relaxed bound (largest eigenvalue of Phi above 2) it need not converge.
 * ``krahenbuhl``: the parallel update of ``Phi + |lambda_min| I``, for which it is a concave-convex procedure
   (Krähenbühl and Koltun, ICML 2013). A baseline: the added self terms change the fixed point, so that it converges, but
   not to a solution of these equations, and is reported as not converged.
@@ -236,11 +238,12 @@ def _iterate(
     lowest = 0.0
     if needs_spectrum and (step_size is None or solver == "krahenbuhl"):
         lowest = -extreme_eigenvalues(phi, problem.bias)[0]
+    largest = extreme_eigenvalues(phi, problem.bias)[1] if solver == "peaceman_rachford" else 0.0
     safe = {
         "damped": 0.1,
         "mirror": 1 / (1 + max(lowest, 0.0) / 2),
         "forward_backward": 1.9 / (1 + max(lowest, 0.0)),
-        "peaceman_rachford": 1.0,
+        "peaceman_rachford": 1.0 if largest < 1 else 0.5,
     }
     a = safe.get(solver, 1.0) if step_size is None else step_size
     own = 0 if solver != "krahenbuhl" else max(lowest, 0.0)
@@ -284,7 +287,7 @@ def _iterate(
         found = fixed_point(mirror, logits, *data, **options)
         return found._replace(value=problem.apply(problem.response(found.value)) + problem.bias)
     if solver == "peaceman_rachford":
-        return _peaceman_rachford(problem, phi, logits, a, data, options)
+        return _peaceman_rachford(problem, phi, logits, a, largest, data, options)
     found = fixed_point(update, problem.response(logits), *data, **options)
     q = _into_simplex(found.value, groups, *data[:0:-1]) if anderson else found.value
     made = problem.apply(q) + problem.bias
@@ -299,26 +302,39 @@ def _peaceman_rachford(
     phi: PairwiseMap,
     logits: Tensor,
     a: float,
+    largest: float,
     data: tuple[Tensor, ...],
     options: dict[str, Any],
 ) -> FixedPoint:
-    """Iterates u with ``q = prox_a(u)``; observed groups are clamped by the prox, so one factor serves the batch."""
-    groups = problem.groups
+    """Iterates u with ``q = prox(u)``; observed groups are clamped by the prox, so one factor serves the batch.
+
+    The prox of the entropy less ``c / 2 q^2`` with step a is that of c = 1 with step ``a / s`` at ``u / s``, where
+    ``s = 1 - a (c - 1)``.
+    """
+    groups, c = problem.groups, 1 if largest < 1 else 2
+    shrink = 1 - a * (c - 1)
+    if shrink <= 0:
+        raise ValueError(f"step_size must be below 1 where Phi has an eigenvalue above 1, got {a}")
+    if a * largest >= 1 + a * c:
+        raise ValueError(
+            f"solver='peaceman_rachford' with step_size={a:g} needs eigenvalues of Phi below {(1 + a * c) / a:g}, the "
+            f"largest is {largest:.3g}: use another solver"
+        )
     if phi.matrix is not None:
         eye = torch.eye(len(phi.matrix), dtype=phi.matrix.dtype, device=phi.matrix.device)
-        factor = torch.linalg.cholesky((1 + a) * eye - a * phi.matrix)
+        factor = torch.linalg.cholesky((1 + a * c) * eye - a * phi.matrix)
 
         def invert(x: Tensor) -> Tensor:
             return torch.cholesky_solve(x.T, factor).T
     else:
-        # (1 + a) I - a Phi is (1 + a) times I minus a scaled Phi: conjugate gradients in the plain metric.
+        # (1 + a c) I - a Phi is (1 + a c) times I minus a scaled Phi: conjugate gradients in the plain metric.
         def invert(x: Tensor) -> Tensor:
-            shrunk = a / (1 + a)
-            solved = metric_cg(lambda v: shrunk * problem.apply(v), lambda v: v, x / (1 + a), tolerance=1e-12)
+            own = 1 + a * c
+            solved = metric_cg(lambda v: a / own * problem.apply(v), lambda v: v, x / own, tolerance=1e-12)
             return solved.solution
 
     def prox(u: Tensor, clamped: Tensor, free: Tensor) -> Tensor:
-        return torch.where(free, groups.each(lambda part: prox_softmax(part, a), u), clamped)
+        return torch.where(free, groups.each(lambda part: prox_softmax(part / shrink, a / shrink), u), clamped)
 
     def update(u: Tensor, bias: Tensor, clamped: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
         z = prox(u, clamped, free)
@@ -328,8 +344,8 @@ def _peaceman_rachford(
         return 2 * invert(half + a * bias) - half, residual
 
     q = problem.response(logits)
-    # prox_a(u) = q for u = (1 - a) q + a log q
-    start = (1 - a) * q + a * q.clamp_min(torch.finfo(q.dtype).tiny).log()
+    # prox(u) = q for u = (1 - a c) q + a log q
+    start = (1 - a * c) * q + a * q.clamp_min(torch.finfo(q.dtype).tiny).log()
     found = fixed_point(update, start, *data, **options)
     return found._replace(value=problem.apply(prox(found.value, *data[1:])) + problem.bias)
 

@@ -202,8 +202,9 @@ class BoltzmannModel(PairwiseModel):
             observed: states ``(rows, G)``; hidden groups are those that the mask never marks.
             mask: which are data, ``(rows, G)`` or ``(G,)``; all without it.
             objective: ``"masked"`` hides some of each row's data and predicts them from the rest by mean field;
-                ``"elbo"`` is the clamped minus the free free energy; ``"pcd"`` maximum likelihood with persistent Gibbs
-                chains; ``"pseudo_likelihood"`` needs every group observed.
+                ``"elbo"`` is the clamped minus the free free energy: no bound of the likelihood, and where couplings
+                may be strong it finds ones whose free energy is far above ``-log Z``; ``"pcd"`` maximum likelihood with
+                persistent Gibbs chains; ``"pseudo_likelihood"`` needs every group observed.
             observed_fraction: share that is shown to ``"masked"``; of a pair, drawn for each row between the two.
             labels: groups that ``"masked"`` scores on their own, with ``label_weight``.
             label_weight: share of their loss in the whole.

@@ -142,6 +142,8 @@ def test_auroc_is_the_rank_statistic() -> None:
     )
     expected = stats.mannwhitneyu(outside.numpy(), inside.numpy()).statistic / (40 * 30)
     assert auroc(inside, outside).item() == pytest.approx(expected, abs=1e-12)
+    assert auroc(inside.numpy(), outside.tolist()).item() == pytest.approx(expected, abs=1e-3)  # in single precision
+    assert auroc([0, 1], [0.5, 2.0]).item() == 0.75
     assert auroc(torch.zeros(3), torch.ones(2)) == 1 and auroc(torch.ones(3), torch.ones(2)) == 0.5
     with pytest.raises(ValueError, match="outside"):
         auroc(inside, outside[:0])
@@ -154,6 +156,9 @@ def test_calibration_error_by_hand() -> None:
     expected = (abs(1 - 1.9) + abs(1 - 0.65) + abs(0 - 0.55)) / 4
     assert calibration_error(p, labels).item() == pytest.approx(expected, abs=1e-6)
     assert calibration_error(p[:, 1:], labels).item() == pytest.approx(expected, abs=1e-6)
+    assert calibration_error(p.numpy(), labels.tolist()).item() == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(ValueError, match="labels"):
+        calibration_error(p, labels[:1])
 
 
 def test_laplace_evidence_of_a_linear_model_is_the_exact_one() -> None:

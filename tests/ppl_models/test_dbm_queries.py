@@ -63,6 +63,33 @@ def test_all_solvers_reach_one_point_of_a_stiff_problem() -> None:
     assert not added.converged[0] and added.residual[0] > 1e-3
 
 
+@pytest.mark.parametrize("solver", ["coordinate", "mirror", "forward_backward", "peaceman_rachford"])
+def test_solvers_reach_the_point_of_the_relaxed_bound(solver: str) -> None:
+    noise = torch.Generator().manual_seed(0)
+    raw = torch.randn(12, 12, generator=noise, dtype=D)
+    phi = raw + raw.mT
+    for g in range(0, 12, 3):
+        phi[g : g + 3, g : g + 3] = 0
+    phi = 1.9 / torch.linalg.eigvalsh(phi)[-1] * phi
+    centre = torch.block_diag(*[torch.eye(3, dtype=D) - 1 / 3] * 4)
+    phi = centre @ phi @ centre
+    phi = 1.9 / torch.linalg.eigvalsh(phi)[-1] * phi
+    model = MonotoneDBM.from_potentials(phi, torch.randn(12, generator=noise, dtype=D), [3] * 4, curvature=2)
+    assert model.spectrum()[1] > 1.89
+    query = [[0, 1, 2, 0]] * 2, [[False] * 4, [True, False, False, False]]
+    newton, found = (model.marginals(*query, solver=s, tolerance=1e-10) for s in ("newton", solver))
+    assert found.converged.all()
+    torch.testing.assert_close(found.probabilities, newton.probabilities, rtol=0, atol=1e-8)
+
+
+def test_peaceman_rachford_says_what_it_cannot_do() -> None:
+    free = DeepBoltzmannMachine([[2] * 5, [2] * 5], scale=3.0, seed=1).double()
+    with pytest.raises(ValueError, match="use another solver"):
+        free.marginals(solver="peaceman_rachford")
+    with pytest.raises(ValueError, match="below 1"):
+        free.marginals(solver="peaceman_rachford", step_size=1.0)
+
+
 @pytest.mark.parametrize("curvature", [1, 2, "pinsker"])
 def test_exact_newton_directions(curvature: int | str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the dense system, with groups of several sizes, held groups, and nearly certain ones."""
@@ -383,6 +410,7 @@ def test_other_bad_arguments() -> None:
         (lambda: dbm.fit([[0] * 6] * 4, objective="x"), "objective"),
         (lambda: dbm.fit([[0] * 6] * 4, [[False] * 6] * 4), "nothing as data"),
         (lambda: dbm.fit([[0] * 6] * 4, observed_fraction=1.5), "observed_fraction"),
+        (lambda: dbm.fit([[0] * 6] * 4, observed_fraction=1.0), "hides nothing"),
         (lambda: dbm.fit([[0] * 6] * 4, [[True] * 5 + [False]] * 4, objective="pseudo_likelihood"), "hidden"),
         (lambda: dbm.fit([[0] * 6] * 4, labels=[9]), "labels"),
         (lambda: dbm.fit([[0] * 6] * 4, lr=-1.0), "lr"),

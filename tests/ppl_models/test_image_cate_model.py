@@ -1,5 +1,6 @@
 """ImageCATE on data: truth of simulations, invariances, bad input, and one fit that many tests look at."""
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -269,6 +270,29 @@ def test_one_type_is_a_constant_effect() -> None:
     assert bool((model.salience(trial["images"]) == 0).all())
 
 
+@pytest.mark.parametrize(("shift", "scale"), [(0.0, 1e-7), (1e7, 1.0)])
+def test_exemplars_in_any_units(shift: float, scale: float) -> None:
+    """All images were taken for constant ones."""
+    trial = stripes(100, noise=0.5, seed=0)
+    images = shift + scale * trial.images.double()
+    images[5] = shift
+    model = ImageCATE(backbone="fixed", num_folds=2, num_samples=50)
+    with pytest.warns(UserWarning, match="1 of 100 images are constant"):
+        model.fit(trial.outcome, trial.treatment, images, progress=False)
+    rows = model.exemplars(100).rows
+    assert bool((rows == 5).any()) is False and int((rows >= 0).sum(1)[0]) == 99
+
+
+def test_one_type_ranks_nobody() -> None:
+    """Rounding of the baselines, which differ between units, would."""
+    trial = stripes(100, noise=1.0, seed=0)
+    model = ImageCATE(num_clusters=1, backbone="fixed", num_folds=2, num_samples=50)
+    model.fit(trial.outcome.double(), trial.treatment, trial.images.double(), progress=False)
+    found = model.evaluate()
+    assert found.autoc.estimate == found.qini.estimate == found.autoc.standard_error == 0
+    assert found.permutation_p_value == 1
+
+
 def test_images_are_looked_at_once_and_hold_folds_together() -> None:
     """Units that share an image, by index or by equal pixels, give the same fit and the same errors."""
     trial = tabular_trial(60)
@@ -373,6 +397,8 @@ def bad(**changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         ({"num_clusters": 0}, "at least 1"),
         ({"objective": "soft"}, "objective must be one of"),
         ({"num_folds": 1}, "num_folds"),
+        ({"outcome": torch.arange(40).double() + 1e8}, "outcome varies by 11.5 .* float32 cannot tell apart"),
+        ({"covariates": torch.arange(40).double().sqrt() + 1e9}, "covariates varies .* column 0"),
         ({"outcome": torch.zeros(40, 2)}, r"outcome must have shape \(N,\)"),
         ({"images": torch.randn(30, 4)}, "give image_index"),
         ({"lon_lat": torch.zeros(39, 2)}, r"lon_lat must be \(S, 2\)"),
@@ -409,6 +435,21 @@ def test_rows_with_gaps_are_dropped_and_named() -> None:
     with pytest.warns(UserWarning, match="left out 2 of 240 rows"):
         result = fit_tabular(model, trial)
     assert result.dropped == (3, 7) and len(model.to_dataframe()) == 238
+
+
+def test_weights_of_dropped_rows_do_not_matter() -> None:
+    trial = stripes(240, noise=0.5, seed=0)
+    keep = torch.arange(240) >= 20
+    outcome, weight = torch.where(keep, trial.outcome, math.nan), torch.where(keep, 1.0, 100.0)
+    settings: dict[str, Any] = {"backbone": "fixed", "num_folds": 2, "num_samples": 100}
+    dropped, own = ImageCATE(**settings, missing="drop"), ImageCATE(**settings)
+    with pytest.warns(UserWarning, match="left out 20"):
+        dropped.fit(outcome, trial.treatment, trial.images, sample_weight=weight, progress=False)
+    own.fit(outcome[keep], trial.treatment[keep], trial.images[keep], progress=False)
+    for a, b in zip(dropped.cluster_effects(), own.cluster_effects(), strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match="nothing is left"):
+        dropped.fit(outcome * math.nan, trial.treatment, trial.images, progress=False)
 
 
 def test_types_that_were_lost_are_told() -> None:

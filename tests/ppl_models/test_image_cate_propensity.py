@@ -21,6 +21,7 @@ from ppl_models.image_cate.propensity import (
     hajek,
     trim,
 )
+from ppl_models.image_cate.ridge import LogisticRidge, Ridge
 
 
 def clustered_data(seed: int = 0, n: int = 120, sites: int = 15) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -159,6 +160,20 @@ def test_logistic_agrees_with_scikit_learn() -> None:
         z = (x - x[train].mean(0)) / x[train].std(0)
         model = linear_model.LogisticRegression(C=1.0, tol=1e-10, max_iter=1000).fit(z[train], t[train])
         np.testing.assert_allclose(found.scores[out], model.predict_proba(z[out])[:, 1], atol=1e-5)
+
+
+def test_regressions_take_columns_in_any_units() -> None:
+    """A column of small numbers was taken for a constant one."""
+    stream = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 2, generator=stream, dtype=torch.float64)
+    t = (torch.rand(60, generator=stream) < torch.sigmoid(2 * x[:, 0])).double()
+    folds = torch.arange(60) % 3
+    for scale in (1e-12, 1e12):
+        logistic, plain = LogisticRidge(scale * x, t), LogisticRidge(x, t)
+        torch.testing.assert_close(logistic.predict(scale * x), plain.predict(x))
+        torch.testing.assert_close(Ridge(scale * x, t, folds).predict(scale * x), Ridge(x, t, folds).predict(x))
+    constant = torch.cat([x, torch.full((60, 1), 0.1, dtype=torch.float64)], 1)
+    torch.testing.assert_close(LogisticRidge(constant, t).predict(constant), LogisticRidge(x, t).predict(x))
 
 
 def test_logistic_stays_inside_zero_and_one_when_a_column_separates_the_arms() -> None:

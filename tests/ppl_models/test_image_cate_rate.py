@@ -234,3 +234,22 @@ def test_bad_types() -> None:
         rate(["a", "b"], [1, 2])
     with pytest.raises(TypeError, match="seed must be an integer"):
         rate([1, 2], [1, 2], seed=0.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["autoc", "qini"])
+def test_groups_without_weight_are_not_in_the_sample(kind: Any) -> None:
+    stream = torch.Generator().manual_seed(0)
+    scores, priority = torch.randn(2, 40, generator=stream, dtype=torch.float64)
+    groups = torch.arange(40) // 4
+    weights = (groups < 6).double()
+    whole, part = (
+        rate(scores, priority, kind, groups, weights=weights),
+        rate(scores[:24], priority[:24], kind, groups[:24]),
+    )
+    assert whole.num_groups == 6
+    assert whole.estimate == pytest.approx(part.estimate, rel=1e-12)
+    assert 0.5 * part.standard_error < whole.standard_error < 2 * part.standard_error
+    few = rate(scores, priority, kind, groups, weights=(groups < 2).double())
+    assert math.isfinite(few.standard_error) and few.num_groups == 2
+    with pytest.raises(ValueError, match="at least 2 groups"):
+        rate(scores, priority, kind, groups, weights=(groups < 1).double())

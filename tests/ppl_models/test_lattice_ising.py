@@ -42,6 +42,25 @@ def test_a_rectangle_either_way_and_an_independent_field() -> None:
     assert abs(free.mean_spin() - math.tanh(0.7)) < 1e-10
 
 
+@pytest.mark.parametrize(("width", "height", "coupling"), [(4, 4, 30.0), (4, 3, -30.0), (3, 3, -5.0), (3, 4, 300.0)])
+def test_cold_lattices_stay_in_range(width: int, height: int, coupling: float) -> None:
+    lattice = LatticeIsing(width, coupling, 0.25, height=height)
+    s = 2.0 * all_values(torch.full((width * height,), 2)).double() - 1
+    grid = s.view(-1, height, width)
+    bonds = (grid * (grid.roll(1, 1) + grid.roll(1, 2))).sum((1, 2))
+    log_f = 2 * coupling * bonds + 0.25 * s.sum(1)
+    log_z = log_f.logsumexp(0)
+    p = (log_f - log_z).exp()
+    assert lattice.log_partition() == pytest.approx(float(log_z), rel=1e-12)
+    assert lattice.entropy() == pytest.approx(float(torch.special.entr(p).sum()), abs=1e-9)
+    assert lattice.mean_spin() == pytest.approx(float(p @ s.mean(1)), abs=1e-9)
+
+
+def test_a_lattice_too_cold_for_double_precision_is_refused() -> None:
+    with pytest.raises(ValueError, match="coupling = -200"):  # frustrated: no row is at its best
+        LatticeIsing(3, -200.0, 0.0).log_partition()
+
+
 def test_density_of_random_rows_by_the_adjacency_matrix() -> None:
     lattice = LatticeIsing(width=5, coupling=0.1, field=0.2, height=4)
     adjacency = torch.zeros(20, 20)

@@ -266,6 +266,26 @@ def test_bad_data_and_settings(x: Any, options: dict[str, Any], error: type[Exce
     assert same(parameters(mam), before), "nothing was done"
 
 
+def test_contexts_in_any_units(tmp_path: Path) -> None:
+    """A first version gave them to the networks as they were: in millions they decided nothing."""
+    arm = torch.arange(60.0)[:, None] % 2
+    x, query = X.clone(), torch.tensor([[1] + [-1] * 8] * 2)
+    x[:, 0] = arm[:, 0].long()
+    found = []
+    for shift, scale in ((0.0, 1.0), (3e6, 1e6)):
+        mam = MarginalizationModel([2] * 9, context_features=1, **SMALL)
+        mam.fit(x, context=shift + scale * arm, num_steps=60, marginal_steps=2, num_rows=30, lr=0.02, progress=False)
+        context = shift + scale * torch.tensor([[0.0], [1.0]])
+        found.append(mam.log_prob_autoregressive(query, context=context).mean.exp())
+        law = mam.distribution(context, order=range(9))
+        torch.testing.assert_close(law.log_prob(query).detach().exp(), found[-1])
+        mam.save(tmp_path / "model")
+        read = MarginalizationModel.load(tmp_path / "model")
+        assert torch.equal(read.log_prob(query, context), mam.log_prob(query, context))
+    assert found[0][0] < 0.1 and found[0][1] > 0.9
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-3)
+
+
 def test_bad_contexts() -> None:
     mam = MarginalizationModel([2] * 9, context_features=2, **SMALL)
     with pytest.raises(ValueError, match="context is needed"):

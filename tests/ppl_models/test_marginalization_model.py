@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -287,6 +288,39 @@ def test_one_variable_one_value_and_long_one_hot_inputs() -> None:
 
 
 # ---------------------------------------------------------------- learned from an energy
+def test_the_level_of_f_after_a_fit_by_divergence(tmp_path: Path) -> None:
+    """The divergence leaves it free: log 2^9, at which f is held, was given as the network's log Z of any density."""
+    found = []
+    for shift in (0.0, 5.0):
+        mam = MarginalizationModel([2] * 9, hidden=16, depth=1)
+        mam.fit_energy(
+            lambda x, shift=shift: LATTICE.log_density(x) + shift, "kl", num_steps=30, batch_size=32, progress=False
+        )
+        found.append(mam.log_partition("network").value)
+        mam.save(tmp_path / "model")
+        assert MarginalizationModel.load(tmp_path / "model").log_partition("network").value == found[-1]
+    assert found[1] - found[0] == pytest.approx(5, abs=1e-2)
+
+
+@pytest.mark.parametrize("objective", ["consistency", "fm"])
+def test_a_constant_in_the_density_moves_log_z_alone(objective: str, tmp_path: Path) -> None:
+    """A network has no level of hundreds within a fit: with one, draws and marginals were wrong by whole nats."""
+    states = all_values(torch.full((4,), 2))
+    parity = 2.0 - 4.0 * (states.sum(1) % 2)  # of no unary or pairwise terms
+    place = torch.tensor([8, 4, 2, 1])
+    found = []
+    for shift in (0.0, -3e3):
+        mam = MarginalizationModel([2] * 4, hidden=16, depth=1)
+        settings: dict[str, Any] = {"num_steps": 40, "batch_size": 32, "lr": 1e-2, "progress": False}
+        mam.fit_energy(lambda x, shift=shift: parity[(x * place).sum(1)].double() + shift, objective, **settings)
+        importance, network = (mam.log_partition(method).value - shift for method in ("importance", "network"))
+        assert importance == pytest.approx(float(parity.logsumexp(0)), abs=0.2)
+        mam.save(tmp_path / "model")
+        assert MarginalizationModel.load(tmp_path / "model").log_partition("network").value - shift == network
+        found.append(torch.cat([mam.log_prob(states), torch.tensor([importance, network])]))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=2e-3)
+
+
 def test_an_energy_and_its_log_z(ising: tuple[MarginalizationModel, MarginalizationResult]) -> None:
     """S2, small."""
     mam, result = ising
