@@ -20,7 +20,7 @@ from inference.citation import Paper
 from inference.objectives.unnormalised import CompositionalLikelihood
 from inference.objectives.unnormalised.noise import Noise
 from inference.results.evidence import LogPartition
-from ppl_models.base import Model, check_batch_size, check_count, check_counts, to_tensor
+from ppl_models.base import Model, check_batch_size, check_count, check_counts, to_precision, to_tensor
 from ppl_models.compositional_ebm.distribution import EnergyDistribution
 from ppl_models.compositional_ebm.methods import (
     EnergyFit,
@@ -227,7 +227,7 @@ class EnergyClassifier(Model):
             TypeError, ValueError, NonFiniteError, CollapseError: as in ``EnergyModel.fit``.
         """
         x = to_tensor("x", x)
-        x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
+        x = x if x.is_floating_point() else to_precision("x", x, torch.get_default_dtype())
         if x.dim() < 2 or len(x) < 2:
             raise ValueError(f"x must have shape (N, ...) with at least two rows, got {tuple(x.shape)}")
         y = self._labels(y, len(x)).to(x.device)

@@ -22,7 +22,7 @@ from inference.objectives.unnormalised import CompositionalLikelihood, Condition
 from inference.objectives.unnormalised.noise import Noise
 from inference.results.brief import brief
 from inference.runtime.generators import derive_seed, generator, scoped_seed
-from ppl_models.base import Model, Standardiser, check_batch_size, check_count, check_counts, to_tensor
+from ppl_models.base import Model, Standardiser, check_batch_size, check_count, check_counts, to_precision, to_tensor
 from ppl_models.compositional_ebm.distribution import EnergyDistribution, check_energy
 from ppl_models.compositional_ebm.methods import EnergyFit, check_schedule, optimise
 from ppl_models.compositional_ebm.networks import EnergyNetwork, mlp
@@ -271,7 +271,7 @@ class ConditionalEnergyModel(Model):
 
     def _columns(self, name: str, value: Any) -> Tensor:
         value = to_tensor(name, value)
-        value = value if value.is_floating_point() else value.to(torch.get_default_dtype())
+        value = value if value.is_floating_point() else to_precision(name, value, torch.get_default_dtype())
         if value.dim() not in (1, 2):
             raise ValueError(f"{name} must have shape (N,) or (N, D), got {tuple(value.shape)}")
         self._was_flat = value.dim() == 1

@@ -23,7 +23,7 @@ from inference.objectives.unnormalised.guards import unreliable
 from inference.objectives.unnormalised.noise import Noise, noise_from_config
 from inference.objectives.unnormalised.objective import refuse_edges
 from inference.results.evidence import LogPartition
-from ppl_models.base import Model, Standardiser, check_batch_size, check_count, check_counts, to_tensor
+from ppl_models.base import Model, Standardiser, check_batch_size, check_count, check_counts, to_precision, to_tensor
 from ppl_models.compositional_ebm.distribution import EnergyDistribution, check_energy
 from ppl_models.compositional_ebm.methods import (
     EnergyFit,
@@ -392,7 +392,7 @@ class EnergyModel(Model):
             wanted = ", ".join(map(str, ("N", *self.event_shape)))
             raise ValueError(f"{name} must have shape ({wanted}), got {tuple(x.shape)}{hint}")
         if not x.is_floating_point():
-            x = x.to(torch.get_default_dtype())
+            x = to_precision(name, x, torch.get_default_dtype())
         if self._support is not None:
             inside = self._support.check(x)
             if not bool(inside.all()):

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ppl_models.base import from_array
+from ppl_models.base import from_array, to_precision
 from sde._checks import as_times
 
 __all__ = ["SeriesData", "check_series"]
@@ -38,7 +38,8 @@ def check_series(times: Any, observations: Any, mask: Any, shape: tuple[int, ...
         shape: of one observation.
 
     Raises:
-        TypeError, ValueError: wrong shapes, unsorted times, NaN or infinite values, nothing observed.
+        TypeError, ValueError: wrong shapes, unsorted times, NaN or infinite values, nothing observed, values that
+            torch's default dtype cannot tell apart.
     """
     if not isinstance(times, Tensor):
         try:
@@ -54,12 +55,13 @@ def check_series(times: Any, observations: Any, mask: Any, shape: tuple[int, ...
             raise TypeError(
                 f"observations must be a tensor or a numeric array, got {type(observations).__name__}"
             ) from error
-        values = values if values.is_complex() else values.to(torch.get_default_dtype())
+        values = values if values.is_complex() else to_precision("observations", values, torch.get_default_dtype())
     else:
         values = observations.detach()
     if values.is_complex():
         raise TypeError(f"observations must hold real numbers, got {values.dtype}")
-    values = values if values.is_floating_point() else values.to(torch.get_default_dtype())
+    if not values.is_floating_point():
+        values = to_precision("observations", values, torch.get_default_dtype())
     if values.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"observations must be float32 or float64, got {values.dtype}: give observations.float()")
     if values.ndim != 2 + len(shape) or tuple(values.shape[1:]) != (len(clock), *shape) or len(values) == 0:

@@ -460,3 +460,14 @@ def test_a_conditional_law_that_the_grid_does_not_hold_is_named() -> None:
         energy.precision.fill_(0.002**-2)
     with pytest.warns(SamplerWarning, match="narrower than the points are apart"):
         model.sample(torch.tensor([1.0]), 3)
+
+
+@pytest.mark.parametrize("column", [0, 1])
+def test_whole_numbers_that_single_precision_cannot_tell_apart_are_refused(column: int) -> None:
+    x = torch.arange(200).reshape(100, 2)
+    x[:, column] += 10**10
+    for fit in (EnergyModel(event_shape=(2,)).fit, lambda rows: ConditionalEnergyModel().fit(rows, rows)):
+        with pytest.raises(ValueError, match=f"x varies by .* column {column}, which float32 cannot tell apart"):
+            fit(x)
+    with pytest.raises(ValueError, match=f"column {column}, which float32 cannot tell apart"):
+        EnergyClassifier(2).fit(x, torch.arange(100) % 2)

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -150,3 +151,10 @@ def test_half_precision_is_refused(dtype: torch.dtype) -> None:
     """It ended in NaN after one step."""
     with pytest.raises(TypeError, match="float32 or float64"):
         FractionalSDE(1).fit(TIMES, rough().to(dtype), progress=False)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int64])
+def test_a_level_that_single_precision_cannot_hold_is_refused(dtype: Any) -> None:
+    steps = np.cumsum(np.random.default_rng(0).integers(-3, 4, (1, 50, 1)), 1)
+    with pytest.raises(ValueError, match=r"observations varies by .* subtract a constant"):
+        FractionalSDE(1).fit(np.arange(50.0), (10**10 + steps).astype(dtype), progress=False)
