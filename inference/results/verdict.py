@@ -1,5 +1,6 @@
 """What a sampler's run says of itself when it ends."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +11,7 @@ from inference.results.diagnostics import rhat
 
 __all__ = ["warn_of_poor_mixing", "warn_of_run"]
 
-BOUND = 1.1  # of R-hat
+_BOUND = 1.1  # of R-hat
 # With n independent draws of each of M chains R-hat**2 - 1 is about (F - 1) / (n / 2), F of 2 M - 1 degrees of freedom:
 # for thousands of scalars below the bound with 100 draws of few chains, or with 10 draws of many.
 _LEAST_DRAWS = 100
@@ -62,15 +63,15 @@ def warn_of_poor_mixing(samples: Mapping[str, Tensor], *, stacklevel: int) -> No
     worst, where, beyond = 0.0, "", 0
     for name, draw in values.items():
         statistic = rhat(draw[which]).flatten()
-        above = statistic > BOUND  # false of NaN, which constants have
+        above = statistic > _BOUND  # false of NaN, which constants have
         beyond += int(above.sum())
         if above.any():
-            largest, index = (float(v) for v in statistic.nan_to_num(nan=0.0).max(0))
+            largest, index = (float(v) for v in statistic.nan_to_num(nan=0.0, posinf=math.inf).max(0))
             if largest > worst:
                 worst, where = largest, f"{name}" + (f", scalar {index:.0f}" if len(statistic) > 1 else "")
     if beyond:
         warnings.warn(
-            f"the chains have not mixed: R-hat is above {BOUND} for {beyond} of {scalars} scalars and {worst:.3g} at "
+            f"the chains have not mixed: R-hat is above {_BOUND} for {beyond} of {scalars} scalars and {worst:.3g} at "
             f"{where}. Take more warm-up steps and more draws, or thin; look at the chains one by one for separate "
             "modes; or reparametrise the model",
             SamplerWarning,

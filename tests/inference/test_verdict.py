@@ -74,3 +74,8 @@ def test_too_few_numbers_say_nothing():
         warn_of_poor_mixing({}, stacklevel=1)
     with pytest.warns(SamplerWarning, match=NOT_MIXED):
         warn_of_poor_mixing({"x": apart}, stacklevel=1)
+
+
+def test_chains_that_stand_still_apart_have_an_infinite_r_hat():
+    with pytest.warns(SamplerWarning, match=rf"{NOT_MIXED}: .* and inf at x"):
+        warn_of_poor_mixing({"x": torch.arange(4.0)[:, None].expand(4, 100)}, stacklevel=1)
