@@ -3,12 +3,14 @@
     python -m benchmarks.samplers
     python -m benchmarks.samplers --models "eight schools" --chains 1 64 --samplers "inference NUTS" "numpyro NUTS"
 
-Every sampler has the same warm-up and the same draws a chain, and its effective draws are counted by the same function:
-the smallest bulk ESS over all scalars of the posterior.  Samplers that take one gradient a step (MEADS, MCLMC) take ten
-steps where the others take one, in the warm-up and between draws.  For the network, whose weights have symmetric modes,
-effective draws are counted on the function's values at the 100 inputs.  "Warm" is a later run in the same process, with
-another seed; "cold" is the first, compilation included and its caches on disk empty; imports are in neither.  Seconds
-are processor time, which other work on the machine moves less than the clock; the file keeps both.
+Every sampler has the same warm-up and the same draws a chain (400 and 400; of the network, where trajectories are long,
+100 and 100), and its effective draws are counted by the same function: the smallest bulk ESS over all scalars of the
+posterior.  Samplers that take one gradient a step (MEADS, MCLMC) take ten steps where the others take one, in the
+warm-up and between draws.  For the network, whose weights have symmetric modes, effective draws are counted on the
+function's values at the 100 inputs.  "Warm" is a later run in the same process, with another seed; "cold" is the first,
+compilation included and its caches on disk empty; imports are in neither.  A first run of more than 150 s is not
+repeated and stands for both.  A sampler that failed or ran into the limit is not tried with more chains.  Seconds are
+processor time, which other work on the machine moves less than the clock; the file keeps both.
 
 Rows are added to those of the file that is there; ``samplers.png`` beside it shows what a chain and what an effective
 draw cost against the number of chains.
@@ -264,6 +266,8 @@ _ONE_BY_ONE = {"numpyro NUTS, sequential", "nutpie NUTS"}  # for 4 chains at mos
 _ALONE = {"Pyro NUTS", "Pyro NUTS, jit"}  # whose chains run one after another in any number: the rate of one
 PACKAGES = ("torch", "pyro-ppl", "jax", "numpyro", "blackjax", "nutpie")
 _ENOUGH = 20.0  # seconds of warm runs after which a row is not repeated
+_LONG = 150.0  # seconds of a first run that is not repeated
+_COUNTS = dict.fromkeys(MODELS, 400) | {"small network": 100}  # warm-up steps, and draws
 
 
 def least_ess(model: str, draws: Draws) -> float:
@@ -295,7 +299,7 @@ def measure(sampler: str, model: str, chains: int, warmup: int, draws: int, repe
     ess, processor, clock = timed(0)
     row: dict[str, Any] = {"sampler": sampler, "model": model, "chains": chains, "draws": draws, "warmup": warmup}
     row |= {"cold": ess / processor, "cold seconds": processor, "cold clock": clock}
-    warm: list[tuple[float, float, float]] = []
+    warm: list[tuple[float, float, float]] = [(ess, processor, clock)] if processor > _LONG else []
     while len(warm) < repeats and (not warm or sum(w[1] for w in warm) < _ENOUGH):
         warm.append(timed(len(warm) + 1))
     names = ("ess", "seconds", "clock")
@@ -308,10 +312,10 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--chains", nargs="+", type=int, default=[1, 4, 64, 1024])
     parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS), choices=SAMPLERS)
-    parser.add_argument("--warmup", type=int, default=400)
-    parser.add_argument("--draws", type=int, default=400)
+    parser.add_argument("--warmup", type=int, help="default 400, of the small network 100")
+    parser.add_argument("--draws", type=int, help="the same")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds after which a row is given up")
+    parser.add_argument("--limit", type=float, default=900.0, help="seconds after which a row is given up")
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--row", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -325,13 +329,16 @@ def main() -> None:
     old = json.loads(file.read_text())["rows"] if file.exists() else []
     rows = {(row["sampler"], row["model"], row["chains"]): row for row in old}
     for model in options.models:
+        failed: dict[str, dict[str, Any]] = {}
         for chains in options.chains:
             for sampler in options.samplers:
                 most = 1 if sampler in _ALONE else 4 if sampler in _ONE_BY_ONE else chains
                 if chains > most or (sampler in _MANY and chains < 64):
                     continue
-                row = _in_a_process(sampler, model, chains, options)
-                rows[sampler, model, chains] = row
+                row = failed.get(sampler) or _in_a_process(sampler, model, chains, options)
+                rows[sampler, model, chains] = row | {"chains": chains}
+                if "failed" in row:
+                    failed[sampler] = row
                 shown = record.spread(row["warm"]) if "warm" in row else row["failed"]
                 print(f"{model:18} {chains:5} {sampler:26} warm {shown:26} cold {row.get('cold', 0):9.3g}", flush=True)
                 record.save(file, list(rows.values()), PACKAGES, quiet=True)
@@ -340,7 +347,8 @@ def main() -> None:
 
 
 def _in_a_process(sampler: str, model: str, chains: int, options: argparse.Namespace) -> dict[str, Any]:
-    counts = ["--warmup", str(options.warmup), "--draws", str(options.draws), "--repeats", str(options.repeats)]
+    warmup, draws = options.warmup or _COUNTS[model], options.draws or _COUNTS[model]
+    counts = ["--warmup", str(warmup), "--draws", str(draws), "--repeats", str(options.repeats)]
     command = [sys.executable, "-m", "benchmarks.samplers", *counts, "--row", sampler, model, str(chains)]
     failed = {"sampler": sampler, "model": model, "chains": chains}
     try:
