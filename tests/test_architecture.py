@@ -99,11 +99,11 @@ def test_a_model_can_be_taken_out() -> None:
     """A model is its folder, its tests, its tutorial, demo, benchmark and page, and a line of the index: nothing else
     imports it, and no test file belongs to two.
     """
-    outside = [*python_files("inference", "sde", "tests", "docs"), *(ROOT / "ppl_models").glob("*.py")]
+    outside = [*python_files("inference", "sde", "tests", "docs", "benchmarks"), *(ROOT / "ppl_models").glob("*.py")]
     own = ("ppl_models", "contract/cases", "reproduce")  # folders of tests that go with their models
     for path in (p for p in outside if p != ROOT / "ppl_models" / "__init__.py"):
         used, place = models_of(path), path.parent.relative_to(ROOT).as_posix()
-        goes_with_one = place in [f"tests/{folder}" for folder in own]
+        goes_with_one = place.startswith("benchmarks") or place in [f"tests/{folder}" for folder in own]
         assert len(used) <= goes_with_one, f"{where(path, 1)} imports {', '.join(sorted(used))}"
     for path in python_files("ppl_models"):
         home = path.relative_to(ROOT / "ppl_models").parts[0]

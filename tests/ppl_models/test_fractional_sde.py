@@ -5,10 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from pyro import poutine
 from torch import Tensor, nn
 
+from benchmarks.calibrations.fractional_sde import DrawnPaths, linear_paths
+from inference.runtime.generators import scoped_seed
 from ppl_models import FractionalSDE
 from ppl_models.fractional_sde.exact import (
+    ParameterModel,
     draw_smoothed,
     gaussian_log_likelihood,
     posterior_draws,
@@ -308,3 +312,12 @@ def test_prediction_spreads_over_the_parameters() -> None:
     torch.testing.assert_close(found[0], mean)
     torch.testing.assert_close(found[1], variance)
     assert float(variance) > float(single[0][1]) + 0.5
+
+
+def test_the_law_that_calibration_draws_from_is_the_evidence_of_a_fit() -> None:
+    """Paths of ``benchmarks.calibrations`` come from a normal law; a fit has their evidence as a factor."""
+    with scoped_seed(0):
+        drawn = poutine.trace(linear_paths(DrawnPaths)).get_trace()
+    values = {n: node["value"] for n, node in drawn.nodes.items() if node["type"] == "sample"}
+    factor = poutine.trace(poutine.condition(linear_paths(ParameterModel, values.pop("y")), values)).get_trace()
+    assert float(factor.log_prob_sum()) == pytest.approx(float(drawn.log_prob_sum()), rel=1e-12)

@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from benchmarks.calibration import DrawnTypes, two_types
+from benchmarks.calibrations.image_cate import DrawnTypes, two_types
 from inference import ELBO, Laplace, fit
 from inference.runtime.generators import scoped_seed
 from ppl_models.image_cate.data import Units, make_trial
@@ -284,7 +284,7 @@ def run_on_an_accelerator(settings: Settings) -> None:
 
 
 def test_the_law_that_calibration_draws_from_is_the_density_of_a_fit() -> None:
-    """Outcomes of ``benchmarks.calibration`` come from a mixture of laws; a fit has their log density as a factor."""
+    """Outcomes of ``benchmarks.calibrations`` come from a mixture of laws; a fit has their log density as a factor."""
     drawing, design = two_types(DrawnTypes, 5)
     with scoped_seed(0):
         drawn = poutine.trace(drawing).get_trace(design)

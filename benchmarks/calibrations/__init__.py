@@ -1,0 +1,1 @@
+"""Calibrations of the models with a proper prior, a file each; see ``benchmarks.calibration``."""
