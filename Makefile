@@ -20,7 +20,10 @@ PIP_INSTALL := -m pip install --disable-pip-version-check --quiet $(PIP_FLAGS) -
 # The tensors here are small: one thread a process, and the cores go to processes.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: help demo test lint format check-format types reproduce bench docs tutorials clean
+# The oldest torch that pyproject.toml allows and the newest that has been tested; `make test` has that of constraints.txt.
+OTHER_TORCHES := 2.8.0 2.14.1
+
+.PHONY: help demo test torches lint format check-format types reproduce bench docs tutorials clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -31,6 +34,19 @@ demo: $(VENV)/.installed-demo  ## all models on small data: one table, figures i
 
 test: lint types  ## everything that CI checks: ruff, import arrows, mypy, all tests
 	$(ONE_THREAD) $(RUN) -m pytest -n $(WORKERS) --dist worksteal
+
+torches: $(OTHER_TORCHES:%=torch-%)  ## the contract and the engines with the oldest and the newest torch (some GB each, one after the other)
+
+# Where that torch can't be had, it says so and goes on.
+torch-%: VENV = .venv-torch-$*
+torch-%:
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	sed '/^torch==/d' constraints.txt > $(VENV)/constraints.txt
+	if $(RUN) -m pip install --disable-pip-version-check --quiet --no-cache-dir $(PIP_FLAGS) -c $(VENV)/constraints.txt torch==$* -e '.[test]'; then \
+	  $(ONE_THREAD) $(RUN) -m pytest -n $(WORKERS) --dist worksteal -p no:cacheprovider tests/contract tests/inference; \
+	else echo "torch $* could not be installed: nothing was tested with it"; fi
+	rm -rf $(VENV)
 
 lint: $(VENV)/.installed-test  ## ruff (rules and format) and the arrows between the three rooms
 	$(RUN) -m ruff check .

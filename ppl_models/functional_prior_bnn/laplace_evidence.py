@@ -47,12 +47,13 @@ class LaplaceEvidence(nn.Module):
         super().__init__()
         if (
             not isinstance(bnn.prior, GaussianPrior)
+            or bnn.prior.relevance is not None
             or bnn.noise_variance == "learned"
             or bnn.likelihood.name == "laplace"
         ):
             raise ValueError(
-                "the Laplace evidence needs prior='gaussian' and a gaussian (with a fixed noise variance), bernoulli "
-                "or categorical likelihood"
+                "the Laplace evidence needs prior='gaussian' without relevances and a gaussian (with a fixed noise "
+                "variance), bernoulli or categorical likelihood"
             )
         self.prior = bnn.prior
         self._num_rows = len(x)

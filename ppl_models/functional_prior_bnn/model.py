@@ -62,6 +62,10 @@ class FunctionalPriorBNN(BayesianNetwork):
         parametrisation: ``"noncentred"`` samples standard normals and scales them by the prior, ``"centred"`` the
             weights themselves; by default noncentred, and centred with a hierarchical prior, whose variances are then
             drawn from their exact conditional.
+        relevance: of an MLP: each column of x is multiplied by a relevance of its own, which is learned with the
+            weights, ``log relevance ~ N(0, relevance^2)`` (0.5 says within a factor of e either way).  None: one for
+            all.  Gives the sites ``eps_relevance`` and ``relevance``.  ``match_prior(discrepancy="covariance")``
+            matches the law at relevances of one, their median.
         network: ``"mlp"``, ``"lenet5"``, ``"vgg16"`` or ``"preresnet20"``.
         image_shape: ``(C, H, W)`` of an image network's inputs.
         standardise: whether to centre and scale x (columns; image channels) and the targets of regression by their

@@ -8,6 +8,9 @@
 With psi as built they are the fixed priors of Tran et al. (JMLR 23(74), 2022): s = 1 (FG), a = r = 1 (FH), and a random
 flow (FNF).
 
+Any of them can have relevances (MacKay 1994; Neal, Bayesian Learning for Neural Networks, 1996, section 4.1): input d
+enters the first layer multiplied by ``exp(relevance z_d)``, ``z_d ~ N(0, 1)``.
+
 ``forward`` issues the sample statements and returns the weights; inside a plate it returns one independent set an
 element, variances included.  "Non-centred" priors sample standard normals ``eps_*`` and make the weights from them: in
 that space the tuned prior is white, so a sampler needs one step size. Psi are plain ``nn.Parameter`` and take no
@@ -40,15 +43,29 @@ class WeightPrior(nn.Module):
     Args:
         network: gives names and shapes.
         noncentred: sample standard normals instead of the weights.
+        relevance: standard deviation of the logarithm of an input's relevance; None for none.
     """
 
-    def __init__(self, network: Network, noncentred: bool) -> None:
+    def __init__(self, network: Network, noncentred: bool, relevance: float | None = None) -> None:
         super().__init__()
         self.shapes = network.shapes
         self.noncentred = noncentred
+        self.relevance = relevance
 
     def forward(self) -> dict[str, Tensor]:
-        """Sample statements of one set of weights; name to ``(*plates, *shape)``."""
+        """Sample statements of one set of weights; name to ``(*plates, *shape)``.
+
+        Relevances are in the ``W1`` that is returned and not in a site of that name.
+        """
+        weights = self._weights()
+        if self.relevance is not None:
+            one = next(self.parameters()).detach().new_ones(self.shapes["W1"][0])
+            z = pyro.sample("eps_relevance", dist.Normal(torch.zeros_like(one), one).to_event(1))
+            relevance = pyro.deterministic("relevance", (self.relevance * z).exp(), event_dim=1)
+            weights["W1"] = relevance.unsqueeze(-1) * weights["W1"]
+        return weights
+
+    def _weights(self) -> dict[str, Tensor]:
         raise NotImplementedError
 
     def gibbs_sites(self) -> list[tuple[str, str]]:
@@ -88,18 +105,24 @@ class GaussianPrior(WeightPrior):
         network: gives names and shapes.
         per_parameter: a scale for every weight instead of one for every ``W{l}`` and one for every ``b{l}``.
         noncentred: sample ``eps_W{l} ~ N(0, 1)``, ``W{l} = s eps``.
+        relevance: as for ``WeightPrior``.
     """
 
-    def __init__(self, network: Network, per_parameter: bool = False, noncentred: bool = True) -> None:
-        super().__init__(network, noncentred)
+    def __init__(
+        self,
+        network: Network,
+        per_parameter: bool = False,
+        noncentred: bool = True,
+        relevance: float | None = None,
+    ) -> None:
+        super().__init__(network, noncentred, relevance)
         self.log_scale = _log_parameters(self.shapes, per_parameter, 1.0)
 
     def scale(self, name: str) -> Tensor:
         """Standard deviation s of ``W{l}`` or ``b{l}``: a scalar, or one a weight."""
         return self.log_scale[name].exp()
 
-    def forward(self) -> dict[str, Tensor]:
-        """Sample statements; name to ``(*plates, *shape)``."""
+    def _weights(self) -> dict[str, Tensor]:
         return {name: _normal(name, shape, self.scale(name), self.noncentred) for name, shape in self.shapes.items()}
 
 
@@ -111,13 +134,20 @@ class HierarchicalPrior(WeightPrior):
         per_parameter: a variance, and its a and r, for every weight.
         noncentred: sample ``eps_W{l} ~ N(0, 1)``, ``W{l} = s eps``; without it the variances can be drawn from their
             exact conditional.
+        relevance: as for ``WeightPrior``.
     """
 
     # softplus(3), as in the paper's code. InvGamma(1, 1) has no mean: its discrepancy to anything is mostly noise.
     _TUNING_START = 3.0486
 
-    def __init__(self, network: Network, per_parameter: bool = False, noncentred: bool = False) -> None:
-        super().__init__(network, noncentred)
+    def __init__(
+        self,
+        network: Network,
+        per_parameter: bool = False,
+        noncentred: bool = False,
+        relevance: float | None = None,
+    ) -> None:
+        super().__init__(network, noncentred, relevance)
         self.per_parameter = per_parameter
         self.log_concentration = _log_parameters(self.shapes, per_parameter, 1.0 - _LEAST_CONCENTRATION)
         self.log_rate = _log_parameters(self.shapes, per_parameter, 1.0)
@@ -144,8 +174,7 @@ class HierarchicalPrior(WeightPrior):
         """All pairs; none if non-centred, where the variance is no longer conjugate."""
         return [] if self.noncentred else [(f"var_{name}", name) for name in self.shapes]
 
-    def forward(self) -> dict[str, Tensor]:
-        """Sample statements; name to ``(*plates, *shape)``."""
+    def _weights(self) -> dict[str, Tensor]:
         weights = {}
         for name, shape in self.shapes.items():
             law = dist.InverseGamma(self.concentration(name), self.rate(name))
@@ -168,17 +197,24 @@ class FlowPrior(WeightPrior):
         noncentred: sample ``eps_z{l} ~ N(0, 1)``, ``z{l} = exp(v / 2) eps``.
         num_maps: planar maps a layer.
         seed: of the flow's initial parameters.
+        relevance: as for ``WeightPrior``.
     """
 
-    def __init__(self, network: Network, noncentred: bool = True, num_maps: int = 4, seed: int = 0) -> None:
-        super().__init__(network, noncentred)
+    def __init__(
+        self,
+        network: Network,
+        noncentred: bool = True,
+        num_maps: int = 4,
+        seed: int = 0,
+        relevance: float | None = None,
+    ) -> None:
+        super().__init__(network, noncentred, relevance)
         self.names = [[f"W{i}"] + ([f"b{i}"] if layer.bias else []) for i, layer in enumerate(network.layers, 1)]
         sizes = [sum(math.prod(self.shapes[name]) for name in group) for group in self.names]
         self.flows = nn.ModuleList(PlanarFlow(d, num_maps, generator(seed, "flow", i)) for i, d in enumerate(sizes))
         self.log_variance = nn.ParameterList(nn.Parameter(torch.zeros(d), requires_grad=False) for d in sizes)
 
-    def forward(self) -> dict[str, Tensor]:
-        """Sample statements; name to ``(*plates, *shape)``."""
+    def _weights(self) -> dict[str, Tensor]:
         weights = {}
         for i, (group, flow) in enumerate(zip(self.names, self.flows, strict=True)):
             scale = (0.5 * self.log_variance[i]).exp()

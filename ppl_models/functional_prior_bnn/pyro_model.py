@@ -8,10 +8,11 @@ import pyro
 import pyro.distributions as dist
 from torch import Tensor
 
+from inference._checks import positive
 from inference.citation import Paper
 from ppl_models.base import Model, Standardiser, check_inputs
 from ppl_models.functional_prior_bnn.likelihoods import Likelihood, build_likelihood
-from ppl_models.functional_prior_bnn.networks import Network, build_network, evaluate
+from ppl_models.functional_prior_bnn.networks import MLP, Network, build_network, evaluate
 from ppl_models.functional_prior_bnn.priors import FlowPrior, GaussianPrior, HierarchicalPrior, WeightPrior
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ __all__ = ["BayesianNetwork"]
 
 # Of the learned noise variance, log-normal: its median is the paper's fixed value.
 _NOISE_LOCATION, _NOISE_SCALE = math.log(0.1), 1.0
+_MOST_RELEVANCE = 10.0  # beyond, exp(relevance z) leaves float32's range within the normal's
 
 
 class BayesianNetwork(Model):
@@ -52,6 +54,7 @@ class BayesianNetwork(Model):
         *,
         prior_scope: str = "layer",
         parametrisation: str | None = None,
+        relevance: float | None = None,
         network: str = "mlp",
         image_shape: Sequence[int] | None = None,
         standardise: bool = True,
@@ -79,6 +82,7 @@ class BayesianNetwork(Model):
             "noise_variance": noise_variance,
             "prior_scope": prior_scope,
             "parametrisation": parametrisation,
+            "relevance": relevance,
             "network": network,
             "image_shape": None if image_shape is None else list(image_shape),
             "standardise": standardise,
@@ -90,7 +94,7 @@ class BayesianNetwork(Model):
         # Under other names than the properties below: Pyro enters a plain submodule that is read inside a model call
         # into its global parameter store.
         self.add_module("_network", built)
-        self.add_module("_prior", _build_prior(built, prior, prior_scope, parametrisation, seed))
+        self.add_module("_prior", _build_prior(built, prior, prior_scope, parametrisation, relevance, seed))
         self.add_module("_input_units", Standardiser(built.in_features, pixels))
         self.add_module("_target_units", Standardiser(out_features))
         self.result: Posterior | None = None
@@ -209,20 +213,26 @@ class BayesianNetwork(Model):
         return self.input_units(x), self.target_units(y) if self.likelihood.has_noise else y
 
 
-def _build_prior(network: Network, prior: str, scope: str, parametrisation: str | None, seed: int) -> WeightPrior:
+def _build_prior(
+    network: Network, prior: str, scope: str, parametrisation: str | None, relevance: float | None, seed: int
+) -> WeightPrior:
     if prior not in ("gaussian", "hierarchical", "flow"):
         raise ValueError(f"prior must be 'gaussian', 'hierarchical' or 'flow', got {prior!r}")
     if scope not in ("layer", "parameter"):
         raise ValueError(f"prior_scope must be 'layer' or 'parameter', got {scope!r}")
     if parametrisation not in (None, "centred", "noncentred"):
         raise ValueError(f"parametrisation must be 'centred' or 'noncentred', got {parametrisation!r}")
+    if relevance is not None:
+        relevance = positive("relevance", relevance, upper=_MOST_RELEVANCE)
+        if not isinstance(network, MLP):
+            raise ValueError("relevance is for the columns of an MLP's x, not for pixels")
     noncentred = parametrisation == "noncentred" or (parametrisation is None and prior != "hierarchical")
     if prior == "flow":
         if scope == "parameter":
             raise ValueError(
                 "prior_scope = 'parameter' has no meaning for a flow, which has psi for every weight already"
             )
-        return FlowPrior(network, noncentred, seed=seed)
+        return FlowPrior(network, noncentred, seed=seed, relevance=relevance)
     return {"gaussian": GaussianPrior, "hierarchical": HierarchicalPrior}[prior](
-        network, scope == "parameter", noncentred
+        network, scope == "parameter", noncentred, relevance
     )
