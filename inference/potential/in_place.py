@@ -29,6 +29,8 @@ def parts_by_index(root: torch.nn.Module, graph: fx.Graph) -> None:
             _rewrite(node, lambda n, call: _strided_scatter(root, n, call))
         elif node.target is _aten.slice_scatter.default:
             _rewrite(node, lambda n, call: _slice_scatter(root, n, call))
+        elif node.target is _aten.index_put.default and _is_fill_by_mask(node):
+            _rewrite(node, _filled_by_mask)
     for node in list(graph.nodes):  # not sooner, and no view later: the value may lie otherwise in memory than its copy
         if node.target in (_aten.copy.default, _aten.fill.Tensor):
             _rewrite(node, _copied)
@@ -148,6 +150,24 @@ def _slice_scatter(root: torch.nn.Module, node: Any, call: _Call) -> Any:
     constant = _constant(root, node, places.to(base.meta["val"].device))
     changed = call(_aten.index_put.default, call(_aten.reshape.default, base, [-1]), [constant], part)
     return call(_aten.reshape.default, changed, shape)
+
+
+def _is_fill_by_mask(node: Any) -> bool:
+    """Whether one number is put wherever a mask is true: ``x[x < 0] = 0``, and the gradient of that."""
+    indices, value = node.args[1:3]
+    accumulates = len(node.args) > 3 and node.args[3]
+    mask = indices[0].meta["val"] if len(indices) == 1 and isinstance(indices[0], fx.Node) else None
+    return mask is not None and mask.dtype == torch.bool and value.meta["val"].numel() == 1 and not accumulates
+
+
+def _filled_by_mask(node: Any, call: _Call) -> Any:
+    base, (mask,), value = node.args[:3]
+    missing = base.meta["val"].dim() - mask.meta["val"].dim()
+    if missing:
+        mask = call(_aten.reshape.default, mask, [*mask.meta["val"].shape, *[1] * missing])
+    if value.meta["val"].dim():
+        value = call(_aten.reshape.default, value, [])
+    return call(_aten.where.self, mask, value, base)
 
 
 def _part(node: Any, first: int) -> tuple[int, int]:

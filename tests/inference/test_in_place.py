@@ -64,8 +64,15 @@ def masked(a: Tensor, v: Tensor) -> Tensor:
     return out
 
 
+def masked_by_values(a: Tensor, v: Tensor) -> Tensor:
+    out = torch.outer(v, V + a)
+    out[out < 0.2] = 0.0  # as in the density of a multinomial
+    out[v > 0.1] = 1.0
+    return out
+
+
 @pytest.mark.parametrize(
-    "fill", [moving_average, from_data, triangle, jitter, slices, masked], ids=lambda f: f.__name__
+    "fill", [moving_average, from_data, triangle, jitter, slices, masked, masked_by_values], ids=lambda f: f.__name__
 )
 def test_a_model_that_fills_a_tensor_is_recorded(fill: Callable[[Tensor, Tensor], Tensor], capfd):
     def model() -> None:
