@@ -115,7 +115,7 @@ class _Unconstrained(Messenger):
             if isinstance(mask, Tensor) and isinstance(msg["mask"], Tensor):
                 msg["mask"] = msg["mask"] | mask
         if name in self.values:
-            transform = self.transforms[name].inv if name in self.transforms else biject_to(fn.support)
+            transform = _bijection(name, fn, self.transforms)
             z = self.values[name]
             x = transform(z)
             if transform is not identity_transform:
@@ -413,10 +413,10 @@ class LogDensity:
             fn = site["fn"]
             if fn.support.is_discrete:
                 return None
+            transform = _bijection(site["name"], fn, self.transforms)
             try:
                 return chosen(site)
             except NotImplementedError:  # a law without draws: an improper one, or an energy
-                transform = biject_to(fn.support)
                 return transform(4 * torch.rand(transform.inverse_shape(fn.shape())) - 2)
 
         with poutine.trace() as recorder, InitMessenger(initial_value):
@@ -424,8 +424,7 @@ class LogDensity:
         return recorder.trace
 
     def _to_unconstrained(self, name: str, fn: Any, value: Tensor) -> Tensor:
-        transform = self.transforms[name] if name in self.transforms else biject_to(fn.support).inv
-        return transform(value)
+        return _bijection(name, fn, self.transforms).inv(value)
 
     def _refuse_wrong_minibatches(self, trace: Any) -> None:
         for name in self.sites:
@@ -439,6 +438,24 @@ class LogDensity:
 
     def _enumerated_trace(self, messenger: _Unconstrained, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return enumerated_trace(self.model, args, kwargs, self._max_plate_nesting, messenger)
+
+
+def _bijection(name: str, fn: Any, transforms: Mapping[str, Transform]) -> Transform:
+    """The map from unconstrained space to the support of site ``name``.
+
+    Raises:
+        ValueError: there is none, and ``transforms`` has none either.
+    """
+    if name in transforms:
+        return transforms[name].inv
+    try:
+        return biject_to(fn.support)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"no bijection maps unconstrained space to the support of latent site {name!r} ({fn.support}): write the "
+            "site in terms of others (a covariance by LKJCholesky and scales, say), reparametrise it, or give the "
+            "kernel transforms={site: transform}"
+        ) from error
 
 
 def _log_prob_sum(trace: Any) -> Tensor:

@@ -338,6 +338,9 @@ def test_models_without_latents_and_bad_values_fail_at_the_door():
         LogDensity(lambda: pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(0.0)))
     with pytest.raises(ValueError, match="scale"):  # Pyro's own message, from the one validated run
         LogDensity(lambda: pyro.sample("y", dist.Normal(0.0, -1.0)))
+    covariance = dist.ImproperUniform(dist.constraints.positive_definite, (), (2, 2))
+    with pytest.raises(ValueError, match="support of latent site 'cov'"):
+        LogDensity(lambda: pyro.sample("cov", covariance))
     density = LogDensity(*zoo.CONTINUOUS["eight_schools"])
     with pytest.raises(ValueError, match=r"missing \['eta', 'tau'\], unknown \['nu'\]"):
         density.flatten({"mu": torch.zeros(2), "nu": torch.zeros(2)})
