@@ -27,7 +27,7 @@ from inference.potential import InDims, LogDensity, Potential, PotentialFunction
 from inference.results import diagnostics as _diagnostics
 from inference.results.export import to_arviz
 from inference.results.predictive import log_likelihood as _log_likelihood
-from inference.results.verdict import warn_of_poor_mixing, warn_of_run
+from inference.results.verdict import warn_of_poor_mixing, warn_of_rounding, warn_of_run
 from inference.runtime import distributed
 from inference.runtime.checkpoint import fingerprint, identify
 from inference.runtime.draws import DrawStore
@@ -314,7 +314,7 @@ class MCMC(Citable):
                 self.interrupted = True
                 if not ended:  # raised here, by a hook: the others hear of it where their block ends
                     self._agree(True, False, 1, done)
-        self._finish(store, own, drawn, lost, divergences)
+        self._finish(store, own, drawn, lost, divergences, state.position)
         self.num_gradients = int(distributed.sum_over_ranks(torch.tensor(gradients, device="cpu")))
 
     @staticmethod
@@ -429,7 +429,9 @@ class MCMC(Citable):
             self.kernel, values, "Warmup" if warming else "Sample", step if warming else step - self.warmup_steps
         )
 
-    def _finish(self, store: DrawStore, own: range, drawn: int, lost: list[int], divergences: float) -> None:
+    def _finish(
+        self, store: DrawStore, own: range, drawn: int, lost: list[int], divergences: float, position: Tensor
+    ) -> None:
         """Keep the draws: on rank 0 those of all chains, on the others their own."""
         main = distributed.is_main()
         drawn = int(distributed.gather_rows(torch.tensor([drawn], device="cpu"), to_all=True).min())
@@ -462,6 +464,7 @@ class MCMC(Citable):
         assert self.potential is not None
         if not self.kernel.stochastic and not self.potential.data:
             warn_of_poor_mixing(self._samples, stacklevel=4)
+            warn_of_rounding(self.potential, position, stacklevel=4)
 
     # ------------------------------------------------------------------ checkpoints
     def _identity(self, potential: Potential) -> str:

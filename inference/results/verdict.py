@@ -4,18 +4,24 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from inference._errors import SamplerWarning
+from inference.potential import Potential
 from inference.results.diagnostics import rhat
 
-__all__ = ["warn_of_poor_mixing", "warn_of_run"]
+__all__ = ["rounding_of_energy", "warn_of_poor_mixing", "warn_of_rounding", "warn_of_run"]
 
 _BOUND = 1.1  # of R-hat
 # With n independent draws of each of M chains R-hat**2 - 1 is about (F - 1) / (n / 2), F of 2 M - 1 degrees of freedom:
 # for thousands of scalars below the bound with 100 draws of few chains, or with 10 draws of many.
 _LEAST_DRAWS = 100
 _MANY_CHAINS, _LEAST_DRAWS_OF_MANY = 64, 10
+_NEIGHBOURS = 8  # of each chain's last point
+# Nats. A step's energy error is compared with the logarithm of a uniform number: errors of this size cost a few percent
+# of the acceptance, and errors above 1 leave no step size that is accepted.
+_ROUNDING = 0.2
 _CHAINS, _NUMBERS = 128, 2**19  # looked at, so that the look takes a tenth of a second
 
 
@@ -74,6 +80,50 @@ def warn_of_poor_mixing(samples: Mapping[str, Tensor], *, stacklevel: int) -> No
             f"the chains have not mixed: R-hat is above {_BOUND} for {beyond} of {scalars} scalars and {worst:.3g} at "
             f"{where}. Take more warm-up steps and more draws, or thin; look at the chains one by one for separate "
             "modes; or reparametrise the model",
+            SamplerWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
+def rounding_of_energy(potential: Potential, position: Tensor) -> float:
+    """How far apart rounding puts the energies of neighbouring points, in nats: the median over chains of the root mean
+    square of U(z') - U(z) - (z' - z) . dU/dz over points z' a few last bits from z.
+
+    Args:
+        potential: U, of one density for all chains.
+        position: z, ``(chain, dim)``; chains that are not finite are left out.
+
+    Returns:
+        float: nats; infinite where U is not finite at most chains' neighbouring points.
+    """
+    fine = torch.isfinite(position).all(1)
+    if not bool(fine.any()):
+        return 0.0
+    energy, gradient = potential.value_and_grad(position)
+    generator = torch.Generator().manual_seed(0)
+    squares = torch.zeros_like(energy)
+    for _ in range(_NEIGHBOURS):
+        bits = torch.randint(-4, 5, position.shape, generator=generator).to(position)
+        near = position * (1 + bits * torch.finfo(position.dtype).eps)
+        expected = ((near - position) * gradient).sum(1)
+        squares += (potential.value_and_grad(near)[0] - energy - expected).square()
+    found = (squares / _NEIGHBOURS).sqrt().nan_to_num(nan=math.inf)
+    return float(found[fine].median())
+
+
+def warn_of_rounding(potential: Potential, position: Tensor, *, stacklevel: int) -> None:
+    """Warn if single precision is too coarse for a sampler that compares energies; arguments as in
+    ``rounding_of_energy``.
+    """
+    if position.dtype == torch.float64:
+        return
+    error = rounding_of_energy(potential, position)
+    if error > _ROUNDING:
+        size = f"moves the energy of neighbouring points by {error:.2g} nats" if math.isfinite(error) else "breaks it"
+        warnings.warn(
+            f"{str(position.dtype).removeprefix('torch.')} is too coarse for this density: rounding {size}, so that "
+            "steps become short or chains stand still. Use double precision: float64 data, and "
+            "torch.set_default_dtype(torch.float64) for the constants of the model",
             SamplerWarning,
             stacklevel=stacklevel + 1,
         )

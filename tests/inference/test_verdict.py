@@ -1,4 +1,4 @@
-"""What a run says of itself when its chains have not mixed."""
+"""What a run says of itself when its chains have not mixed, or rounding kept them from it."""
 
 import warnings
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from inference import HMC, MCMC, NUTS, SGLD, SamplerWarning
-from inference.results.verdict import warn_of_poor_mixing
+from inference.potential import LogDensity, Potential
+from inference.results.verdict import rounding_of_energy, warn_of_poor_mixing
 
 NOT_MIXED = "the chains have not mixed"
 
@@ -79,3 +80,32 @@ def test_too_few_numbers_say_nothing():
 def test_chains_that_stand_still_apart_have_an_infinite_r_hat():
     with pytest.warns(SamplerWarning, match=rf"{NOT_MIXED}: .* and inf at x"):
         warn_of_poor_mixing({"x": torch.arange(4.0)[:, None].expand(4, 100)}, stacklevel=1)
+
+
+def counts(x, y):
+    a = pyro.sample("a", dist.Normal(x.new_zeros(()), 20.0))
+    with pyro.plate("row", len(x)):
+        pyro.sample("y", dist.Poisson(torch.exp(a + x)), obs=y)
+
+
+def test_counts_beyond_single_precision_are_reported_with_the_cure():
+    """Each term of the density is about 1e7, of which float32 holds one part in 1e7; the energy itself is 400."""
+    x = torch.linspace(-0.5, 0.5, 50, dtype=torch.float64)
+    y = (1e6 * x.exp()).round()
+    start = {"a": torch.full((2,), 13.8155)}
+    wide, narrow = (Potential(LogDensity(counts, (x.to(t), y.to(t)))) for t in (torch.float64, torch.float32))
+    z = torch.tensor([[13.8155], [13.8154]])
+    assert rounding_of_energy(narrow, z) > 1.0
+    assert rounding_of_energy(wide, z.double()) < 1e-6
+    with pytest.warns(SamplerWarning, match=r"float32 is too coarse for this density: .*torch.set_default_dtype"):
+        MCMC(NUTS(counts, max_tree_depth=2), 2, 2, num_chains=2, initial_params=start, progress=False).run(
+            x.float(), y.float()
+        )
+
+
+def test_energies_that_rounding_does_not_move_are_not_reported():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MCMC(NUTS(counts, max_tree_depth=2), 2, 10, num_chains=2, progress=False).run(
+            torch.linspace(-0.5, 0.5, 50), torch.full((50,), 100.0)
+        )
