@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from inference._errors import CaptureWarning
 from inference.potential.graph import CaptureError, trace
-from inference.potential.log_density import LogDensity, MinibatchPlate, Site
+from inference.potential.log_density import LogDensity, MinibatchPlate, Site, scoped_model
 from inference.runtime.generators import derive_seed, scoped_seed
 
 __all__ = ["Density", "Potential", "PotentialFunction"]
@@ -79,7 +79,7 @@ class PotentialFunction(LogDensity):
     ) -> None:
         if not example:
             raise ValueError("potential_fn needs initial_params: a dict of unconstrained tensors, one entry a site")
-        self.potential_fn = potential_fn
+        self.potential_fn = _recordable(potential_fn)
         self.transforms = dict(transforms or {})
         self.sites, self.plates, self.observed, self.priors, self.data = {}, {}, {}, {}, ()
         start = 0
@@ -95,13 +95,26 @@ class PotentialFunction(LogDensity):
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Minus the energy, and the values in constrained space."""
         constrained = {n: self.transforms[n].inv(v) if n in self.transforms else v for n, v in values.items()}
-        return -self.potential_fn(dict(values)), constrained, {}
+        with scoped_model(validate=False):
+            energy = self.potential_fn(dict(values))
+        return -energy, constrained, {}
 
     def initial_position(
         self, seed: int, strategy: Callable[[Any], Any] | None = None, row: Sequence[Tensor] | None = None
     ) -> Tensor:
         """There is no model to start from."""
         raise ValueError("a kernel with potential_fn needs initial_params in MCMC(...)")
+
+
+def _recordable(potential_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The function itself, where it is what ``pyro.infer.mcmc.util.initialize_model(jit_compile=True)`` returns: what
+    TorchScript runs cannot be recorded.
+    """
+    compiled = getattr(potential_fn, "func", None)  # of a functools.partial
+    if getattr(compiled, "__name__", "") == "_potential_fn_jit":
+        plain: Callable[..., Any] = compiled.__self__._potential_fn  # type: ignore[union-attr]
+        return plain
+    return potential_fn
 
 
 class _Widest(TorchDispatchMode):

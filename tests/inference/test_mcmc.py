@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy import stats
 
-from inference import HMC, MCMC, SGHMC, SGLD, AdaptiveSGHMC, CheckpointError, NonFiniteError, SamplerWarning
+from inference import HMC, MCMC, NUTS, SGHMC, SGLD, AdaptiveSGHMC, CheckpointError, NonFiniteError, SamplerWarning
 from inference.kernels.base import Noise
 from inference.runtime.generators import ChainGenerators
 from inference.runtime.streams import Streams
@@ -116,6 +116,27 @@ def test_potential_fn_with_initial_params():
     draws = mcmc.get_samples()["a"]
     # 4,000 draws of N(3, 4), nearly independent: standard errors 0.03 and 0.02
     assert draws.mean(0).sub(3).abs().max() < 0.15 and draws.std(0).sub(2).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_a_potential_that_pyro_made_is_recorded(jit_compile: bool) -> None:
+    """The pattern of Pyro's baseball example: Beta and Uniform read values back where validation is on."""
+
+    def model(at_bats, hits):
+        share = pyro.sample("share", dist.Uniform(0.0, 1.0))
+        with pyro.plate("player", len(hits)):
+            chance = pyro.sample("chance", dist.Beta(10 * share, 10 * (1 - share)))
+            pyro.sample("hits", dist.Binomial(at_bats, chance), obs=hits)
+
+    data = torch.tensor([20.0, 20.0]), torch.tensor([5.0, 15.0])
+    with torch.random.fork_rng(devices=[]):
+        start, potential_fn, transforms, _ = pyro.infer.mcmc.util.initialize_model(
+            model, data, num_chains=2, jit_compile=jit_compile, skip_jit_warnings=True
+        )
+    kernel = NUTS(potential_fn=potential_fn)
+    mcmc = run(kernel, num_samples=5, warmup_steps=5, num_chains=2, initial_params=start, transforms=transforms)
+    assert mcmc.potential.captured
+    assert ((mcmc.get_samples()["chance"] > 0) & (mcmc.get_samples()["chance"] < 1)).all()
 
 
 # ---------------------------------------------------------------------- randomness
