@@ -413,10 +413,10 @@ class LogDensity:
             fn = site["fn"]
             if fn.support.is_discrete:
                 return None
-            transform = _bijection(site["name"], fn, self.transforms)
             try:
                 return chosen(site)
             except NotImplementedError:  # a law without draws: an improper one, or an energy
+                transform = _bijection(site["name"], fn, self.transforms)
                 return transform(4 * torch.rand(transform.inverse_shape(fn.shape())) - 2)
 
         with poutine.trace() as recorder, InitMessenger(initial_value):
