@@ -39,6 +39,7 @@ __all__ = ["LogPartition", "ais", "ais_sandwich", "annealed_log_weights", "bridg
 
 _S = TypeVar("_S")
 _PILOT_PARTICLES = 256
+_FEW_WEIGHTS = 10  # effective ones
 _UNRELIABLE_K = 0.7
 _WARP = ("none", "normal", "symmetric")
 
@@ -166,10 +167,20 @@ def ais(
     path = tempered_path(target, args, kwargs, reference)
     plan = _Plan.make(path, num_chains, num_temperatures, num_steps, inverse_temperatures, seed, compile)
     if direction == "forward":
-        return from_weights(plan.forward(), "AIS")
-    assert posterior_samples is not None
-    start, groups = _starts(path.unconstrain(posterior_samples), num_chains)
-    return from_weights(plan.reverse(start), "reverse AIS", reverse=True, groups=groups)
+        found = from_weights(plan.forward(), "AIS")
+    else:
+        assert posterior_samples is not None
+        start, groups = _starts(path.unconstrain(posterior_samples), num_chains)
+        found = from_weights(plan.reverse(start), "reverse AIS", reverse=True, groups=groups)
+    if found.pareto_k > _UNRELIABLE_K or found.ess < min(_FEW_WEIGHTS, num_chains / 4):
+        warnings.warn(
+            f"log Z rests on {found.ess:.0f} effective weights of {num_chains} (Pareto k = {found.pareto_k:.2f}): "
+            "neither the estimate nor its error can be trusted, and only the bound holds. Use more num_temperatures, "
+            "or bridge_sampling with posterior draws",
+            SamplerWarning,
+            stacklevel=2,
+        )
+    return found
 
 
 @from_papers(_AIS, _SANDWICH, _BRIDGE)

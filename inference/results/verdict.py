@@ -94,12 +94,12 @@ def rounding_of_energy(potential: Potential, position: Tensor) -> float:
         position: z, ``(chain, dim)``; chains that are not finite are left out.
 
     Returns:
-        float: nats; infinite where U is not finite at most chains' neighbouring points.
+        float: nats; infinite where U is finite at a chain's point and not at one of its neighbours.
     """
-    fine = torch.isfinite(position).all(1)
+    energy, gradient = potential.value_and_grad(position)
+    fine = torch.isfinite(energy) & torch.isfinite(gradient).all(1)
     if not bool(fine.any()):
         return 0.0
-    energy, gradient = potential.value_and_grad(position)
     generator = torch.Generator().manual_seed(0)
     squares = torch.zeros_like(energy)
     for _ in range(_NEIGHBOURS):
@@ -107,8 +107,8 @@ def rounding_of_energy(potential: Potential, position: Tensor) -> float:
         near = position * (1 + bits * torch.finfo(position.dtype).eps)
         expected = ((near - position) * gradient).sum(1)
         squares += (potential.value_and_grad(near)[0] - energy - expected).square()
-    found = (squares / _NEIGHBOURS).sqrt().nan_to_num(nan=math.inf)
-    return float(found[fine].median())
+    found = (squares / _NEIGHBOURS).sqrt()[fine]
+    return float(found.median()) if bool(torch.isfinite(found).all()) else math.inf
 
 
 def warn_of_rounding(potential: Potential, position: Tensor, *, stacklevel: int) -> None:
@@ -119,11 +119,11 @@ def warn_of_rounding(potential: Potential, position: Tensor, *, stacklevel: int)
         return
     error = rounding_of_energy(potential, position)
     if error > _ROUNDING:
-        size = f"moves the energy of neighbouring points by {error:.2g} nats" if math.isfinite(error) else "breaks it"
+        size = f"{error:.2g} nats" if math.isfinite(error) else "no finite number"
         warnings.warn(
-            f"{str(position.dtype).removeprefix('torch.')} is too coarse for this density: rounding {size}, so that "
-            "steps become short or chains stand still. Use double precision: float64 data, and "
-            "torch.set_default_dtype(torch.float64) for the constants of the model",
+            f"{str(position.dtype).removeprefix('torch.')} is too coarse for this density: rounding sets the energies "
+            f"of neighbouring points apart by {size}, so that steps become short or chains stand still. Use double "
+            "precision: float64 data, and torch.set_default_dtype(torch.float64) for the constants of the model",
             SamplerWarning,
             stacklevel=stacklevel + 1,
         )

@@ -2,6 +2,8 @@
 
 import math
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
@@ -96,6 +98,18 @@ def test_one_direction_of_a_model():
     for found in (low, high):
         assert found.ess > 50 and found.standard_error < 0.15
         assert abs(found.value - truth) < 3.5 * found.standard_error
+
+
+def test_annealing_that_few_chains_survive_is_warned_of():
+    """Six variables known to 0.001 from a prior of width 1, in three temperatures: one chain has all the weight."""
+
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([6]).to_event(1))
+        pyro.sample("y", dist.Normal(x, 1e-3).to_event(1), obs=torch.zeros(6))
+
+    with pytest.warns(SamplerWarning, match="effective weights of 40") as caught:
+        found = ais(model, num_chains=40, num_temperatures=3)
+    assert found.ess < 5 and caught[0].filename == __file__
 
 
 def test_seed_ladder_and_shared_draws():

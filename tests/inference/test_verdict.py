@@ -109,3 +109,19 @@ def test_energies_that_rounding_does_not_move_are_not_reported():
         MCMC(NUTS(counts, max_tree_depth=2), 2, 10, num_chains=2, progress=False).run(
             torch.linspace(-0.5, 0.5, 50), torch.full((50,), 100.0)
         )
+
+
+def test_a_factorisation_that_rounding_breaks_is_reported():
+    """The smallest eigenvalue, 1e-7, is lost in the rounding of the matrix: whether it has a root is chance."""
+    grid = torch.linspace(0.0, 1.0, 8)
+    smooth = torch.exp(-(grid[:, None] - grid).square()) + 1e-7 * torch.eye(8)
+
+    def model():
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        pyro.factor("root", torch.linalg.cholesky(scale * smooth).diagonal().log().sum())
+
+    potential = Potential(LogDensity(model))
+    z = torch.linspace(-1.0, 1.0, 200)[:, None]
+    finite = torch.isfinite(potential(z))
+    assert 0 < finite.sum() < 200
+    assert rounding_of_energy(potential, z) == float("inf")
