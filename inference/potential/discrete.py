@@ -9,7 +9,7 @@ every state.
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from pyro import poutine
@@ -177,6 +177,7 @@ class _DiscreteDensity(_StateDensity):
 class _States(Potential):
     """What the MCMC driver sees of a discrete law: positions are state numbers, and there is no gradient."""
 
+    continuous: ClassVar[bool] = False
     energy: DiscreteEnergy
 
     def __init__(self, density: LogDensity) -> None:

@@ -9,7 +9,7 @@ captured like any other.  A model that cannot be recorded runs one chain at a ti
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -146,7 +146,10 @@ class Potential:
         data: what differs between chains besides their positions, each tensor ``(chain, ...)``: the rows of the
             model's arguments that ``in_dims`` names.  They are inputs of the one graph, mapped over chains.  Empty if
             all chains have the same density.
+        continuous: whether there are points between points: not among states.
     """
+
+    continuous: ClassVar[bool] = True
 
     def __init__(self, density: Density, *, chunk_size: int | None = None, capture: bool = True) -> None:
         if chunk_size is not None and (

@@ -115,7 +115,7 @@ def warn_of_rounding(potential: Potential, position: Tensor, *, stacklevel: int)
     """Warn if single precision is too coarse for a sampler that compares energies; arguments as in
     ``rounding_of_energy``.
     """
-    if position.dtype == torch.float64:
+    if position.dtype == torch.float64 or not potential.continuous:
         return
     error = rounding_of_energy(potential, position)
     if error > _ROUNDING:
