@@ -112,11 +112,14 @@ class PathBound(nn.Module):
         num_particles: paths a series.
         bound: ``"elbo"`` or ``"iwae"``.
         kl_warmup: steps over which the KL's weight rises to 1.
+        hurst_wait: steps before which H is held where it is.
     """
 
     calls: Tensor
 
-    def __init__(self, model: "PathModel", grid: SolverGrid, num_particles: int, bound: str, kl_warmup: int) -> None:
+    def __init__(
+        self, model: "PathModel", grid: SolverGrid, num_particles: int, bound: str, kl_warmup: int, hurst_wait: int = 0
+    ) -> None:
         super().__init__()
         if bound not in _BOUNDS:
             raise ValueError(f"bound must be one of {_BOUNDS}, got {bound!r}")
@@ -124,13 +127,16 @@ class PathBound(nn.Module):
             raise ValueError(f"kl_warmup must be a number of steps, 0 or more, got {kl_warmup!r}")
         self.model = model
         self.grid, self.num_particles, self.bound, self.kl_warmup = grid, num_particles, bound, kl_warmup
+        self.hurst_wait = hurst_wait
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
 
     def forward(self, observations: Tensor, mask: Tensor) -> Tensor:
         """A scalar."""
         weight: Tensor | float = 1.0
-        if self.kl_warmup and self.training:
+        if (self.kl_warmup or self.hurst_wait) and self.training:
             self.calls += 1
+        self.model.system.noise.held = self.training and bool(self.calls <= self.hurst_wait)
+        if self.kl_warmup and self.training:
             weight = (self.calls / self.kl_warmup).clamp(max=1.0).to(observations.dtype)
         return -self._per_series(observations, mask, self.num_particles, weight, None)[0].mean()
 

@@ -31,6 +31,7 @@ from ppl_models.fractional_sde.exact import (
     one_step_ahead,
     posterior_draws,
 )
+from ppl_models.fractional_sde.initial import start_from_increments
 from ppl_models.fractional_sde.networks import (
     ConstantDiffusion,
     DiagonalNeuralDiffusion,
@@ -48,6 +49,7 @@ from sde._checks import as_number, as_times
 
 __all__ = ["FractionalSDE"]
 
+_POINTS = 256  # of the data at which a drift's derivatives are looked at
 _METHODS = ("auto", "exact", "variational", "nuts")
 
 
@@ -156,7 +158,7 @@ class FractionalSDE(PathModel):
         """The constructor's arguments, as plain data."""
         return self._plain(self._config)
 
-    def _initialise(self, data: SeriesData) -> None:
+    def _initialise(self, data: SeriesData, seed: int) -> None:
         """Starting values and units from the data."""
         found = scales(data)
         system, span = self.system, float(data.times[-1])
@@ -184,18 +186,24 @@ class FractionalSDE(PathModel):
             self.posterior.centre.copy_(found.mean)
             self.posterior.spread.copy_(found.std)
             self.posterior.log_scale.copy_(found.jump.log())
-        self._linearise(found.mean)
+        if not isinstance(system.drift, LinearDrift) and system.noise.constant_loadings:
+            jump = start_from_increments(system, data, found, self.likelihood().detach(), seed)
+            if jump is not None:
+                self._put_jump(jump)
+        if not isinstance(system.drift, LinearDrift):
+            seen = data.values[data.mask.all(-1)]
+            points = seen[:: max(1, len(seen) // _POINTS)] if len(seen) else found.mean.unsqueeze(0)
+            self.posterior.linearise(system.drift, found.mean, points)
 
-    def _linearise(self, point: Tensor) -> None:
-        """The stand-in's drift is the tangent of the model's at ``point``."""
-        if isinstance(self.system.drift, LinearDrift):
-            return
-        with torch.enable_grad():
-            x = point.unsqueeze(0).clone().requires_grad_()
-            b = self.system.drift(x.new_zeros(()), x)
-            slope = torch.autograd.grad(b.sum(), x, allow_unused=True)[0]
-        theta = torch.zeros_like(point) if slope is None else (-slope[0]).clamp_min(0)
-        self.posterior.drift.set(theta, b[0].detach() + theta * point)
+    @torch.no_grad()
+    def _put_jump(self, jump: Tensor) -> None:
+        """What the noise moves x by in a tick, over the tick's root, ``(D,)``."""
+        diffusion = self.system.diffusion
+        if isinstance(diffusion, ConstantDiffusion) and diffusion.learned:
+            diffusion.log_scale.copy_(jump.log())
+        if isinstance(diffusion, DiagonalNeuralDiffusion):
+            diffusion.unit.copy_(jump)
+        self.posterior.log_scale.copy_(jump.log())
 
     def _evidence(self, values: Tensor, mask: Tensor) -> Evidence:
         """From ``(B, T, D)`` data; a mask that all series share is held once."""
@@ -295,7 +303,9 @@ class FractionalSDE(PathModel):
     ) -> FractionalSDEResult:
         """Fit to series observed at common times; a series that lacks some has its mask False there.
 
-        The first fit starts from scales of the data; a later one goes on from the parameters that the model has.
+        The first fit starts from scales of the data and, for a nonlinear drift, from what increments say of drift,
+        noise and H (``initial.py``); a later one goes on from the parameters that the model has.  H beside a neural
+        drift waits for half of the steps, until the posterior has learned with it.
 
         Args:
             times: strictly increasing, ``(T,)``; time 0 is where the path starts.
@@ -351,7 +361,7 @@ class FractionalSDE(PathModel):
         self._see(data, max_step)
         self.likelihood.set(noise_std, scales(data).std)
         if fresh:
-            self._initialise(data)
+            self._initialise(data, seed)
         exact = method != "variational"
         steps = (400 if exact else 1000) if num_steps is None else check_count("num_steps", num_steps)
         objective: nn.Module
@@ -359,7 +369,8 @@ class FractionalSDE(PathModel):
             objective = ExactEvidence(self.system, self.likelihood, data.times, data.shared)
         else:
             grid = self._grid(data.times, checkpoint=checkpoint_segments)
-            objective = PathBound(self, grid, num_particles, bound, kl_warmup)
+            wait = steps // 2 if isinstance(self.system.drift, NeuralDrift) else 0
+            objective = PathBound(self, grid, num_particles, bound, kl_warmup, wait)
         history = None
         if any(p.requires_grad for p in objective.parameters()):
             history = run_fit(

@@ -19,6 +19,7 @@ __all__ = [
     "build_diffusion",
     "build_drift",
     "check_sizes",
+    "jacobian",
 ]
 
 _DRIFTS = ("neural", "linear", "constant", "none")
@@ -169,6 +170,17 @@ class DiagonalNeuralDiffusion(nn.Module):
             h = torch.baddbmm(bias, h if i == 0 else torch.tanh(h), weight)
         # softplus, 1 where the network is 0
         return torch.nn.functional.softplus(h.squeeze(-1).T + math.log(math.e - 1)) * self.unit
+
+
+@torch.enable_grad()
+def jacobian(drift: nn.Module, points: Tensor) -> tuple[Tensor, Tensor]:
+    """A drift at ``(M, D)`` points at time 0, ``(M, D)``, and its derivatives, ``(M, D, D)``."""
+    x = points.clone().requires_grad_()
+    b = drift(x.new_zeros(()), x)
+    if not b.requires_grad:
+        return b, b.new_zeros(*b.shape, b.shape[-1])
+    rows = [torch.autograd.grad(part.sum(), x, retain_graph=True, allow_unused=True)[0] for part in b.unbind(-1)]
+    return b.detach(), torch.stack([torch.zeros_like(x) if row is None else row for row in rows], -2)
 
 
 def check_sizes(name: str, sizes: Any) -> list[int]:

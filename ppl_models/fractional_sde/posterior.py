@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ppl_models.fractional_sde.networks import ConstantDiffusion, LinearDrift
+from ppl_models.fractional_sde.networks import ConstantDiffusion, LinearDrift, jacobian
 from ppl_models.fractional_sde.system import FractionalSystem
 from sde import (
     GaussianStepGuide,
@@ -145,6 +145,7 @@ class PathPosterior(nn.Module):
 
     centre: Tensor
     spread: Tensor
+    memory: Tensor
 
     def __init__(
         self, system: FractionalSystem, mode: str, initial: str, context_size: int, hidden: Sequence[int]
@@ -167,6 +168,7 @@ class PathPosterior(nn.Module):
         self.start_tril = nn.Parameter(torch.zeros(size, count + 1, count + 1))
         self.register_buffer("centre", torch.zeros(size))
         self.register_buffer("spread", torch.ones(size))
+        self.register_buffer("memory", torch.full((), torch.inf))
 
     def stand_in(self, system: FractionalSystem) -> LinearSDE:
         """The linear SDE of the closed form: the model itself where it is linear; no gradient in what is the model's.
@@ -187,6 +189,15 @@ class PathPosterior(nn.Module):
             noise, theta.double(), scale.double(), constant.double(), system.start_mean.detach().double(),
             system.start_std.detach().double(),
         )  # fmt: skip
+
+    def linearise(self, drift: nn.Module, centre: Tensor, points: Tensor) -> None:
+        """Take the tangent of the model's drift at ``centre`` ``(D,)``, each dimension on its own, for the stand-in's,
+        and note how fast the drift changes along ``points`` ``(M, D)`` of the state.
+        """
+        b, slopes = jacobian(drift, centre.unsqueeze(0))
+        theta = (-slopes[0].diagonal()).clamp_min(0)
+        self.drift.set(theta, b[0] + theta * centre)
+        self.memory.copy_(1 / jacobian(drift, points)[1].square().sum((-2, -1)).mean().sqrt())
 
     def draw(
         self, system: FractionalSystem, grid: SolverGrid, evidence: Evidence, particles: int, seed: int | None = None
@@ -279,6 +290,16 @@ class PathPosterior(nn.Module):
             u: Tensor = self.residual(hours[n], (x - self.centre) / self.spread, v / unit, base * root_span, ahead[n])
             return u * open_end[n] / root_span
 
+        # The linear part thinks that X goes by its own drift. It is shown the X from which its drift leads to where the
+        # model's, frozen until the next observation, leads from the present one.
+        follows = plan.linear is not None and not isinstance(system.drift, LinearDrift)
+        reach = self._reach(grid, coming[..., 2 * self.size : 3 * self.size]).unbind() if follows else ()
+
+        def shown(step: Step, x: Tensor) -> Tensor:
+            if not follows:
+                return x
+            return torch.addcmul(x, system.drift(step.time, x) - self.drift(step.time, x), reach[step.number])
+
         settings: dict[str, Any] = {}
         if plan.guide is not None:
             guide = plan.guide._replace(gain=plan.guide.gain * steady.unsqueeze(-2))
@@ -287,7 +308,9 @@ class PathPosterior(nn.Module):
 
             def guided(step: Step, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
                 n = step.number
-                mean = offset[n] - (gain[n] @ torch.cat([x.unsqueeze(-1), v], -1).unsqueeze(-1)).squeeze(-1)
+                mean = offset[n] - (gain[n] @ torch.cat([shown(step, x).unsqueeze(-1), v], -1).unsqueeze(-1)).squeeze(
+                    -1
+                )
                 r = direction[n]
                 base = (mean * r).sum(-1) / step.size
                 return mean + residual(n, x, v, base).unsqueeze(-1) * r, tril[n]
@@ -304,7 +327,7 @@ class PathPosterior(nn.Module):
                 n, base = step.number, torch.zeros_like(x)
                 if linear is not None:
                     of_x, of_v, rest = (part[n] for part in linear)
-                    base = torch.addcmul(rest, of_x, x, value=-1) - (of_v * v).sum(-1)
+                    base = torch.addcmul(rest, of_x, shown(step, x), value=-1) - (of_v * v).sum(-1)
                 return base + residual(n, x, v, base)
 
             settings["control"] = controlled
@@ -317,6 +340,19 @@ class PathPosterior(nn.Module):
             keep=grid.keep, seed=seed, checkpoint_segments=grid.checkpoint,
             check=x0.is_cpu or not torch.is_grad_enabled(), **settings,
         )  # fmt: skip
+
+    def _reach(self, grid: SolverGrid, share: Tensor) -> Tensor:
+        """By what a unit of drift that the linear part does not know moves the X that it is shown, ``(N, B, D)``.
+
+        Over m steps of h until the next observation, ``share`` of the span away, the drift moves X by h sum_j (1 -
+        theta h)^j with the stand-in's own reversion theta, and X now counts (1 - theta h)^m there.  A drift is frozen
+        for no longer than ``memory``, in which it changes.
+        """
+        h = grid.steps.steps.to(share)[:, None, None]
+        ahead = torch.minimum(share * grid.steps.times[-1].to(share), torch.maximum(h, self.memory))
+        theta = torch.zeros_like(ahead) if self.drift.theta is None else self.drift.theta.detach()
+        growth = -torch.log1p(-(theta * h).clamp(-0.9, 0.9)) * ahead / h
+        return torch.where(theta.abs() * ahead < 1e-6, ahead, torch.expm1(growth) / torch.where(theta == 0, 1.0, theta))
 
     def _steady(self, system: FractionalSystem, noise: MarkovNoise) -> Tensor:
         """What z = (X, V) is multiplied by before a posterior that is held fixed sees it: 1, with a derivative in H for

@@ -83,6 +83,7 @@ class HurstNoise(nn.Module):
         self.net = StepNetwork([1, 16, 16, 1], zero_last=True) if fractional and self.mode == "learn_in_time" else None
         self._base: MarkovFractionalBrownianMotion | None = None
         self.horizon = float("inf")
+        self.held = False  # whether H has no gradient for now
 
     @property
     def learned(self) -> bool:
@@ -109,7 +110,9 @@ class HurstNoise(nn.Module):
     @property
     def hurst(self) -> Tensor:
         """H, ``()`` or ``(D,)``; 1/2 of Brownian noise."""
-        return torch.full_like(self.raw_hurst, 0.5) if self.brownian else torch.sigmoid(self.raw_hurst)
+        if self.brownian:
+            return torch.full_like(self.raw_hurst, 0.5)
+        return torch.sigmoid(self.raw_hurst.detach() if self.held else self.raw_hurst)
 
     def hurst_at(self, times: Tensor) -> Tensor:
         """H(t), ``(T,)``."""
