@@ -3,12 +3,13 @@
 A linear SDE with the model's noise stands in for the model.  Given the observations (or what an encoder puts in their
 place) its posterior is Gaussian and known: the law of the start z0 = (X(0), V(0)), and for each solver step either the
 law of its normals (``"gaussian"``, no discretisation gap) or the best frozen control (``"control"``).  Networks that
-start at zero add to both.  For a linear model the posterior is exact before training; ``"neural"`` leaves the linear
+start at zero add to both.  Where the model's drift is not the stand-in's, the linear part is shown where it leads until
+the next observation, so that learning the drift does not take the paths off the data.  For a linear model the posterior is exact before training; ``"neural"`` leaves the linear
 part out, as in Daems et al., ICLR 2024, arXiv 2310.12975.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -114,6 +115,18 @@ def tiled(value: Tensor, particles: int, dim: int = 1) -> Tensor:
     repeats = [1] * value.ndim
     repeats[dim] = particles
     return value.repeat(repeats)
+
+
+def _once(drift: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """The drift, which is not asked twice in turn for the same state: a guide and the solver both need it."""
+    last: list[Tensor] = []
+
+    def asked(time: Tensor, x: Tensor) -> Tensor:
+        if not last or last[0] is not x:
+            last[:] = [x, drift(time, x)]
+        return last[1]
+
+    return asked
 
 
 class _Residual(nn.Module):
@@ -292,13 +305,14 @@ class PathPosterior(nn.Module):
 
         # The linear part thinks that X goes by its own drift. It is shown the X from which its drift leads to where the
         # model's, frozen until the next observation, leads from the present one.
+        drift = _once(system.drift)
         follows = plan.linear is not None and not isinstance(system.drift, LinearDrift)
         reach = self._reach(grid, coming[..., 2 * self.size : 3 * self.size]).unbind() if follows else ()
 
         def shown(step: Step, x: Tensor) -> Tensor:
             if not follows:
                 return x
-            return torch.addcmul(x, system.drift(step.time, x) - self.drift(step.time, x), reach[step.number])
+            return torch.addcmul(x, drift(step.time, x) - self.drift(step.time, x), reach[step.number])
 
         settings: dict[str, Any] = {}
         if plan.guide is not None:
@@ -336,7 +350,7 @@ class PathPosterior(nn.Module):
             settings["normals"] = torch.randn(shape, dtype=dtype, device=device)
         # A look at the values makes an accelerator wait, so in training it is left to the loop's own guard there.
         return solve(
-            system.drift, system.field, plan.noise, grid.steps, x0, y0=v0, additive=system.additive,
+            drift, system.field, plan.noise, grid.steps, x0, y0=v0, additive=system.additive,
             keep=grid.keep, seed=seed, checkpoint_segments=grid.checkpoint,
             check=x0.is_cpu or not torch.is_grad_enabled(), **settings,
         )  # fmt: skip
