@@ -4,8 +4,8 @@ A linear SDE with the model's noise stands in for the model.  Given the observat
 place) its posterior is Gaussian and known: the law of the start z0 = (X(0), V(0)), and for each solver step either the
 law of its normals (``"gaussian"``, no discretisation gap) or the best frozen control (``"control"``).  Networks that
 start at zero add to both.  Where the model's drift is not the stand-in's, the linear part is shown where it leads until
-the next observation, so that learning the drift does not take the paths off the data.  For a linear model the posterior is exact before training; ``"neural"`` leaves the linear
-part out, as in Daems et al., ICLR 2024, arXiv 2310.12975.
+the next observation, so that learning the drift does not take the paths off the data.  For a linear model the posterior
+is exact before training; ``"neural"`` leaves the linear part out, as in Daems et al., ICLR 2024, arXiv 2310.12975.
 """
 
 import math
