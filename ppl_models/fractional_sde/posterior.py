@@ -181,7 +181,7 @@ class PathPosterior(nn.Module):
         self.start_tril = nn.Parameter(torch.zeros(size, count + 1, count + 1))
         self.register_buffer("centre", torch.zeros(size))
         self.register_buffer("spread", torch.ones(size))
-        self.register_buffer("memory", torch.full((), torch.inf))
+        self.register_buffer("memory", torch.zeros(()))
 
     def stand_in(self, system: FractionalSystem) -> LinearSDE:
         """The linear SDE of the closed form: the model itself where it is linear; no gradient in what is the model's.
@@ -360,10 +360,10 @@ class PathPosterior(nn.Module):
 
         Over m steps of h until the next observation, ``share`` of the span away, the drift moves X by h sum_j (1 -
         theta h)^j with the stand-in's own reversion theta, and X now counts (1 - theta h)^m there.  A drift is frozen
-        for no longer than ``memory``, in which it changes.
+        for no longer than ``memory``, in which it changes; 0, as in a model that encodes its observations, is never.
         """
         h = grid.steps.steps.to(share)[:, None, None]
-        ahead = torch.minimum(share * grid.steps.times[-1].to(share), torch.maximum(h, self.memory))
+        ahead = torch.minimum(share * grid.steps.times[-1].to(share), torch.maximum(h, self.memory) * (self.memory > 0))
         theta = torch.zeros_like(ahead) if self.drift.theta is None else self.drift.theta.detach()
         growth = -torch.log1p(-(theta * h).clamp(-0.9, 0.9)) * ahead / h
         return torch.where(theta.abs() * ahead < 1e-6, ahead, torch.expm1(growth) / torch.where(theta == 0, 1.0, theta))
