@@ -230,8 +230,8 @@ def test_stochastic_lorenz() -> None:
     followed the drift).
 
     Required: with H learned not below the Brownian one by a standard error.  That is missed, by 9.8 (0.7) nats (19 with
-    seed 1), and frozen: it was met while neither arm had learned the drift.  The SDE is fitted to the states themselves; below an
-    encoder and a decoder, as in torchsde's example, it was not measured.
+    seed 1), and frozen: it was met while neither arm had learned the drift.  The SDE is fitted to the states
+    themselves; below an encoder and a decoder, as in torchsde's example, it was not measured.
     """
     y, times = stochastic_lorenz(192)[0], torch.linspace(0, 2, 100)
     found = {}
