@@ -136,13 +136,13 @@ class PathBound(nn.Module):
         noise = self.model.system.noise
         if (self.kl_warmup or self.hurst_wait) and self.training:
             self.calls += 1
-            noise.held = bool(self.calls <= self.hurst_wait)
+            noise.held = self.calls <= self.hurst_wait
         if self.kl_warmup and self.training:
             weight = (self.calls / self.kl_warmup).clamp(max=1.0).to(observations.dtype)
         try:
             return -self._per_series(observations, mask, self.num_particles, weight, None)[0].mean()
         finally:
-            noise.held = False
+            noise.held = None
 
     def _per_series(
         self, observations: Tensor, mask: Tensor, particles: int, weight: Tensor | float, seed: int | None

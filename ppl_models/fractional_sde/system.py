@@ -83,7 +83,7 @@ class HurstNoise(nn.Module):
         self.net = StepNetwork([1, 16, 16, 1], zero_last=True) if fractional and self.mode == "learn_in_time" else None
         self._base: MarkovFractionalBrownianMotion | None = None
         self.horizon = float("inf")
-        self.held = False  # whether H has no gradient for now
+        self.held: Tensor | None = None  # whether H has no gradient for now, (), on the device
 
     @property
     def learned(self) -> bool:
@@ -112,7 +112,8 @@ class HurstNoise(nn.Module):
         """H, ``()`` or ``(D,)``; 1/2 of Brownian noise."""
         if self.brownian:
             return torch.full_like(self.raw_hurst, 0.5)
-        return torch.sigmoid(self.raw_hurst.detach() if self.held else self.raw_hurst)
+        raw = self.raw_hurst
+        return torch.sigmoid(raw if self.held is None else torch.where(self.held, raw.detach(), raw))
 
     def hurst_at(self, times: Tensor) -> Tensor:
         """H(t), ``(T,)``."""
