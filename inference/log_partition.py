@@ -124,7 +124,7 @@ def ais(
     target: Callable[..., Any] | TemperedPath,
     *args: Any,
     num_chains: int = 256,
-    num_temperatures: int = 256,
+    num_temperatures: int = 1024,
     direction: str = "forward",
     posterior_samples: Mapping[str, Tensor] | None = None,
     num_steps: int = 5,
@@ -188,7 +188,7 @@ def ais_sandwich(
     target: Callable[..., Any] | TemperedPath,
     *args: Any,
     num_chains: int = 256,
-    num_temperatures: int = 256,
+    num_temperatures: int = 1024,
     posterior_samples: Mapping[str, Tensor] | None = None,
     num_burn_in: int = 50,
     num_steps: int = 5,
@@ -399,9 +399,9 @@ class _Plan(NamedTuple):
             num_particles=max(_PILOT_PARTICLES, num_chains),
             num_runs=1,
             target_ess=0.5,
-            num_moves=2,
+            num_moves=None,
             num_steps=num_steps,
-            target_accept_prob=0.8,
+            target_accept_prob=0.9,
             jitter=0.5,
             ladder=None,
             seed=derive_seed(seed, "pilot"),
@@ -410,8 +410,13 @@ class _Plan(NamedTuple):
         known = torch.cat([pilot.inverse_temperatures.new_zeros(1), pilot.inverse_temperatures])
         zero = known.new_zeros(1)
         if fixed is None:
-            # equal numbers of steps between the pilot's temperatures, which are equally hard to step over
-            place = torch.linspace(0, len(known) - 1, num_temperatures + 1, dtype=known.dtype, device=known.device)
+            # The pilot's temperatures are equally hard to step over. Where its particles were slow to forget, chains
+            # lag behind, and least is lost by numbers of steps that go with the root of that time (Sivak and Crooks,
+            # Physical Review Letters 108, 2012, equation 15).
+            hard = torch.cat([zero, pilot.moves.double().sqrt().cumsum(0)])
+            even = torch.linspace(0, 1, num_temperatures + 1, dtype=known.dtype, device=known.device) * hard[-1]
+            upper = torch.searchsorted(hard, even).clamp(1, len(hard) - 1)
+            place = upper - 1 + (even - hard[upper - 1]) / (hard[upper] - hard[upper - 1])
             betas = _interpolate(place, known)
             betas[-1] = 1.0
         else:

@@ -34,11 +34,13 @@ from inference.results.export import to_arviz
 from inference.runtime.generators import ChainGenerators, derive_seed
 from inference.runtime.progress import Progress
 
-__all__ = ["SMC", "Annealed", "anneal", "genealogical_variance", "next_temperature", "systematic"]
+__all__ = ["SMC", "Annealed", "anneal", "genealogical_variance", "memory", "next_temperature", "systematic"]
 
 _BISECTIONS = 50
 _MAX_TEMPERATURES = 10_000
 _FIRST_MOVES = 8  # extra transitions at the first temperature, in which the step size finds its order of magnitude
+_BLOCK, _MOST_MOVES = 5, 100  # transitions between looks at what particles remember, and at most
+_FORGOTTEN = 0.1  # correlation with where the particles were after resampling
 _FEW_ANCESTORS = 20.0
 _ENOUGH_RUNS = 10  # from here on the spread of the runs is a better estimate of the error than their genealogies
 
@@ -57,6 +59,7 @@ class Annealed(NamedTuple):
         acceptance_rate: mean over particles and runs, ``(stage,)``.
         step_size: ``(stage,)``.
         scale: preconditioner ``(stage, dim)``.
+        moves: transitions of a particle ``(stage,)``.
     """
 
     position: Tensor
@@ -69,6 +72,7 @@ class Annealed(NamedTuple):
     acceptance_rate: Tensor
     step_size: Tensor
     scale: Tensor
+    moves: Tensor
 
 
 class SMC(Citable):
@@ -79,7 +83,8 @@ class SMC(Citable):
         num_particles: particles of each run.
         num_runs: independent runs, advanced together.
         target_ess: the next temperature is where the weights' effective number is this fraction of the particles.
-        num_moves: transitions at each temperature.
+        num_moves: transitions at each temperature.  By default as many as the particles need to forget where resampling
+            put them, in log L and in position: five at least and a hundred at most.
         num_steps: leapfrog steps of a transition.
         target_accept_prob: acceptance that the step size aims at.
         jitter: step sizes are uniform on epsilon (1 - jitter, 1).
@@ -116,9 +121,9 @@ class SMC(Citable):
         num_runs: int = 1,
         *,
         target_ess: float = 0.5,
-        num_moves: int = 2,
+        num_moves: int | None = None,
         num_steps: int = 8,
-        target_accept_prob: float = 0.8,
+        target_accept_prob: float = 0.95,
         jitter: float = 0.5,
         inverse_temperatures: Tensor | None = None,
         reference: Reference = "prior",
@@ -131,7 +136,7 @@ class SMC(Citable):
             "num_particles": count("num_particles", num_particles, 2),
             "num_runs": count("num_runs", num_runs, 1),
             "target_ess": positive("target_ess", target_ess, upper=0.999),
-            "num_moves": count("num_moves", num_moves, 1),
+            "num_moves": None if num_moves is None else count("num_moves", num_moves, 1),
             "num_steps": count("num_steps", num_steps, 1),
             "target_accept_prob": positive("target_accept_prob", target_accept_prob, upper=0.999),
             "jitter": fraction("jitter", jitter),
@@ -229,7 +234,7 @@ def anneal(
     num_particles: int,
     num_runs: int,
     target_ess: float,
-    num_moves: int,
+    num_moves: int | None,
     num_steps: int,
     target_accept_prob: float,
     jitter: float,
@@ -286,7 +291,8 @@ def anneal(
             beta = new
             scale = _spread(z)
             tempering = beta.to(z.dtype).expand(len(z))
-            for _ in range(num_moves + (_FIRST_MOVES if stage == 0 else 0)):
+            start, moved = (z, log_l[rows]), 0
+            while True:
                 normal = noise.normal(1, size * path.dim, z.dtype).reshape(-1, path.dim)
                 uniform = noise.uniform(1, size * 2, z.dtype).reshape(-1, 2)
                 step = log_step.exp()
@@ -294,7 +300,18 @@ def anneal(
                 z, log_l = done.position, done.log_likelihood
                 acceptance = done.acceptance.mean()
                 log_step = log_step + acceptance - target_accept_prob
-            stages.append((beta, ess, acceptance, step, scale))
+                moved += 1
+                at_work = moved - (_FIRST_MOVES if stage == 0 else 0)
+                if num_moves is not None:
+                    enough = at_work == num_moves
+                else:
+                    enough = at_work == _MOST_MOVES or (
+                        at_work > 0 and at_work % _BLOCK == 0 and memory(*start, z, log_l) < _FORGOTTEN
+                    )
+                if enough:
+                    break
+            moves = torch.tensor(moved, device=z.device)
+            stages.append((beta, ess, acceptance, step, scale, moves))
             bar.update(int(100 * float(beta)), beta=f"{float(beta):.3g}", acceptance=f"{float(acceptance):.2f}")
             if last:
                 break
@@ -305,6 +322,17 @@ def anneal(
             )
     columns = [torch.stack(column) for column in zip(*stages, strict=True)]
     return Annealed(z.reshape(runs, size, -1), log_l.reshape(runs, size), log_z, variance, ancestors, *columns)
+
+
+def memory(z: Tensor, log_l: Tensor, new_z: Tensor, new_log_l: Tensor) -> float:
+    """How much particles remember: the correlation of log L, or the root mean square one of the coordinates, with those
+    of the same particles before; the larger.
+    """
+    before, after = (torch.cat([a.double(), b.double()[:, None]], 1) for a, b in ((z, log_l), (new_z, new_log_l)))
+    before, after = before - before.mean(0), after - after.mean(0)
+    size = (before.square().sum(0) * after.square().sum(0)).sqrt()
+    found = ((before * after).sum(0) / size).nan_to_num(nan=1.0)
+    return float(torch.maximum(found[-1].abs(), found[:-1].square().mean().sqrt()))
 
 
 def next_temperature(log_likelihood: Tensor, beta: Tensor, target_ess: float) -> Tensor:

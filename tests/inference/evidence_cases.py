@@ -34,6 +34,30 @@ def regression_posterior() -> MultivariateNormal:
     return MultivariateNormal(covariance @ X.T @ Y, covariance)
 
 
+# ---------------------------------------------------------------- the same under wide priors, with its noise unknown
+WIDE_X = torch.randn(100, 5, generator=torch.Generator().manual_seed(1), dtype=F64)
+WIDE_Y = WIDE_X @ torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0], dtype=F64) + 0.8 * torch.randn(
+    100, generator=torch.Generator().manual_seed(2), dtype=F64
+)
+
+
+def wide_regression(x: Tensor, y: Tensor) -> None:
+    b = pyro.sample("b", dist.Normal(x.new_zeros(5), 10.0).to_event(1))
+    s = pyro.sample("s", dist.HalfNormal(10.0 + 0 * y[0]))
+    with pyro.plate("n", len(x)):
+        pyro.sample("y", dist.Normal(x @ b, s), obs=y)
+
+
+def wide_regression_evidence() -> float:
+    """Over b in closed form, over log s by the trapezoidal rule."""
+    log_s = torch.linspace(-4, 4, 2001, dtype=F64)
+    values, vectors = torch.linalg.eigh(WIDE_X @ WIDE_X.T)
+    variance = 100 * values.clamp_min(0) + log_s.exp().square()[:, None]
+    data = dist.Normal(0.0, variance.sqrt()).log_prob(vectors.T @ WIDE_Y).sum(1)
+    prior = dist.HalfNormal(torch.tensor(10.0, dtype=F64)).log_prob(log_s.exp()) + log_s
+    return float(torch.logsumexp(data + prior, 0) + math.log(8 / 2000))
+
+
 # ---------------------------------------------------------------- location and scale: constrained, not Gaussian
 SCALE_Y = torch.tensor([1.2, 0.1, -0.4, 2.5, 0.9], dtype=F64)
 
