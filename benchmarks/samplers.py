@@ -3,8 +3,8 @@
     python -m benchmarks.samplers
     python -m benchmarks.samplers --models "eight schools" --chains 1 64 --samplers "inference NUTS" "numpyro NUTS"
 
-Every sampler has the same warm-up and the same draws a chain (400 and 400; of the network, where trajectories are long,
-100 and 100), and its effective draws are counted by the same function: the smallest bulk ESS over all scalars of the
+Every sampler has the same warm-up and the same draws a chain (400 and 400; of 64 and more chains of the
+network, whose trajectories are long, 100 and 100), and its effective draws are counted by the same function: the smallest bulk ESS over all scalars of the
 posterior.  Samplers that take one gradient a step (MEADS, MCLMC) take ten steps where the others take one, in the
 warm-up and between draws.  For the network, whose weights have symmetric modes, effective draws are counted on the
 function's values at the 100 inputs.  "Warm" is a later run in the same process, with another seed; "cold" is the first,
@@ -267,7 +267,6 @@ _ALONE = {"Pyro NUTS", "Pyro NUTS, jit"}  # whose chains run one after another i
 PACKAGES = ("torch", "pyro-ppl", "jax", "numpyro", "blackjax", "nutpie")
 _ENOUGH = 20.0  # seconds of warm runs after which a row is not repeated
 _LONG = 150.0  # seconds of a first run that is not repeated
-_COUNTS = dict.fromkeys(MODELS, 400) | {"small network": 100}  # warm-up steps, and draws
 
 
 def least_ess(model: str, draws: Draws) -> float:
@@ -312,7 +311,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--chains", nargs="+", type=int, default=[1, 4, 64, 1024])
     parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS), choices=SAMPLERS)
-    parser.add_argument("--warmup", type=int, help="default 400, of the small network 100")
+    parser.add_argument("--warmup", type=int, help="default 400, for many chains of the small network 100")
     parser.add_argument("--draws", type=int, help="the same")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--limit", type=float, default=900.0, help="seconds after which a row is given up")
@@ -347,7 +346,8 @@ def main() -> None:
 
 
 def _in_a_process(sampler: str, model: str, chains: int, options: argparse.Namespace) -> dict[str, Any]:
-    warmup, draws = options.warmup or _COUNTS[model], options.draws or _COUNTS[model]
+    usual = 100 if model == "small network" and chains >= 64 else 400
+    warmup, draws = options.warmup or usual, options.draws or usual
     counts = ["--warmup", str(warmup), "--draws", str(draws), "--repeats", str(options.repeats)]
     command = [sys.executable, "-m", "benchmarks.samplers", *counts, "--row", sampler, model, str(chains)]
     failed = {"sampler": sampler, "model": model, "chains": chains}
