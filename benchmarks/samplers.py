@@ -3,14 +3,14 @@
     python -m benchmarks.samplers
     python -m benchmarks.samplers --models "eight schools" --chains 1 64 --samplers "inference NUTS" "numpyro NUTS"
 
-Every sampler has the same warm-up and the same draws a chain (400 and 400; of 64 and more chains of the
-network, whose trajectories are long, 100 and 100), and its effective draws are counted by the same function: the smallest bulk ESS over all scalars of the
-posterior.  Samplers that take one gradient a step (MEADS, MCLMC) take ten steps where the others take one, in the
-warm-up and between draws.  For the network, whose weights have symmetric modes, effective draws are counted on the
-function's values at the 100 inputs.  "Warm" is a later run in the same process, with another seed; "cold" is the first,
-compilation included and its caches on disk empty; imports are in neither.  A first run of more than 150 s is not
-repeated and stands for both.  A sampler that failed or ran into the limit is not tried with more chains.  Seconds are
-processor time, which other work on the machine moves less than the clock; the file keeps both.
+Every sampler has the same warm-up and the same draws a chain (400 and 400; of 64 and more chains of the network, whose
+trajectories are long, 100 and 100), and its effective draws are counted by the same function: the smallest bulk ESS
+over all scalars of the posterior.  Samplers that take one gradient a step (MEADS, MCLMC) take ten steps where the
+others take one, in the warm-up and between draws.  For the network, whose weights have symmetric modes, effective draws
+are counted on the function's values at the 100 inputs.  "Warm" is a later run in the same process, with another seed;
+"cold" is the first, compilation included and its caches on disk empty; imports are in neither.  A first run of more
+than 150 s is not repeated and stands for both.  A sampler that failed or ran into the limit is not tried with more
+chains.  Seconds are processor time, which other work on the machine moves less than the clock; the file keeps both.
 
 Rows are added to those of the file that is there; ``samplers.png`` beside it shows what a chain and what an effective
 draw cost against the number of chains.
