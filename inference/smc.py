@@ -291,8 +291,8 @@ def anneal(
             beta = new
             scale = _spread(z)
             tempering = beta.to(z.dtype).expand(len(z))
-            start, moved = (z, log_l[rows]), 0
-            while True:
+            start, first = (z, log_l[rows]), _FIRST_MOVES if stage == 0 else 0
+            for moved in range(1, first + (num_moves or _MOST_MOVES) + 1):
                 normal = noise.normal(1, size * path.dim, z.dtype).reshape(-1, path.dim)
                 uniform = noise.uniform(1, size * 2, z.dtype).reshape(-1, 2)
                 step = log_step.exp()
@@ -300,15 +300,8 @@ def anneal(
                 z, log_l = done.position, done.log_likelihood
                 acceptance = done.acceptance.mean()
                 log_step = log_step + acceptance - target_accept_prob
-                moved += 1
-                at_work = moved - (_FIRST_MOVES if stage == 0 else 0)
-                if num_moves is not None:
-                    enough = at_work == num_moves
-                else:
-                    enough = at_work == _MOST_MOVES or (
-                        at_work > 0 and at_work % _BLOCK == 0 and memory(*start, z, log_l) < _FORGOTTEN
-                    )
-                if enough:
+                look = num_moves is None and moved > first and (moved - first) % _BLOCK == 0
+                if look and memory(*start, z, log_l) < _FORGOTTEN:
                     break
             moves = torch.tensor(moved, device=z.device)
             stages.append((beta, ess, acceptance, step, scale, moves))

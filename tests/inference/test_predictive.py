@@ -328,6 +328,7 @@ def test_peak_memory_is_under_twice_the_result() -> None:
     assert peak < 2 * result, f"{peak / 2**20:.0f} MiB"
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.8."), reason="torch 2.8 has no fake form of the gamma law")
 def test_fake_cuda_tensors_meet_no_tensor_of_another_device() -> None:
     def model(x: Tensor, y: Tensor | None = None) -> None:
         w = pyro.sample("w", dist.Normal(torch.zeros(3, device=x.device), 1.0).to_event(1))
@@ -340,10 +341,6 @@ def test_fake_cuda_tensors_meet_no_tensor_of_another_device() -> None:
             pyro.sample("y", dist.Normal(mean, s), obs=None if y is None else y.index_select(0, index))
 
     with FakeTensorMode(), pyro.validation_enabled(False):
-        try:
-            torch._standard_gamma(torch.empty(1, device="cuda"))
-        except (NotImplementedError, RuntimeError):  # torch 2.8, which tries a card instead
-            pytest.skip("this torch has no fake form of the gamma law")
         x, y = torch.empty(30, 3, device="cuda"), torch.empty(30, device="cuda")
         samples = {"w": torch.empty(10, 3, device="cuda"), "s": torch.empty(10, device="cuda")}
         found = Predictive(model, samples)(x)
