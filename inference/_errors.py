@@ -5,6 +5,7 @@ __all__ = [
     "CheckpointError",
     "CollapseError",
     "CurvatureError",
+    "DependentDataError",
     "NonFiniteError",
     "RankError",
     "SamplerWarning",
@@ -25,6 +26,10 @@ class NonFiniteError(ArithmeticError):
 
 class CurvatureError(ArithmeticError):
     """A density has no Gaussian approximation at a point: it is flat or a saddle there; the message names the sites."""
+
+
+class DependentDataError(ValueError):
+    """Data points depend on each other given the continuous latents, so that they have no likelihoods of their own."""
 
 
 class CollapseError(ArithmeticError):

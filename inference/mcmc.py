@@ -26,7 +26,7 @@ from inference.kernels.base import Kernel, Noise, count
 from inference.potential import InDims, LogDensity, Potential, PotentialFunction, Program
 from inference.results import diagnostics as _diagnostics
 from inference.results.export import to_arviz
-from inference.results.predictive import log_likelihood as _log_likelihood
+from inference.results.predictive import exported_log_likelihood
 from inference.results.verdict import warn_of_poor_mixing, warn_of_rounding, warn_of_run
 from inference.runtime import distributed
 from inference.runtime.checkpoint import fingerprint, identify
@@ -554,7 +554,7 @@ class MCMC(Citable):
         *,
         dims: Mapping[str, list[str]] | None = None,
         coords: Mapping[str, Any] | None = None,
-        log_likelihood: bool = True,
+        log_likelihood: bool | None = None,
         **groups: Any,
     ) -> Any:
         """An ArviZ object (InferenceData in 0.2x, DataTree in 1.x) with posterior, sample_stats, log_likelihood and
@@ -563,7 +563,7 @@ class MCMC(Citable):
         Args:
             dims, coords: names of the sites' dimensions and their labels.
             log_likelihood: whether to evaluate the pointwise log-likelihood of the observed sites (needed for
-                ``az.loo``).
+                ``az.loo``); by default where there are any with likelihoods of their own.
             **groups: further groups of ``inference.to_arviz``, such as ``posterior_predictive``.
         """
         self._refuse_pooling()
@@ -574,10 +574,11 @@ class MCMC(Citable):
         if "potential_energy" in stats:
             stats["lp"] = -stats.pop("potential_energy")
         if self.potential is not None and self.kernel.model is not None and self.save_params is None:
-            if log_likelihood and "log_likelihood" not in groups:
-                groups["log_likelihood"] = _log_likelihood(
-                    self.kernel.model, posterior, *self._args, batch_ndims=2, **self._kwargs
-                )
+            if "log_likelihood" not in groups:
+                has_data = bool(getattr(self.potential.density, "observed", True))
+                run = self.kernel.model, posterior, self._args, self._kwargs
+                found = exported_log_likelihood(log_likelihood, has_data, *run)
+                groups |= {"log_likelihood": found} if found else {}
             groups.setdefault("observed_data", self._observed())
         return to_arviz(posterior, sample_stats=stats, dims=dims, coords=coords, **groups)
 

@@ -22,6 +22,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
+from inference._errors import DependentDataError
+
 __all__ = ["data_points", "enumerated_trace", "log_joint", "plate_nesting", "refuse_split_sums"]
 
 
@@ -79,8 +81,8 @@ def data_points(trace: Any) -> dict[str, Tensor]:
     A data point is all that shares the discrete variable: of a plate within the variable's own, the sum is taken.
 
     Raises:
-        ValueError: two observed sites, or all rows of one, share a variable, so that they are not independent given
-            the continuous latents and have no likelihoods of their own.
+        DependentDataError: two observed sites, or all rows of one, share a variable, so that they are not independent
+            given the continuous latents and have no likelihoods of their own.
     """
     factors, states = _factors(trace)
     found = {}
@@ -93,7 +95,7 @@ def data_points(trace: Any) -> dict[str, Tensor]:
         if len(observed) > 1 or (not root and observed[0].ordinal):
             names = [f.name for f in observed]
             what = f"the observed sites {names} share" if len(names) > 1 else f"all rows of {names[0]!r} share"
-            raise ValueError(
+            raise DependentDataError(
                 f"{what} the discrete sites {latent}, which are summed out: given the other latents they are not "
                 "independent and have no likelihoods of their own. to_arviz(log_likelihood=False) leaves them out"
             )

@@ -20,11 +20,12 @@ from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
+from inference._errors import DependentDataError, SamplerWarning
 from inference.potential.enumeration import plate_nesting
 from inference.results._marginal import MarginalLikelihood
 from inference.results._over_draws import CountBytes, Draws, noting, over_draws, scope
 
-__all__ = ["Predictive", "log_likelihood"]
+__all__ = ["Predictive", "exported_log_likelihood", "log_likelihood"]
 
 
 class Predictive(torch.nn.Module):
@@ -191,6 +192,28 @@ class Predictive(torch.nn.Module):
         for name in padding:
             _site_value(trace.nodes, name)
         return padding
+
+
+def exported_log_likelihood(
+    wanted: bool | None,
+    has_data: bool,
+    model: Callable[..., Any],
+    posterior: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """The group of an export, of draws by chain: as :func:`log_likelihood` where it is ``wanted``, nothing where it is
+    not; where it is None, nothing if the model has no data, and a warning if they have no likelihoods of their own.
+    """
+    if not (has_data if wanted is None else wanted):
+        return {}
+    try:
+        return log_likelihood(model, posterior, *args, batch_ndims=2, **kwargs)
+    except DependentDataError as error:
+        if wanted:
+            raise
+        warnings.warn(f"the export has no log_likelihood: {error}", SamplerWarning, stacklevel=3)
+        return {}
 
 
 def log_likelihood(

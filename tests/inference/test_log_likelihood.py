@@ -10,7 +10,9 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import Predictive as PyroPredictive
+from pyro.infer import config_enumerate
 
+from inference import MCMC, NUTS, DependentDataError, SamplerWarning
 from inference.results.export import to_arviz
 from inference.results.predictive import log_likelihood
 from tests.arviz_versions import elpd
@@ -149,6 +151,43 @@ def test_rows_that_share_a_summed_out_site_have_no_likelihoods_of_their_own() ->
     for model, words in ((shared, "all rows of 'y'"), (chain, r"observed sites \['y0', 'y1'\]")):
         with pytest.raises(ValueError, match=f"{words} share the discrete sites.*log_likelihood=False"):
             log_likelihood(model, {"a": torch.zeros(3)})
+
+
+def test_an_export_without_likelihoods_of_its_own_says_why() -> None:
+    def chain() -> None:
+        a, k = pyro.sample("a", dist.Normal(0.0, 1.0)), torch.tensor(0.0)
+        for t in pyro.markov(range(2)):
+            k = pyro.sample(f"k{t}", dist.Bernoulli(0.2 + 0.6 * k))
+            pyro.sample(f"y{t}", dist.Normal(a * k, 1.0), obs=torch.tensor(0.0))
+
+    mcmc = MCMC(NUTS(config_enumerate(chain)), 4, 4, progress=False, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SamplerWarning)
+        mcmc.run()
+    with pytest.warns(SamplerWarning, match="no log_likelihood: the observed sites"):
+        exported = mcmc.to_arviz()
+    assert "posterior" in exported and "log_likelihood" not in exported
+    with pytest.raises(DependentDataError, match="share the discrete sites"):
+        mcmc.to_arviz(log_likelihood=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "log_likelihood" not in mcmc.to_arviz(log_likelihood=False)
+
+
+def test_an_export_of_a_model_without_data_has_the_draws() -> None:
+    def energy() -> None:
+        pyro.factor("energy", -pyro.sample("a", dist.Normal(0.0, 1.0)).square())
+
+    mcmc = MCMC(NUTS(energy), 4, 4, progress=False, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SamplerWarning)
+        mcmc.run()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exported = mcmc.to_arviz()
+    assert exported["posterior"]["a"].shape == (1, 4) and "log_likelihood" not in exported
+    with pytest.raises(ValueError, match="no observed site"):
+        mcmc.to_arviz(log_likelihood=True)
 
 
 def test_log_likelihood_says_what_is_missing() -> None:
