@@ -285,7 +285,7 @@ class EnergyModel(Model):
         like = x if x.is_floating_point() else x.to(torch.get_default_dtype())
         self.energy.to(device=like.device, dtype=like.dtype)
         if isinstance(self.energy, EnergyNetwork):
-            self.energy.units.learn(like.reshape(len(like), -1))
+            self.energy.learn(like.reshape(len(like), -1))
         self.noise, self.log_z, self.result = noise, None, None
         if self._base == "tilt":
             # A noise that learns leaves behind the law that it started from: that is the model's.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from inference.objectives.unnormalised.heavy_tails import heavy_tailed
 from inference.runtime.generators import generator, scoped_seed
 from ppl_models.base import Standardiser
 
@@ -14,6 +15,7 @@ __all__ = ["EnergyNetwork", "mlp"]
 
 _LOW_DIMENSION = 4
 _FREQUENCIES = 64
+_NORMAL = 1.4826  # standard deviations in the median deviation of a normal law
 
 
 def mlp(sizes: Sequence[int], seed: int, output_bias: bool = False) -> nn.Sequential:
@@ -31,6 +33,9 @@ def mlp(sizes: Sequence[int], seed: int, output_bias: bool = False) -> nn.Sequen
 class EnergyNetwork(nn.Module):
     """The default network: standardised inputs, random Fourier features in few dimensions, a SiLU perceptron.
 
+    Inputs with heavy tails are in units of their median deviation and squashed, ``asinh z``: far out E then grows with
+    the logarithm of x, so that the density falls with a power of it and the middle keeps its detail.
+
     In up to four dimensions the inputs are joined by the sines and cosines of 64 random projections, without which
     perceptrons are slow to learn sharp densities (Tancik et al., NeurIPS 2020).
 
@@ -44,6 +49,7 @@ class EnergyNetwork(nn.Module):
     """
 
     frequencies: Tensor
+    squashed: Tensor
 
     def __init__(
         self, columns: int, hidden: Sequence[int] = (64, 64), outputs: int = 1, bandwidth: float = 2.0, seed: int = 0
@@ -53,12 +59,24 @@ class EnergyNetwork(nn.Module):
         fourier = _FREQUENCIES if bandwidth and columns <= _LOW_DIMENSION else 0
         draw = torch.randn(columns, fourier, generator=generator(seed, "frequencies"))
         self.register_buffer("frequencies", draw * bandwidth)
+        self.register_buffer("squashed", torch.tensor(False))
         self.layers = mlp((columns + 2 * fourier, *hidden, outputs), seed)
         self.outputs = outputs
+
+    def learn(self, x: Tensor) -> None:
+        """Units of the inputs, from data ``(row, columns)``."""
+        self.units.learn(x)
+        heavy = bool(self.frequencies.shape[1]) and heavy_tailed(x)
+        self.squashed = torch.tensor(heavy, device=x.device)
+        if heavy:
+            middle = x.median(0).values
+            spread = _NORMAL * (x - middle).abs().median(0).values
+            self.units.shift, self.units.scale = middle, torch.where(spread > 0, spread, self.units.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(row, *event)`` to ``(row,)`` or ``(row, outputs)``."""
         z = self.units(x.reshape(len(x), -1))
+        z = torch.where(self.squashed, z.asinh(), z)
         if self.frequencies.shape[1]:
             angle = z @ self.frequencies
             z = torch.cat([z, math.sqrt(2) * angle.sin(), math.sqrt(2) * angle.cos()], 1)

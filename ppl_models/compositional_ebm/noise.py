@@ -13,6 +13,7 @@ from torch.distributions import Distribution, constraints
 
 from inference._errors import SamplerWarning
 from inference.objectives.unnormalised.bounded import BoxNoise, HalfLineNoise
+from inference.objectives.unnormalised.heavy_tails import StudentTNoise, heavy_tailed
 from inference.objectives.unnormalised.mixture import MixtureNoise
 from inference.objectives.unnormalised.noise import (
     BernoulliNoise,
@@ -44,6 +45,7 @@ __all__ = [
     "Noise",
     "PoissonNoise",
     "QuasiRandomNoise",
+    "StudentTNoise",
     "as_noise",
     "auto_noise",
     "covering_mixture",
@@ -152,8 +154,8 @@ def auto_noise(x: Tensor, support: Any = None, seed: int = 0) -> Noise:
 
     Zeros and ones get Bernoulli noise, counts Poisson, or negative binomial where one varies more than that or is
     large; a box or half-line, as ``support`` says, uniform or exponential noise; real data of up to three dimensions a
-    normal of 1.3 times their standard deviations, and more dimensions a mixture of normals with a tenth of a wide
-    normal.  Whole numbers on a large scale are real data (see ``counts_or_labels``);
+    normal of 1.3 times their standard deviations, or a t law where they have heavy tails, and more dimensions a mixture
+    of normals with a tenth of a wide normal.  Whole numbers on a large scale are real data (see ``counts_or_labels``);
     ``support=constraints.nonnegative_integer`` makes counts of them.
 
     Warns:
@@ -191,7 +193,7 @@ def auto_noise(x: Tensor, support: Any = None, seed: int = 0) -> Noise:
         raise ValueError(f"there is no automatic noise for the support {support}: give noise=")
     _refuse_one_row(x)
     if x[0].numel() <= _FEW:
-        return GaussianNoise.fit(x, _INFLATION)
+        return StudentTNoise.fit(x, _INFLATION) if heavy_tailed(x) else GaussianNoise.fit(x, _INFLATION)
     dim = x[0].numel()
     components = max(1, min(_COMPONENTS, len(x) // (10 * dim)))
     ridge = _PRIOR_ROWS * dim * components / len(x)

@@ -546,6 +546,7 @@ def noise_from_config(kind: str, config: Mapping[str, Any], state: Mapping[str, 
         ValueError: there is no noise of this name.
     """
     from inference.objectives.unnormalised.bounded import BoxNoise, HalfLineNoise
+    from inference.objectives.unnormalised.heavy_tails import StudentTNoise
     from inference.objectives.unnormalised.mixture import MixtureNoise
     from inference.objectives.unnormalised.quasi_random import QuasiRandomNoise
 
@@ -563,6 +564,7 @@ def noise_from_config(kind: str, config: Mapping[str, Any], state: Mapping[str, 
             DefensiveMixture,
             MixtureNoise,
             QuasiRandomNoise,
+            StudentTNoise,
         )
     }
     if kind not in known:
