@@ -1,4 +1,4 @@
-"""Noise with a power law's tails: its density and draws, which data it is for, and fits that need it."""
+"""Noise with a power law's tails: its density and draws, and which data it is for."""
 
 import pyro.distributions as dist
 import pytest
@@ -8,8 +8,6 @@ from torch import Tensor
 from inference.objectives.unnormalised.heavy_tails import StudentTNoise, heavy_tailed
 from inference.objectives.unnormalised.noise import noise_from_config
 from inference.runtime.generators import scoped_seed
-from ppl_models import EnergyModel
-from ppl_models.compositional_ebm.noise import auto_noise
 
 FACTOR = torch.tensor([[1.0, 0.0], [0.8, 0.6]])
 LAWS = {
@@ -64,18 +62,6 @@ def test_which_data_have_heavy_tails(name: str) -> None:
     x = rows({**LAWS, **LIGHT}[name], 2000)
     assert heavy_tailed(x) is (name in LAWS)
     assert heavy_tailed(1e4 * x - 3e4) is (name in LAWS)  # in whatever units
-    assert isinstance(auto_noise(x), StudentTNoise) is (name in LAWS)
-
-
-@pytest.mark.parametrize("name", ["logistic", "laplace", "lognormal", "spike"])
-def test_energies_of_data_with_heavy_tails(name: str) -> None:
-    """With normal noise the log-normal ended 8 nats low or worse, and the others in the collapse error."""
-    x, held_out = rows(LAWS[name], 3000), rows(LAWS[name], 5000, seed=1)
-    ebm = EnergyModel(event_shape=(1,))
-    ebm.fit(1000 * x, num_steps=600, progress=False)
-    found = ebm.log_prob(1000 * held_out) + torch.tensor(1000.0).log()
-    truth = LAWS[name].log_prob(held_out.squeeze(1))
-    assert -0.05 < float((found - truth).mean()) < 0.01
 
 
 def test_constant_and_few_rows_have_no_heavy_tails() -> None:
