@@ -33,8 +33,8 @@ def mlp(sizes: Sequence[int], seed: int, output_bias: bool = False) -> nn.Sequen
 class EnergyNetwork(nn.Module):
     """The default network: standardised inputs, random Fourier features in few dimensions, a SiLU perceptron.
 
-    Inputs with heavy tails are in units of their median deviation and squashed, ``asinh z``: far out E then grows with
-    the logarithm of x, so that the density falls with a power of it and the middle keeps its detail.
+    Inputs with heavy tails are in units of their median deviation and squashed, ``asinh(z) / 2``: far out E then grows
+    with the logarithm of x, so that the density falls with a power of it and the middle keeps its detail.
 
     In up to four dimensions the inputs are joined by the sines and cosines of 64 random projections, without which
     perceptrons are slow to learn sharp densities (Tancik et al., NeurIPS 2020).
@@ -76,7 +76,7 @@ class EnergyNetwork(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(row, *event)`` to ``(row,)`` or ``(row, outputs)``."""
         z = self.units(x.reshape(len(x), -1))
-        z = torch.where(self.squashed, z.asinh(), z)
+        z = torch.where(self.squashed, z.asinh() / 2, z)
         if self.frequencies.shape[1]:
             angle = z @ self.frequencies
             z = torch.cat([z, math.sqrt(2) * angle.sin(), math.sqrt(2) * angle.cos()], 1)
