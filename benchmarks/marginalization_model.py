@@ -139,6 +139,7 @@ def data_task(options: argparse.Namespace, device: torch.device) -> None:
         depth=depth,
         dropout=dropout,
         classes=options.classes,
+        marginal=options.marginal or "trunk",
         seed=options.seed,
     )
     mam.to(device)
@@ -298,7 +299,7 @@ def lattice_task(options: argparse.Namespace, device: torch.device) -> None:
         options.network or "lattice",
         hidden=hidden,
         depth=depth,
-        marginal=options.marginal,
+        marginal=options.marginal or "shared",
         seed=options.seed,
     ).to(device)
     start, cpu = time.perf_counter(), time.process_time()
@@ -363,12 +364,15 @@ def timing_task(options: argparse.Namespace, device: torch.device) -> None:
     """Time of a one-pass query of 16 half-observed rows and of one order of the chain rule, as D grows."""
     found = []
     for size in (16, 36) if options.quick else (25, 50, 100, 200, 400, 900):
-        mam = MarginalizationModel([2] * size, hidden=options.hidden or 256, depth=options.depth or 3).to(device)
+        mam = MarginalizationModel(
+            [2] * size, hidden=options.hidden or 256, depth=options.depth or 3, marginal=options.marginal or "trunk"
+        ).to(device)
         rows = half_observed(torch.randint(2, (16, size), generator=generator(0, "rows")).to(device))
         once = seconds(lambda mam=mam, rows=rows: mam.log_prob(rows), device, 5)  # type: ignore[misc]
         order = seconds(lambda mam=mam, rows=rows: mam.log_prob_autoregressive(rows, orders=1), device, 1)  # type: ignore[misc]
         found.append((size, once, order))
-        emit(task="timing", device=str(device), variables=size, one_pass=once, one_order=order, ratio=order / once)
+        times = {"one_pass": once, "one_order": order, "ratio": order / once}
+        emit(task="timing", device=str(device), variables=size, marginal=options.marginal or "trunk", **times)
     if options.figure:
         draw_timing(found, options.figure)
 
@@ -403,7 +407,7 @@ def main() -> None:
     parser.add_argument("--dropout", type=float)
     parser.add_argument("--classes", type=int, default=64)
     parser.add_argument("--network")
-    parser.add_argument("--marginal", default="shared", help="of the lattices")
+    parser.add_argument("--marginal", help="of f: trunk by default, of the lattices shared")
     parser.add_argument("--objective", default="consistency", help="of the lattices")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--lr", type=float)

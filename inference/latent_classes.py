@@ -11,10 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["LatentClasses"]
+__all__ = ["LatentClasses", "before"]
 
 _PRIOR = 2.0  # observations that a class has beforehand of each variable
 _FLOOR = 1e-6  # of a probability: its logarithm and gradients stay of usual size in float32
+
+
+def before(terms: Tensor) -> Tensor:
+    """Sums over the places before each one: ``(B, D, ...)`` to the same, 0 at the first."""
+    return functional.pad(terms[:, :-1], (0, 0, 1, 0)).cumsum(1)
 
 
 class LatentClasses(nn.Module):
@@ -58,6 +63,16 @@ class LatentClasses(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         """``log p(x_S)`` of rows ``(B, D)``, -1 where missing; ``(B,)``."""
         return (self.log_weights + self._one_hot(values) @ self.log_theta.flatten(0, 1)).logsumexp(1)
+
+    def steps(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The chain rule along the given order: what is known of each variable from the observed ones before it.
+
+        Returns:
+            ``log p(x_i = k | x_{S, <i})`` ``(B, D, K)``, and the classes' probabilities behind it ``(B, D, C)``.
+        """
+        hot = self._one_hot(values).unflatten(1, self.possible.shape)
+        classes = (self.log_weights + before(torch.einsum("bdk,dkc->bdc", hot, self.log_theta))).softmax(2)
+        return torch.einsum("bdc,dkc->bdk", classes, self.log_theta.exp()).log(), classes
 
     def _one_hot(self, values: Tensor) -> Tensor:
         levels = torch.arange(self.possible.shape[1], device=values.device)

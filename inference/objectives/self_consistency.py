@@ -262,15 +262,19 @@ class PathConsistency(nn.Module):
     Args:
         marginals: module ``(values, context) -> (B,)``; its parameters are learned.
         direct: share of segments that start at the empty set.
+        whole: share of segments that end with all that is observed, whatever else is drawn.
         pairs: exact targets of sets of one and two variables, whose loss is added in training.
     """
 
-    def __init__(self, marginals: nn.Module, direct: float = 0.5, pairs: PairMarginals | None = None) -> None:
+    def __init__(
+        self, marginals: nn.Module, direct: float = 0.5, whole: float = 0.0, pairs: PairMarginals | None = None
+    ) -> None:
         super().__init__()
-        if not 0 <= direct <= 1:
-            raise ValueError(f"direct must be between 0 and 1, got {direct!r}")
+        for name, share in (("direct", direct), ("whole", whole)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {share!r}")
         self.marginals = marginals
-        self.direct, self.pairs = direct, pairs
+        self.direct, self.whole, self.pairs = direct, whole, pairs
 
     def forward(self, values: Tensor, ranks: Tensor, path: Tensor, context: Tensor | None = None) -> Tensor:
         """Mean loss.
@@ -285,6 +289,8 @@ class PathConsistency(nn.Module):
         u = torch.rand(count.shape, device=count.device)
         skewed = torch.rand(count.shape, device=count.device) < 0.5
         stop = torch.minimum((torch.where(skewed, u.square(), u) * count).long() + 1, count)
+        if self.whole:
+            stop = torch.where(torch.rand(count.shape, device=count.device) < self.whole, count, stop)
         start = uniform_depth(stop)
         # The first rows of a batch start at the empty set; batches are shuffled, so these are no special rows.
         from_nothing = math.ceil(self.direct * len(values))

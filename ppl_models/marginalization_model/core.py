@@ -13,12 +13,14 @@ from inference.any_order import MISSING
 from inference.citation import Paper
 from inference.runtime.generators import scoped_seed
 from ppl_models.base import Model, Standardiser, check_count, check_counts, to_tensor
+from ppl_models.marginalization_model.causal import CausalMarginals
 from ppl_models.marginalization_model.distribution import MarginalizationDistribution
 from ppl_models.marginalization_model.networks import BODIES, BodySpec, ConditionalNetwork, MarginalNetwork, build_body
 
 __all__ = ["MarginalizationNetworks"]
 
-_MARGINALS = ("trunk", "separate", "shared")
+_MARGINALS = ("trunk", "separate", "shared", "causal")
+_NARROWER, _SHALLOW = 2, 2  # layers that every step of the causal law goes through: half as wide, two at the most
 _VALUES_AT_ONCE = 1 << 24  # hidden values held at once: 64 MiB in float32
 
 
@@ -100,11 +102,14 @@ class MarginalizationNetworks(Model):
         with scoped_seed(seed):
             trunk = build_body(network, spec)
             self.conditionals = ConditionalNetwork(trunk, counts)
-            reads = marginal in ("trunk", "shared")
+            reads = marginal != "separate"
             # f is a regression on as many rows as are drawn: no dropout
             spec = replace(spec, extra=hidden * reads, dropout=0.0)
             own = None if marginal == "shared" else build_body(network, spec)
             self.marginals = MarginalNetwork(own, trunk if reads else None, counts, classes, hidden)
+            if marginal == "causal":
+                size = max(1, hidden // _NARROWER), min(depth, _SHALLOW)
+                self.marginals.causal = CausalMarginals(self.marginals.base, *size, context_features)
         self.eval()
 
     def config(self) -> dict[str, Any]:
@@ -257,7 +262,8 @@ class MarginalizationNetworks(Model):
     def _in_chunks(self, function: Callable[..., Any], *parts: Tensor | None) -> Any:
         """``function`` of rows, a tensor or several, in chunks that fit into memory."""
         first = next(part for part in parts if part is not None)
-        width = self._width * (1 if self._config["network"] == "mlp" else 4 * self.num_variables)
+        per_variable = self._config["network"] != "mlp" or self.marginals.normalised
+        width = max(self._width, self._config["classes"]) * (4 * self.num_variables if per_variable else 1)
         size = max(1, _VALUES_AT_ONCE // width)
         if len(first) <= size:
             return function(*parts)

@@ -57,6 +57,7 @@ def compare(model: Queries, values: Tensor, context: Tensor | None, orders: int,
         pearson=pearson(one_pass, ensemble),
         spearman=spearman(one_pass, ensemble),
         sum_rule=float(rule.square().mean().sqrt()),
+        normalised=model.marginals.normalised,
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from inference.latent_classes import LatentClasses
+from ppl_models.marginalization_model.causal import CausalMarginals
 from ppl_models.marginalization_model.pairwise import PairwiseEnergy
 
 __all__ = ["Body", "BodySpec", "ConditionalNetwork", "MarginalNetwork", "build_body", "one_hot"]
@@ -321,8 +322,9 @@ class ConditionalNetwork(nn.Module):
 class MarginalNetwork(nn.Module):
     """``f(x_S)``, by a base that is known and a network's correction.
 
-    * Data: ``log m(x_S) + sqrt(|S| / D) mean_{j in S} h_j(x_S)``: the mixture m of latent classes, corrected, and
-      exactly 0 where nothing is observed.
+    * Data: the mixture m of latent classes, corrected, and exactly 0 where nothing is observed.  With ``causal`` the
+      correction is within the factors of a chain rule, so that f is normalised (``CausalMarginals``); else it is
+      ``log m(x_S) + sqrt(|S| / D) mean_{j in S} h_j(x_S)``, which is free, and not normalised.
     * Energies: ``energy terms inside S + sum_{j not in S} (log K_j + h_j(x_S) / sqrt(D))`` where the terms are known:
       exactly the energy at complete states; else ``sum_{j not in S} log K_j + sum_j h_j(x_S) / sqrt(D)``.
 
@@ -334,8 +336,12 @@ class MarginalNetwork(nn.Module):
         cardinalities: of the D variables.
         classes: of the mixture.
         width: of the hidden layer of a head without body.
+
+    Attributes:
+        causal: the normalised law after a fit to data; None where f is free there too.
     """
 
+    causal: CausalMarginals | None
     log_cardinalities: Tensor
 
     def __init__(
@@ -344,6 +350,7 @@ class MarginalNetwork(nn.Module):
         super().__init__()
         size, levels = len(cardinalities), max(cardinalities)
         self.base = LatentClasses(list(cardinalities), classes)
+        self.causal = None
         self.own = own
         self._trunk = (trunk,)  # in a tuple: its parameters are the conditionals'
         self.freeze_trunk = True
@@ -360,8 +367,16 @@ class MarginalNetwork(nn.Module):
         self.register_buffer("log_cardinalities", torch.tensor(cardinalities).float().log(), persistent=False)
         self.pairwise = PairwiseEnergy(size, levels)
 
+    @property
+    def normalised(self) -> bool:
+        """Whether ``exp f`` sums to one over ``x_S``, for each S."""
+        return self.kind == "data" and self.causal is not None
+
     def forward(self, values: Tensor, context: Tensor | None = None) -> Tensor:
         """``(B,)``."""
+        if self.normalised:
+            assert self.causal is not None
+            return self.causal(values, context)
         h = self._correction(values, context)
         seen = values >= 0
         size = values.shape[1]

@@ -75,8 +75,9 @@ class ConsistencyReport(NamedTuple):
 class Evaluation(NamedTuple):
     """One-pass log-marginals against the chain rule.
 
-    A one-pass value of complete rows is **no log-likelihood**: nothing makes ``exp f`` sum to one.  ``ensemble`` and
-    ``one_order`` are normalised densities of complete rows and may be reported; ``one_pass`` only beside them.
+    ``ensemble`` and ``one_order`` are normalised densities of complete rows.  So is ``one_pass`` where ``normalised``
+    says so: the likelihood of a law of its own, close to that of the conditionals.  Elsewhere a one-pass value of
+    complete rows is **no log-likelihood**, as nothing makes ``exp f`` sum to one: report it only beside the others.
 
     Attributes:
         num_rows, orders: what was evaluated.
@@ -87,6 +88,7 @@ class Evaluation(NamedTuple):
         mae: mean absolute difference of a row.
         pearson, spearman: correlation of one pass and ensemble over rows; NaN if one of them is constant.
         sum_rule: root mean square of the sum rule's violation with one variable of each row hidden.
+        normalised: whether the one-pass law of each subset sums to one by structure.
     """
 
     num_rows: int
@@ -99,13 +101,15 @@ class Evaluation(NamedTuple):
     pearson: float
     spearman: float
     sum_rule: float
+    normalised: bool = False
 
     def summary(self) -> str:
-        """One line, with the warning that belongs to it."""
+        """One line, with what the one pass may be taken for."""
+        law = "normalised" if self.normalised else "not normalised, so not a likelihood"
         return (
             f"{self.num_rows} rows: log p {self.ensemble:.4g} by {self.orders} orders, {self.one_order:.4g} by one; "
             f"one pass {self.one_pass:.4g} (bias {self.bias:+.3g}, mean absolute difference {self.mae:.3g}, Pearson "
-            f"{self.pearson:.3f}; not normalised, so not a likelihood), sum rule off by {self.sum_rule:.2g}"
+            f"{self.pearson:.3f}; {law}), sum rule off by {self.sum_rule:.2g}"
         )
 
 
@@ -158,7 +162,7 @@ class MarginalizationResult:
             seed: of the draws.
         """
         draws = self.model.sample(num_samples, seed=seed)
-        check = {} if self.check is None else {k: v for k, v in self.check._asdict().items() if not math.isnan(v)}
+        check = {} if self.check is None else {k: +v for k, v in self.check._asdict().items() if not math.isnan(v)}
         log_p = self.model.log_prob(draws)
         return to_arviz(
             posterior={"x": draws.unsqueeze(0)},

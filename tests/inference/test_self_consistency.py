@@ -109,6 +109,24 @@ def test_missing_entries_stay_out_of_the_residuals() -> None:
         assert zero(rows, ranks, chain_rule(g, rows, ranks)) < 1e-22
 
 
+def test_a_share_of_the_segments_ends_with_all_that_is_observed() -> None:
+    """f is moved by half a nat at complete rows, and nowhere else."""
+    law = random_law(MIXED)
+    f, g, rows = TableMarginals(MIXED, law), TableConditionals(MIXED, law), states(MIXED).repeat(200, 1)
+    ends = f.place(states(MIXED))
+    f.table.data[ends] += 0.5
+    with torch.no_grad(), scoped_seed(0):
+        ranks = random_ranks(rows)
+        found = [
+            float(PathConsistency(f, direct=1.0, whole=w)(rows, ranks, chain_rule(g, rows, ranks))) for w in (1.0, 0.5)
+        ]
+    moved = math.exp(-0.5) + 0.5 - 1
+    assert abs(found[0] - moved) < 1e-12
+    # by chance: a quarter of uniform depths, 1 - sqrt(3)/2 of those whose root is uniform
+    share = 0.5 + 0.5 * (0.25 + 1 - math.sqrt(0.75)) / 2
+    assert abs(found[1] / moved - share) < 0.03  # 5 standard errors of 4,800 rows
+
+
 def test_where_orders_disagree_the_marginal_is_the_log_of_the_mean() -> None:
     """Then ``exp f`` adds up to one for each set of variables; the mean of the logs would add up to less."""
     sizes = [2, 3]
@@ -316,6 +334,8 @@ def test_bad_shares() -> None:
     f, g = TableMarginals(MIXED, law), TableConditionals(MIXED, law)
     with pytest.raises(ValueError, match="direct"):
         PathConsistency(f, direct=1.5)
+    with pytest.raises(ValueError, match="whole"):
+        PathConsistency(f, whole=-0.1)
     with pytest.raises(ValueError, match="uniform"):
         EnergyConsistency(f, g, lambda x: x.sum(1), torch.tensor(MIXED), uniform=1.0)
     with scoped_seed(0):

@@ -50,6 +50,14 @@ def test_what_a_small_lattice_taught_holds_on_a_large_one(learned: Marginalizati
     assert log_z - float(untrained.log_weights.mean()) > 2
 
 
+def test_the_law_of_a_fit_to_data_is_of_one_size_and_stays_behind() -> None:
+    mam = MarginalizationModel([2] * 25, "lattice", hidden=8, depth=1, marginal="causal")
+    mam.fit_energy(SMALL.log_density, num_steps=2, batch_size=4, progress=False)
+    large = mam.resized((7, 7), LARGE.log_density)
+    x = torch.randint(-1, 2, (5, 49), generator=generator(0))
+    assert large.marginals.causal is not None and bool(torch.isfinite(large.log_prob(x)).all())
+
+
 def test_it_goes_on_learning_and_is_saved(learned: MarginalizationModel, tmp_path: Any) -> None:
     large = learned.resized((6, 7), LatticeIsing(7, 0.1, 0.2, height=6).log_density)
     large.save(tmp_path / "m")

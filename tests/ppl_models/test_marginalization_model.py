@@ -247,7 +247,7 @@ def test_identities_of_the_queries(learned: Any, ising: Any) -> None:
 
 
 @pytest.mark.parametrize("network", ["mlp", "transformer", "unet", "lattice"])
-@pytest.mark.parametrize("marginal", ["trunk", "separate", "shared"])
+@pytest.mark.parametrize("marginal", ["causal", "trunk", "separate", "shared"])
 def test_each_network_keeps_to_the_contract(network: str, marginal: str) -> None:
     sizes = [2, 3, 1, 2, 3, 1, 2, 3, 1]
     with scoped_seed(0):
