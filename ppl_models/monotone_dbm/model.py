@@ -161,7 +161,9 @@ class BoltzmannModel(PairwiseModel):
         ]
         total = math.prod(map(len, choices))
         if total > _ENUMERABLE:
-            raise ValueError(f"{total:,} configurations are too many to enumerate; at most {_ENUMERABLE:,}")
+            raise ValueError(
+                f"about 1e{math.log10(total):.0f} configurations are too many to enumerate; at most {_ENUMERABLE:,}"
+            )
         return torch.cartesian_prod(*[torch.tensor(c, device=self.bias.device) for c in choices]).reshape(total, -1)
 
     def _enumerate(self, energy: PairwiseEnergy, query: Query) -> Tensor:
