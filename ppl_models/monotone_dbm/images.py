@@ -16,16 +16,19 @@ from inference.objectives.masked import Head
 from inference.runtime.generators import generator
 from ppl_models.base import check_batch_size, check_count, check_counts, from_array, to_tensor
 from ppl_models.monotone_dbm.convolution import ConvOperator, Layer, check_layers, layer_groups
+from ppl_models.monotone_dbm.groups import Groups
 from ppl_models.monotone_dbm.jitter import jittered
 from ppl_models.monotone_dbm.model import BoltzmannModel
 from ppl_models.monotone_dbm.operators import Curvature, DenseOperator, check_bound
 from ppl_models.monotone_dbm.pairwise import Query, to_mask
+from ppl_models.monotone_dbm.styles import StyledOperator, class_styles
 from ppl_models.monotone_dbm.training import DBMFit
 
 __all__ = ["ConvMonotoneDBM"]
 
 _TEMPERATURE = 10.0  # of pixels at the start of a fit: the setting that matters most
 _LABEL_TEMPERATURE = 5.0  # of labels that are not summed over
+_STYLE_TEMPERATURE = 0.5  # of styles, whose pixels are not as independent as EM takes them to be
 _AT_ONCE = 512  # images solved at once
 _SMALL = 256  # pixels up to which a dense model is the default
 
@@ -58,6 +61,10 @@ class ConvMonotoneDBM(BoltzmannModel):
             hidden groups and label together.  A query then costs as much as one for each class.  The label's potentials
             need no bound, and what is seen decides among different pictures instead of one average: pixels and labels
             are both predicted better.  By default where the network is the default of small images.
+        styles: looks of each class; of a dense model, whose hidden groups are none by default then.  A hidden group of
+            ``num_classes * styles`` states is summed over instead of the label, which follows from it (see ``styles``).
+            A fit begins with a mixture of images for each class and goes on from there: the most accurate model of
+            small images, and a query costs as much as one for each style.
         monotonicity, curvature: as in :class:`MonotoneDBM`; the widest bound by default.
         seed: of the initial potentials.
 
@@ -78,6 +85,7 @@ class ConvMonotoneDBM(BoltzmannModel):
         kernels: Sequence[Sequence[int]] | None = None,
         rank: int | None = None,
         sum_labels: bool | None = None,
+        styles: int = 0,
         monotonicity: float = 0.01,
         curvature: Curvature = "pinsker",
         seed: int = 0,
@@ -94,15 +102,20 @@ class ConvMonotoneDBM(BoltzmannModel):
                 raise TypeError(f"{name} must be a list of lists of integers, got {table!r}")
         channels, height, width = shape
         small = rank is None and hidden is None and kernels is None and height * width <= _SMALL
+        if check_count("styles", styles, 0) and not (num_classes and (small or rank is not None) and not sum_labels):
+            raise ValueError(
+                f"styles={styles} needs labels, a dense model (a small image or a rank) and no sum_labels=True: the "
+                "label follows from the style that is summed over"
+            )
         if sum_labels is None:
-            sum_labels = small and num_classes > 0
+            sum_labels = small and num_classes > 0 and not styles
         elif not isinstance(sum_labels, bool):
             raise TypeError(f"sum_labels must be True or False, got {sum_labels!r}")
         elif sum_labels and not num_classes:
             raise ValueError("sum_labels=True, and the model has no labels (num_classes=0)")
         if small:
-            hidden = [(4 * 32, 32)]
-            rank = channels * num_bins * height * width + 4 * 32 + num_classes
+            hidden = [] if styles else [(4 * 32, 32)]
+            rank = channels * num_bins * height * width + 4 * 32 * len(hidden) + num_classes
         elif hidden is None and (rank is not None or height == width):
             hidden = [(4 * 32, 32)]
         elif hidden is None:
@@ -118,20 +131,30 @@ class ConvMonotoneDBM(BoltzmannModel):
             if kernels is not None:
                 raise ValueError("give kernels for convolutions or rank for a dense model, not both")
             check_count("rank", rank)
-            super().__init__(DenseOperator(layer_groups(layers), rank, monotonicity, curvature, random, summed))
+            bounded = DenseOperator(layer_groups(layers), rank, monotonicity, curvature, random, summed)
+            if styles:
+                summed = label
+                sizes = bounded.groups.sizes
+                groups = Groups([*sizes[:label], num_classes * styles, *sizes[label:]])
+                super().__init__(StyledOperator(groups, bounded, label))
+            else:
+                super().__init__(bounded)
         else:
             sizes = _default_kernels(layers) if kernels is None else kernels
             super().__init__(
                 ConvOperator(layers, sizes, None, monotonicity, curvature, seed_generator=random, unbounded=summed)
             )
         self.summed = summed
-        self.image_shape, self.num_bins, self.num_classes = shape, num_bins, num_classes
+        self.image_shape, self.num_bins, self.num_classes, self.styles = shape, num_bins, num_classes, styles
         self.num_pixels = channels * height * width
         self.register_buffer("levels", torch.linspace(0, 1, num_bins))
         with torch.no_grad():
-            self.log_temperature[: self.num_pixels] = math.log(_TEMPERATURE)
-            if num_classes and not sum_labels:
-                self.log_temperature[-1] = math.log(_LABEL_TEMPERATURE)
+            if styles:  # the looks are sharp without temperatures, and too sure of themselves
+                self.log_temperature[label] = math.log(_STYLE_TEMPERATURE)
+            else:
+                self.log_temperature[: self.num_pixels] = math.log(_TEMPERATURE)
+                if num_classes and not sum_labels:
+                    self.log_temperature[-1] = math.log(_LABEL_TEMPERATURE)
         self._config = {
             "image_shape": list(shape),
             "num_bins": num_bins,
@@ -140,6 +163,7 @@ class ConvMonotoneDBM(BoltzmannModel):
             "kernels": None if kernels is None else [list(map(int, row)) for row in kernels],
             "rank": rank,
             "sum_labels": sum_labels,
+            "styles": styles,
             "monotonicity": float(monotonicity),
             "curvature": curvature if isinstance(curvature, str) else int(curvature),
             "seed": seed,
@@ -233,7 +257,10 @@ class ConvMonotoneDBM(BoltzmannModel):
             seed=seed,
         )
         self._learn_levels(pixels)
-        self._start_bias(states[:, : self.num_pixels])
+        if self.styles:
+            self._start_styles(states, seed)
+        else:
+            self._start_bias(states[:, : self.num_pixels])
         return self._run_fit(loss, objective, (states,), num_steps, batch_size, lr, seed, progress, checkpoint)
 
     # ------------------------------------------------------------------ queries
@@ -363,6 +390,18 @@ class ConvMonotoneDBM(BoltzmannModel):
             frequency = (counts + 1) / (counts + 1).sum(1, keepdim=True)
             factor = self.log_temperature[: self.num_pixels].exp()
             bias.copy_(((frequency.log() - frequency.log().mean(1, keepdim=True)) / factor[:, None]).flatten())
+
+    def _start_styles(self, states: Tensor, seed: int) -> None:
+        """A mixture for each class, where the fit is the model's first; states of pixels and label."""
+        operator = self.operator
+        assert isinstance(operator, StyledOperator)
+        with torch.no_grad():
+            if bool((operator.templates != 0).any()):
+                return
+            pixels, labels = states[:, : self.num_pixels], states[:, -1]
+            looks, own, bias = class_styles(pixels, labels, self.num_bins, self.num_classes, self.styles, seed)
+            operator.templates[: len(looks)], operator.templates[-len(own) :] = looks, own
+            self.bias[operator.start : operator.start + len(bias)] = bias
 
     def _learn_levels(self, pixels: Tensor) -> None:
         """The mean intensity of each bin; an empty one keeps its place between 0 and 1."""

@@ -34,7 +34,6 @@ from ppl_models.monotone_dbm.operators import (
     Curvature,
     DenseOperator,
     FreeOperator,
-    ScaledOperator,
     check_bound,
     check_potentials,
     factor_of,
@@ -343,8 +342,7 @@ class BoltzmannModel(PairwiseModel):
                 progress=progress,
             )
         finally:
-            if isinstance(self.operator, ScaledOperator):
-                self.operator.share = 1.0
+            self.operator.share = 1.0
         return DBMFit(history, kind)
 
     def free_energy(self, query: Query) -> Tensor:
