@@ -230,7 +230,8 @@ def _digit_machines(queries: int = 32) -> dict[str, Machine]:
     """
     from ppl_models.datasets import load_digits
 
-    table, made = load_digits(), {}
+    table = load_digits()
+    made: dict[str, Machine] = {}
     images = (table.x / 16).view(-1, 1, 8, 8)
     mask = torch.rand(queries, 8, 8, generator=torch.Generator().manual_seed(0)) < 0.4
     for kind in ("monotone", "unconstrained"):

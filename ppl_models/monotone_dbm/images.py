@@ -29,7 +29,7 @@ __all__ = ["ConvMonotoneDBM"]
 _TEMPERATURE = 10.0  # of pixels at the start of a fit: the setting that matters most
 _LABEL_TEMPERATURE = 5.0  # of labels that are not summed over
 _STYLE_TEMPERATURE = 0.5  # of styles, whose pixels are not as independent as EM takes them to be
-_AT_ONCE = 512  # images solved at once
+_AT_ONCE = 512  # images solved at once, of each style
 _SMALL = 256  # pixels up to which a dense model is the default
 
 
@@ -134,8 +134,8 @@ class ConvMonotoneDBM(BoltzmannModel):
             bounded = DenseOperator(layer_groups(layers), rank, monotonicity, curvature, random, summed)
             if styles:
                 summed = label
-                sizes = bounded.groups.sizes
-                groups = Groups([*sizes[:label], num_classes * styles, *sizes[label:]])
+                others = bounded.groups.sizes
+                groups = Groups([*others[:label], num_classes * styles, *others[label:]])
                 super().__init__(StyledOperator(groups, bounded, label))
             else:
                 super().__init__(bounded)
@@ -277,7 +277,7 @@ class ConvMonotoneDBM(BoltzmannModel):
         if not self.num_classes:
             raise ValueError("the model has no labels (num_classes=0): there is nothing to classify")
         query = self.image_query(images, mask)
-        return torch.cat([self.predictive(*part)[:, -1, : self.num_classes] for part in _chunks(query)])
+        return torch.cat([self.predictive(*part)[:, -1, : self.num_classes] for part in self._chunks(query)])
 
     def complete(self, images: Any, mask: Any = None, labels: Any = None) -> Tensor:  # type: ignore[override]
         """Images whose unobserved pixels are their expected intensities, ``(N, C, H, W)``.
@@ -292,7 +292,7 @@ class ConvMonotoneDBM(BoltzmannModel):
         query = self.image_query(images, mask, labels)
         channels, height, width = self.image_shape
         made = []
-        for part in _chunks(query):
+        for part in self._chunks(query):
             probabilities = self.predictive(*part)[:, : self.num_pixels, : self.num_bins]
             expected = (probabilities * self.levels.to(probabilities)).sum(-1)
             made.append(expected.reshape(-1, height, width, channels).permute(0, 3, 1, 2))
@@ -304,7 +304,7 @@ class ConvMonotoneDBM(BoltzmannModel):
         """Tempered probabilities of the bins of every pixel, ``(N, C, H, W, num_bins)``."""
         query = self.image_query(images, mask, labels)
         channels, height, width = self.image_shape
-        parts = [self.predictive(*part)[:, : self.num_pixels, : self.num_bins] for part in _chunks(query)]
+        parts = [self.predictive(*part)[:, : self.num_pixels, : self.num_bins] for part in self._chunks(query)]
         return torch.cat(parts).reshape(-1, height, width, channels, self.num_bins).permute(0, 3, 1, 2, 4)
 
     # ------------------------------------------------------------------ between images and states
@@ -328,6 +328,10 @@ class ConvMonotoneDBM(BoltzmannModel):
             given = self._check_labels(labels, rows, unknown=True)
             states[:, -1], known[:, -1] = given.clamp(min=0), given >= 0
         return Query(states, known)
+
+    def _chunks(self, query: Query) -> list[Query]:
+        at_once = max(1, _AT_ONCE // max(self.styles, 1))
+        return [Query(s, m) for s, m in zip(query.states.split(at_once), query.mask.split(at_once), strict=True)]
 
     def _check_images(self, name: str, images: Any, shown: Tensor | None = None) -> Tensor:
         """Finite images ``(N, C, H, W)`` in [0, 1], zero where they are not shown."""
@@ -420,7 +424,3 @@ def _default_kernels(layers: Sequence[Layer]) -> list[list[int]]:
         placed = not layer.height == layer.width == 1
         rows.append([3 if placed else below.height for below in layers[: i + 1]] + [0] * (len(layers) - i - 1))
     return rows
-
-
-def _chunks(query: Query) -> list[Query]:
-    return [Query(s, m) for s, m in zip(query.states.split(_AT_ONCE), query.mask.split(_AT_ONCE), strict=True)]

@@ -62,12 +62,14 @@ def test_the_first_model_is_the_mixture() -> None:
 def test_one_answer_beside_strong_styles() -> None:
     """Free potentials of any strength to the styles, and the bound between the others."""
     net = small(coupled=3.0)
+    operator = net.operator
+    assert isinstance(operator, StyledOperator)
     with torch.no_grad():
-        net.operator.templates.copy_(5 * torch.randn(10, 4, generator=torch.Generator().manual_seed(2), dtype=D))  # type: ignore[operator, union-attr]
+        operator.templates.copy_(5 * torch.randn(10, 4, generator=torch.Generator().manual_seed(2), dtype=D))
     phi = net.potentials()
     assert torch.equal(phi, phi.T) and phi[8:12, 8:12].abs().max() == 0 and phi[:8, 8:12].abs().max() > 5
     others = torch.cat([torch.arange(8), torch.arange(12, 14)])
-    torch.testing.assert_close(phi[others][:, others], net.operator.inner.to_dense(), rtol=0, atol=0)  # type: ignore[operator, union-attr]
+    torch.testing.assert_close(phi[others][:, others], operator.inner.to_dense(), rtol=0, atol=0)
     many = torch.zeros(64, 6, dtype=torch.long), torch.zeros(64, 6, dtype=torch.bool)
     found = net.marginals(*many, initial=random_starts(net, 64), tolerance=1e-12)
     assert found.converged.all() and (found.probabilities - found.probabilities[0]).abs().max() < 1e-8
