@@ -21,7 +21,7 @@ from ppl_models.monotone_dbm.operators import DenseOperator, PairwiseMap, Pairwi
 
 __all__ = ["StyledOperator", "class_styles"]
 
-_SURE = 5.0  # log-odds of a style's own class against each other one at the start
+_SURE = 40.0  # log-odds of a style's own class against each other one at the start: a known class excludes the rest
 _FEW = -15.0  # log weight of styles that EM had too few images for
 _ITERATIONS = 60
 _COUPLED = 0.1  # share of the usual random couplings at the start

@@ -99,6 +99,12 @@ def test_digits_in_styles(tmp_path: Path) -> None:
     error = (net.pixel_probabilities(test, mask) @ levels - levels[net.bin(test).view(-1, 1, 8, 8)])[~mask[:, None]]
     assert error.square().mean() < 0.068
     assert (net.classify(test, mask).argmax(1) == truth).float().mean() > 0.68
+    # Half of a three as each class: a known class leaves its own styles alone, whatever the image says.
+    upper = torch.zeros(8, 8, dtype=torch.bool)
+    upper[:4] = True
+    three = images[(labels == 3).nonzero()[0]].expand(10, -1, -1, -1)
+    lower = net.complete(three, upper, labels=torch.arange(10))[:, 0, 4:]
+    assert torch.pdist(lower.flatten(1)).min() > 0.1
     net.save(tmp_path / "net")
     again = ConvMonotoneDBM.load(tmp_path / "net")
     assert torch.equal(again.classify(test[:5], mask[:5]), net.classify(test[:5], mask[:5]))

@@ -79,6 +79,25 @@ def test_digits(
     print(f"free Gibbs against free mean field: mean gap {_free_gap(net):.4f}")
 
 
+@pytest.mark.parametrize("curvature", [2, 1])
+def test_digits_through_tiers(curvature: int) -> None:
+    """The published network's two tiers of hidden groups, joined by convolutions; nothing is asked of its bound."""
+    from ppl_models.datasets import load_digits
+
+    table = load_digits()
+    images, labels = (table.x / 16).view(-1, 1, 8, 8), table.y
+    tiers = {
+        "hidden": [(40, 4, 4, 10), (80, 2, 2, 20)],
+        "kernels": [[3, 0, 0, 0], [3, 3, 0, 0], [3, 3, 3, 0], [0, 0, 2, 1]],
+    }
+    net = ConvMonotoneDBM((1, 8, 8), 4, 10, curvature=curvature, **tiers)  # type: ignore[arg-type]
+    started = time.process_time()
+    net.fit(images[:1437], labels[:1437], (0.2, 0.6), num_steps=300, batch_size=48, lr=0.02, progress=False)
+    print(f"{time.process_time() - started:.0f} s of processor time, eigenvalues {net.spectrum()}")
+    found = measure(net, images[1437:], labels[1437:], 0.4)
+    assert curvature == 1 or (found["accuracy"] >= 0.72 and found["nll"] <= 0.68 and found["mse"] <= 0.065)
+
+
 def test_digits_calibrated_on_images_that_were_held_out() -> None:
     from ppl_models.datasets import load_digits
 
