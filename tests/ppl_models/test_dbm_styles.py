@@ -85,20 +85,22 @@ def test_a_class_without_images_and_styles_without_enough() -> None:
 
 
 def test_digits_in_styles(tmp_path: Path) -> None:
-    """Half of the images and a few updates; independent pixels have 0.093."""
+    """What EM and a few small updates make of them: past 5-NN imputation with 1-NN on it (0.80 and 0.049), where 0.74 and
+    0.065 are what a full fit of mean field over all groups reaches.
+    """
     pytest.importorskip("sklearn")
     from ppl_models.datasets import load_digits
 
     table = load_digits()
     images, labels = (table.x / 16).view(-1, 1, 8, 8), table.y
-    net = ConvMonotoneDBM((1, 8, 8), 4, 10, styles=2)
-    net.fit(images[:700], labels[:700], (0.2, 0.6), num_steps=10, batch_size=16, lr=0.005, jitter=1, progress=False)
-    test, truth = images[1437:1637], labels[1437:1637]
-    mask = torch.rand(200, 8, 8, generator=torch.Generator().manual_seed(0)) < 0.4
+    net = ConvMonotoneDBM((1, 8, 8), 4, 10, styles=6)
+    net.fit(images[:1437], labels[:1437], (0.2, 0.6), num_steps=3, batch_size=16, lr=1e-4, jitter=3, progress=False)
+    test, truth = images[1437:], labels[1437:]
+    mask = torch.rand(360, 8, 8, generator=torch.Generator().manual_seed(0)) < 0.4
     levels = torch.linspace(0, 1, 4)
     error = (net.pixel_probabilities(test, mask) @ levels - levels[net.bin(test).view(-1, 1, 8, 8)])[~mask[:, None]]
-    assert error.square().mean() < 0.068
-    assert (net.classify(test, mask).argmax(1) == truth).float().mean() > 0.68
+    assert error.square().mean() < 0.050
+    assert (net.classify(test, mask).argmax(1) == truth).float().mean() > 0.80
     # Half of a three as each class: a known class leaves its own styles alone, whatever the image says.
     upper = torch.zeros(8, 8, dtype=torch.bool)
     upper[:4] = True
