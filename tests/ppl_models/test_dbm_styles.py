@@ -85,8 +85,8 @@ def test_a_class_without_images_and_styles_without_enough() -> None:
 
 
 def test_digits_in_styles(tmp_path: Path) -> None:
-    """What EM and a few small updates make of them: past 5-NN imputation with 1-NN on it (0.80 and 0.049), where 0.74 and
-    0.065 are what a full fit of mean field over all groups reaches.
+    """What EM and a few small updates make of them: past 5-NN imputation with 1-NN on it (0.80 and 0.049); the label
+    summed over without styles ends at 0.76 and 0.055.
     """
     pytest.importorskip("sklearn")
     from ppl_models.datasets import load_digits
