@@ -225,7 +225,7 @@ def _random_machines() -> dict[str, Machine]:
 
 
 def _digit_machines(queries: int = 32) -> dict[str, Machine]:
-    """Machines of digits with the label by mean field, trained for 1,500 steps under the relaxed bound and without one;
+    """Machines of digits with the label by mean field, trained for 200 steps under the relaxed bound and without one;
     test images of which 40% is seen.
     """
     from ppl_models.datasets import load_digits
@@ -237,7 +237,7 @@ def _digit_machines(queries: int = 32) -> dict[str, Machine]:
     for kind in ("monotone", "unconstrained"):
         net = ConvMonotoneDBM((1, 8, 8), 4, 10, curvature=2, sum_labels=False)
         net.operator.monotone = kind == "monotone"
-        net.fit(images[:1437], table.y[:1437], (0.2, 0.6), num_steps=1500, lr=0.03, progress=False)
+        net.fit(images[:1437], table.y[:1437], (0.2, 0.6), num_steps=200, lr=0.03, progress=False)
         net.double()
         with torch.no_grad():
             query = net.image_query(images[1437 : 1437 + queries].double(), mask)

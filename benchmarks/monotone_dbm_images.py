@@ -293,7 +293,7 @@ def validate(data: Data, seconds: float, out: Path) -> list[Row]:
     return rows
 
 
-def colour(out: Path, steps: int = 120) -> list[Row]:
+def colour(out: Path, steps: int = 80) -> list[Row]:
     """Patches of 32 x 32 colour pixels of scikit-learn's two photographs, the photograph as the class: completed and
     named where 40% of the pixels are seen, by what was learned in the left two thirds of each, in the right third.
     """
