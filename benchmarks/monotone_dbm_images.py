@@ -341,12 +341,14 @@ def colour(out: Path, steps: int = 80) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("train", "validate", "compare", "colour"))
-    parser.add_argument("methods", nargs="*", choices=tuple(TRAIN), help="which are trained; all by default")
+    parser.add_argument("methods", nargs="*", help=f"which are trained, of {', '.join(TRAIN)}; all by default")
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--seconds", type=float, default=300.0, help="processor time of each method")
     parser.add_argument("--size", type=int, default=60_000, help="training images")
     parser.add_argument("--tests", type=int, default=1_000, help="test images")
     given = parser.parse_args()
+    if unknown := set(given.methods) - set(TRAIN):
+        parser.error(f"there is no method {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
     given.out.mkdir(parents=True, exist_ok=True)
     if given.what == "colour":
