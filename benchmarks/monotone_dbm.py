@@ -382,10 +382,12 @@ def cost(out: Path) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ("solvers", "updates", "marginals", "cost")
-    parser.add_argument("parts", nargs="*", choices=names, default=list(names))
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(names)}; all by default")
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--groups", type=int, nargs="+", default=[96, 192, 768], help="sizes of the solvers' problems")
     given = parser.parse_args()
+    if unknown := set(given.parts) - set(names):
+        parser.error(f"there is no part {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
     given.out.mkdir(parents=True, exist_ok=True)
     runs: dict[str, Callable[[], list[Row]]] = {
@@ -394,7 +396,7 @@ def main() -> None:
         "marginals": marginals,
         "cost": lambda: cost(given.out),
     }
-    for name in given.parts:
+    for name in given.parts or names:
         rows = runs[name]()
         print(f"\n{name}\n{markdown_table(rows)}", flush=True)
         save(given.out / f"dbm_{name}.json", rows, ["torch", "torchdeq"])
