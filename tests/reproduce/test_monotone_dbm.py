@@ -38,7 +38,6 @@ def measure(net: ConvMonotoneDBM, images: Tensor, labels: Tensor, share: float) 
 PLAIN = {"sum_labels": False}
 SUMMED = {"num_steps": 1000, "batch_size": 64, "jitter": 12, "label_weight": 0.7}
 STYLES = {"num_steps": 100, "batch_size": 32, "jitter": 12, "lr": 1e-3}
-NAMES = "default", "styles"
 
 
 @pytest.mark.parametrize(
@@ -51,14 +50,9 @@ NAMES = "default", "styles"
         ({"curvature": 1}, SUMMED, 0, 0.72, 0.70, 0.068),
         ({"curvature": 2, **PLAIN}, {"num_steps": 4000, "jitter": 12}, 0, 0.74, 0.67, 0.062),
         *(({}, SUMMED, seed, 0.74, 0.67, 0.062) for seed in range(3)),
-        *(({"styles": 16}, STYLES, seed, 0.80, 0.62, 0.050) for seed in range(3)),
+        ({"styles": 16}, STYLES, 0, 0.80, 0.62, 0.050),
     ],
-    ids=[
-        "published",
-        "published-summed",
-        "relaxed",
-        *(f"{name}-{i}" for name in ("default", "styles") for i in range(3)),
-    ],
+    ids=["published", "published-summed", "relaxed", "default-0", "default-1", "default-2", "styles"],
 )
 def test_digits(
     settings: dict[str, Any], training: dict[str, Any], seed: int, accuracy: float, nll: float, mse: float
@@ -77,25 +71,6 @@ def test_digits(
     assert found["accuracy"] >= accuracy and found["nll"] <= nll and found["mse"] <= mse
     assert more >= 0.78 and less >= 0.50
     print(f"free Gibbs against free mean field: mean gap {_free_gap(net):.4f}")
-
-
-@pytest.mark.parametrize("curvature", [2, 1])
-def test_digits_through_tiers(curvature: int) -> None:
-    """The published network's two tiers of hidden groups, joined by convolutions; nothing is asked of its bound."""
-    from ppl_models.datasets import load_digits
-
-    table = load_digits()
-    images, labels = (table.x / 16).view(-1, 1, 8, 8), table.y
-    tiers = {
-        "hidden": [(40, 4, 4, 10), (80, 2, 2, 20)],
-        "kernels": [[3, 0, 0, 0], [3, 3, 0, 0], [3, 3, 3, 0], [0, 0, 2, 1]],
-    }
-    net = ConvMonotoneDBM((1, 8, 8), 4, 10, curvature=curvature, **tiers)  # type: ignore[arg-type]
-    started = time.process_time()
-    net.fit(images[:1437], labels[:1437], (0.2, 0.6), num_steps=300, batch_size=48, lr=0.02, progress=False)
-    print(f"{time.process_time() - started:.0f} s of processor time, eigenvalues {net.spectrum()}")
-    found = measure(net, images[1437:], labels[1437:], 0.4)
-    assert curvature == 1 or (found["accuracy"] >= 0.72 and found["nll"] <= 0.68 and found["mse"] <= 0.065)
 
 
 def test_digits_calibrated_on_images_that_were_held_out() -> None:
