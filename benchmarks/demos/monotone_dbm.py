@@ -13,19 +13,20 @@ from ppl_models.datasets import load_digits
 
 
 def run(out: Path, quick: bool) -> list[Row]:
-    """Train by masked conditionals on 1,400 digits, ask 300 others."""
+    """Learn eight styles of each class from 1,400 digits and copies of them, ask 300 others."""
     table = load_digits()
     images = (table.x / table.x.max()).reshape(-1, 1, 8, 8).float()
     labels = table.y.long()
     train, test = slice(0, 200 if quick else 1400), slice(1497, 1797)
-    model = ConvMonotoneDBM(image_shape=(1, 8, 8), num_bins=4, num_classes=10)
+    model = ConvMonotoneDBM(image_shape=(1, 8, 8), num_bins=4, num_classes=10, styles=2 if quick else 8)
     model.fit(
         images[train],
         labels[train],
         observed_fraction=(0.2, 0.6),
-        num_steps=5 if quick else 200,
+        num_steps=2 if quick else 20,
         batch_size=48,
-        lr=0.03,
+        lr=1e-3,
+        jitter=0 if quick else 12,
         progress=not quick,
     )
     seen = torch.rand(300, 8, 8, generator=torch.Generator().manual_seed(0)) < 0.4

@@ -16,17 +16,20 @@ from inference.objectives.masked import Head
 from inference.runtime.generators import generator
 from ppl_models.base import check_batch_size, check_count, check_counts, from_array, to_tensor
 from ppl_models.monotone_dbm.convolution import ConvOperator, Layer, check_layers, layer_groups
+from ppl_models.monotone_dbm.groups import Groups
 from ppl_models.monotone_dbm.jitter import jittered
 from ppl_models.monotone_dbm.model import BoltzmannModel
 from ppl_models.monotone_dbm.operators import Curvature, DenseOperator, check_bound
 from ppl_models.monotone_dbm.pairwise import Query, to_mask
+from ppl_models.monotone_dbm.styles import StyledOperator, class_styles
 from ppl_models.monotone_dbm.training import DBMFit
 
 __all__ = ["ConvMonotoneDBM"]
 
 _TEMPERATURE = 10.0  # of pixels at the start of a fit: the setting that matters most
 _LABEL_TEMPERATURE = 5.0  # of labels that are not summed over
-_AT_ONCE = 512  # images solved at once
+_STYLE_TEMPERATURE = 0.5  # of styles, whose pixels are not as independent as EM takes them to be
+_AT_ONCE = 512  # images solved at once, of each style
 _SMALL = 256  # pixels up to which a dense model is the default
 
 
@@ -58,6 +61,10 @@ class ConvMonotoneDBM(BoltzmannModel):
             hidden groups and label together.  A query then costs as much as one for each class.  The label's potentials
             need no bound, and what is seen decides among different pictures instead of one average: pixels and labels
             are both predicted better.  By default where the network is the default of small images.
+        styles: looks of each class; of a dense model, whose hidden groups are none by default then.  A hidden group of
+            ``num_classes * styles`` states is summed over instead of the label, which follows from it (see ``styles``).
+            A fit begins with a mixture of images for each class and goes on from there: the most accurate model of
+            small images, and a query costs as much as one for each style.
         monotonicity, curvature: as in :class:`MonotoneDBM`; the widest bound by default.
         seed: of the initial potentials.
 
@@ -78,6 +85,7 @@ class ConvMonotoneDBM(BoltzmannModel):
         kernels: Sequence[Sequence[int]] | None = None,
         rank: int | None = None,
         sum_labels: bool | None = None,
+        styles: int = 0,
         monotonicity: float = 0.01,
         curvature: Curvature = "pinsker",
         seed: int = 0,
@@ -94,15 +102,20 @@ class ConvMonotoneDBM(BoltzmannModel):
                 raise TypeError(f"{name} must be a list of lists of integers, got {table!r}")
         channels, height, width = shape
         small = rank is None and hidden is None and kernels is None and height * width <= _SMALL
+        if check_count("styles", styles, 0) and not (num_classes and (small or rank is not None) and not sum_labels):
+            raise ValueError(
+                f"styles={styles} needs labels, a dense model (a small image or a rank) and no sum_labels=True: the "
+                "label follows from the style that is summed over"
+            )
         if sum_labels is None:
-            sum_labels = small and num_classes > 0
+            sum_labels = small and num_classes > 0 and not styles
         elif not isinstance(sum_labels, bool):
             raise TypeError(f"sum_labels must be True or False, got {sum_labels!r}")
         elif sum_labels and not num_classes:
             raise ValueError("sum_labels=True, and the model has no labels (num_classes=0)")
         if small:
-            hidden = [(4 * 32, 32)]
-            rank = channels * num_bins * height * width + 4 * 32 + num_classes
+            hidden = [] if styles else [(4 * 32, 32)]
+            rank = channels * num_bins * height * width + 4 * 32 * len(hidden) + num_classes
         elif hidden is None and (rank is not None or height == width):
             hidden = [(4 * 32, 32)]
         elif hidden is None:
@@ -118,20 +131,30 @@ class ConvMonotoneDBM(BoltzmannModel):
             if kernels is not None:
                 raise ValueError("give kernels for convolutions or rank for a dense model, not both")
             check_count("rank", rank)
-            super().__init__(DenseOperator(layer_groups(layers), rank, monotonicity, curvature, random, summed))
+            bounded = DenseOperator(layer_groups(layers), rank, monotonicity, curvature, random, summed)
+            if styles:
+                summed = label
+                others = bounded.groups.sizes
+                groups = Groups([*others[:label], num_classes * styles, *others[label:]])
+                super().__init__(StyledOperator(groups, bounded, label))
+            else:
+                super().__init__(bounded)
         else:
             sizes = _default_kernels(layers) if kernels is None else kernels
             super().__init__(
                 ConvOperator(layers, sizes, None, monotonicity, curvature, seed_generator=random, unbounded=summed)
             )
         self.summed = summed
-        self.image_shape, self.num_bins, self.num_classes = shape, num_bins, num_classes
+        self.image_shape, self.num_bins, self.num_classes, self.styles = shape, num_bins, num_classes, styles
         self.num_pixels = channels * height * width
         self.register_buffer("levels", torch.linspace(0, 1, num_bins))
         with torch.no_grad():
-            self.log_temperature[: self.num_pixels] = math.log(_TEMPERATURE)
-            if num_classes and not sum_labels:
-                self.log_temperature[-1] = math.log(_LABEL_TEMPERATURE)
+            if styles:  # the looks are sharp without temperatures, and too sure of themselves
+                self.log_temperature[label] = math.log(_STYLE_TEMPERATURE)
+            else:
+                self.log_temperature[: self.num_pixels] = math.log(_TEMPERATURE)
+                if num_classes and not sum_labels:
+                    self.log_temperature[-1] = math.log(_LABEL_TEMPERATURE)
         self._config = {
             "image_shape": list(shape),
             "num_bins": num_bins,
@@ -140,6 +163,7 @@ class ConvMonotoneDBM(BoltzmannModel):
             "kernels": None if kernels is None else [list(map(int, row)) for row in kernels],
             "rank": rank,
             "sum_labels": sum_labels,
+            "styles": styles,
             "monotonicity": float(monotonicity),
             "curvature": curvature if isinstance(curvature, str) else int(curvature),
             "seed": seed,
@@ -158,9 +182,9 @@ class ConvMonotoneDBM(BoltzmannModel):
         seed: int = 0,
         *,
         objective: str = "masked",
-        num_steps: int = 1000,
+        num_steps: int | None = None,
         batch_size: int | None = 96,
-        lr: float = 0.02,
+        lr: float | None = None,
         label_weight: float = 0.5,
         labels_shown: float = 0.25,
         focal: float = 0.0,
@@ -180,7 +204,8 @@ class ConvMonotoneDBM(BoltzmannModel):
             observed_fraction: share of the pixels that masked training shows; of a pair, drawn for each image.
             seed: same seed, same machine, same parameters to the bit.
             objective: ``"masked"``, ``"elbo"`` or ``"pcd"`` (see ``MonotoneDBM.fit``).
-            num_steps, batch_size, lr, annealed, num_chains, num_sweeps, progress, checkpoint: as there.
+            num_steps, lr: 1,000 and 0.02 by default; 100 and 0.001 with styles, of which EM has learned most before.
+            batch_size, annealed, num_chains, num_sweeps, progress, checkpoint: as there.
             label_weight: share of the label's loss in the whole.
             labels_shown: share of the images whose label masked training shows, which teaches how the classes look.
             focal: gamma of the focal loss of pixels (published: 2); 0 for the likelihood.
@@ -191,6 +216,8 @@ class ConvMonotoneDBM(BoltzmannModel):
         Raises:
             TypeError, ValueError: images or labels of other shapes or out of range.
         """
+        num_steps = (100 if self.styles else 1000) if num_steps is None else num_steps
+        lr = (1e-3 if self.styles else 0.02) if lr is None else lr
         pixels = self._check_images("images", images)
         if isinstance(images, Tensor):  # the model goes where its data are, and takes their precision, not below single
             self.to(device=images.device, dtype=torch.promote_types(pixels.dtype, torch.float32))
@@ -233,7 +260,10 @@ class ConvMonotoneDBM(BoltzmannModel):
             seed=seed,
         )
         self._learn_levels(pixels)
-        self._start_bias(states[:, : self.num_pixels])
+        if self.styles:
+            self._start_styles(states, seed)
+        else:
+            self._start_bias(states[:, : self.num_pixels])
         return self._run_fit(loss, objective, (states,), num_steps, batch_size, lr, seed, progress, checkpoint)
 
     # ------------------------------------------------------------------ queries
@@ -250,7 +280,7 @@ class ConvMonotoneDBM(BoltzmannModel):
         if not self.num_classes:
             raise ValueError("the model has no labels (num_classes=0): there is nothing to classify")
         query = self.image_query(images, mask)
-        return torch.cat([self.predictive(*part)[:, -1, : self.num_classes] for part in _chunks(query)])
+        return torch.cat([self.predictive(*part)[:, -1, : self.num_classes] for part in self._chunks(query)])
 
     def complete(self, images: Any, mask: Any = None, labels: Any = None) -> Tensor:  # type: ignore[override]
         """Images whose unobserved pixels are their expected intensities, ``(N, C, H, W)``.
@@ -265,7 +295,7 @@ class ConvMonotoneDBM(BoltzmannModel):
         query = self.image_query(images, mask, labels)
         channels, height, width = self.image_shape
         made = []
-        for part in _chunks(query):
+        for part in self._chunks(query):
             probabilities = self.predictive(*part)[:, : self.num_pixels, : self.num_bins]
             expected = (probabilities * self.levels.to(probabilities)).sum(-1)
             made.append(expected.reshape(-1, height, width, channels).permute(0, 3, 1, 2))
@@ -277,7 +307,7 @@ class ConvMonotoneDBM(BoltzmannModel):
         """Tempered probabilities of the bins of every pixel, ``(N, C, H, W, num_bins)``."""
         query = self.image_query(images, mask, labels)
         channels, height, width = self.image_shape
-        parts = [self.predictive(*part)[:, : self.num_pixels, : self.num_bins] for part in _chunks(query)]
+        parts = [self.predictive(*part)[:, : self.num_pixels, : self.num_bins] for part in self._chunks(query)]
         return torch.cat(parts).reshape(-1, height, width, channels, self.num_bins).permute(0, 3, 1, 2, 4)
 
     # ------------------------------------------------------------------ between images and states
@@ -301,6 +331,10 @@ class ConvMonotoneDBM(BoltzmannModel):
             given = self._check_labels(labels, rows, unknown=True)
             states[:, -1], known[:, -1] = given.clamp(min=0), given >= 0
         return Query(states, known)
+
+    def _chunks(self, query: Query) -> list[Query]:
+        at_once = max(1, _AT_ONCE // max(self.styles, 1))
+        return [Query(s, m) for s, m in zip(query.states.split(at_once), query.mask.split(at_once), strict=True)]
 
     def _check_images(self, name: str, images: Any, shown: Tensor | None = None) -> Tensor:
         """Finite images ``(N, C, H, W)`` in [0, 1], zero where they are not shown."""
@@ -364,6 +398,18 @@ class ConvMonotoneDBM(BoltzmannModel):
             factor = self.log_temperature[: self.num_pixels].exp()
             bias.copy_(((frequency.log() - frequency.log().mean(1, keepdim=True)) / factor[:, None]).flatten())
 
+    def _start_styles(self, states: Tensor, seed: int) -> None:
+        """A mixture for each class, where the fit is the model's first; states of pixels and label."""
+        operator = self.operator
+        assert isinstance(operator, StyledOperator)
+        with torch.no_grad():
+            if bool((operator.templates != 0).any()):
+                return
+            pixels, labels = states[:, : self.num_pixels], states[:, -1]
+            looks, own, bias = class_styles(pixels, labels, self.num_bins, self.num_classes, self.styles, seed)
+            operator.templates[: len(looks)], operator.templates[-len(own) :] = looks, own
+            self.bias[operator.start : operator.start + len(bias)] = bias
+
     def _learn_levels(self, pixels: Tensor) -> None:
         """The mean intensity of each bin; an empty one keeps its place between 0 and 1."""
         flat = pixels.flatten()
@@ -381,7 +427,3 @@ def _default_kernels(layers: Sequence[Layer]) -> list[list[int]]:
         placed = not layer.height == layer.width == 1
         rows.append([3 if placed else below.height for below in layers[: i + 1]] + [0] * (len(layers) - i - 1))
     return rows
-
-
-def _chunks(query: Query) -> list[Query]:
-    return [Query(s, m) for s, m in zip(query.states.split(_AT_ONCE), query.mask.split(_AT_ONCE), strict=True)]

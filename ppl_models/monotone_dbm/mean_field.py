@@ -37,6 +37,7 @@ from torch import Tensor
 
 from inference.fixed_point import FixedPoint, fixed_point
 from inference.newton_cg import metric_cg, newton_cg
+from ppl_models.base import check_count
 from ppl_models.monotone_dbm.batch_newton import pays, solve_batch
 from ppl_models.monotone_dbm.groups import Groups
 from ppl_models.monotone_dbm.operators import PairwiseMap
@@ -152,6 +153,10 @@ def solve(
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
     if anderson and solver in (*_NEWTON, "coordinate"):
         raise ValueError(f"anderson=True accelerates updates of all groups at once; solver={solver!r} is none")
+    if max_iterations is not None:
+        check_count("max_iterations", max_iterations)
+    if step_size is not None and not 0 < step_size < math.inf:
+        raise ValueError(f"step_size must be positive and finite, got {step_size!r}")
     if tolerance is None:
         tolerance = 1e-10 if problem.bias.dtype == torch.float64 else 2e-5
     low_rank = phi.low_rank
@@ -168,7 +173,7 @@ def solve(
         """With guaranteed steps, where Newton ends for rounding or a limit."""
         return _iterate(some, phi, "mirror", logits, tolerance, 2000, None, False, None, None)
 
-    if solver == "newton" and limit and pays(phi, len(problem.clamped)):
+    if solver == "newton" and pays(phi, len(problem.clamped)):
         found = solve_batch(
             phi,
             *(problem.groups, problem.bias, problem.clamped, problem.free),

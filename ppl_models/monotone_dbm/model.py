@@ -34,7 +34,6 @@ from ppl_models.monotone_dbm.operators import (
     Curvature,
     DenseOperator,
     FreeOperator,
-    ScaledOperator,
     check_bound,
     check_potentials,
     factor_of,
@@ -161,7 +160,9 @@ class BoltzmannModel(PairwiseModel):
         ]
         total = math.prod(map(len, choices))
         if total > _ENUMERABLE:
-            raise ValueError(f"{total:,} configurations are too many to enumerate; at most {_ENUMERABLE:,}")
+            raise ValueError(
+                f"about 1e{math.log10(total):.0f} configurations are too many to enumerate; at most {_ENUMERABLE:,}"
+            )
         return torch.cartesian_prod(*[torch.tensor(c, device=self.bias.device) for c in choices]).reshape(total, -1)
 
     def _enumerate(self, energy: PairwiseEnergy, query: Query) -> Tensor:
@@ -341,8 +342,7 @@ class BoltzmannModel(PairwiseModel):
                 progress=progress,
             )
         finally:
-            if isinstance(self.operator, ScaledOperator):
-                self.operator.share = 1.0
+            self.operator.share = 1.0
         return DBMFit(history, kind)
 
     def free_energy(self, query: Query) -> Tensor:

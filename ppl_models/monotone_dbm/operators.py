@@ -96,9 +96,11 @@ class PairwiseOperator(nn.Module):
     Attributes:
         groups: the layout.
         monotone: whether mean field has one fixed point whatever the parameters.
+        share: of the bound that is used; below one only while a fit anneals it.
     """
 
     monotone: bool = True
+    share: Tensor | float = 1.0
 
     def __init__(self, groups: Groups) -> None:
         super().__init__()
@@ -149,8 +151,6 @@ class ScaledOperator(PairwiseOperator):
             counts where this group is always held.
     """
 
-    share: Tensor | float = 1.0  # of the bound that is used; below one only while a fit anneals it
-
     def __init__(
         self, groups: Groups, monotonicity: float | None, curvature: Curvature, unbounded: int | None = None
     ) -> None:
@@ -188,8 +188,6 @@ class DenseOperator(ScaledOperator):
             small and beside a multiple of the identity, at which ``Phi = 0`` and which leaves Phi free to move in all
             directions.
     """
-
-    outside: Tensor
 
     def __init__(
         self,

@@ -414,7 +414,10 @@ class PairwiseModel(Model):
         if values.dim() != 3 or tuple(values.shape[1:]) != shape or len(values) not in (1, rows):
             raise ValueError(f"initial must be ({rows}, {shape[0]}, {shape[1]}), got {tuple(values.shape)}")
         wide = values.to(self.bias).expand(rows, -1, -1)
-        return self.groups.join([wide[:, b.first : b.first + b.num, : b.size] for b in self.groups.blocks])
+        made = self.groups.join([wide[:, b.first : b.first + b.num, : b.size] for b in self.groups.blocks])
+        if not bool(((made >= 0) & (made < torch.inf)).all()):
+            raise ValueError("initial must hold probabilities; it has negative, NaN or infinite values")
+        return made
 
     def _query(self, observed: Any, mask: Any) -> Query:
         """Observations as checked tensors on the model's device."""

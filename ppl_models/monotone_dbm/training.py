@@ -17,7 +17,6 @@ from inference.results.brief import brief
 from inference.results.export import to_arviz
 from ppl_models.monotone_dbm.batch_newton import fits, solve_batch
 from ppl_models.monotone_dbm.mean_field import solve
-from ppl_models.monotone_dbm.operators import ScaledOperator
 from ppl_models.monotone_dbm.pairwise import PairwiseModel, Query
 
 __all__ = ["DBMFit", "conditional_of", "slow_temperatures", "to_query"]
@@ -101,9 +100,8 @@ def conditional_of(
     """
 
     def conditional(states: Tensor, shown: Tensor, progress: Tensor) -> Tensor:
-        operator = model.operator
-        if annealed and isinstance(operator, ScaledOperator):
-            operator.share = (0.5 + 0.5 * progress / annealed).clamp(max=1.0)
+        if annealed:
+            model.operator.share = (0.5 + 0.5 * progress / annealed).clamp(max=1.0)
         logits = mean_field_logits(model, to_query(model, visible, states, shown), progress)
         return model.groups.padded(logits, fill=-torch.inf)[:, visible]
 

@@ -1,0 +1,128 @@
+"""Styles of the classes: the mixture that a fit begins with is exact in the model, and the bound holds beside it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ppl_models import ConvMonotoneDBM
+from ppl_models.monotone_dbm.styles import StyledOperator, class_styles
+from tests.ppl_models.dbm_cases import D, random_starts
+
+
+def small(coupled: float = 0.0) -> ConvMonotoneDBM:
+    """2 x 2 pixels of two grey values, two classes of two looks; pixels and label coupled or not."""
+    net = ConvMonotoneDBM((1, 2, 2), 2, 2, styles=2).double()
+    operator, noise = net.operator, torch.Generator().manual_seed(0)
+    assert isinstance(operator, StyledOperator)
+    weight = operator.inner.weight
+    with torch.no_grad():
+        weight.copy_(torch.eye(*weight.shape, dtype=D) + coupled * torch.randn(weight.shape, generator=noise, dtype=D))
+    return net
+
+
+def rows() -> tuple[Tensor, Tensor]:
+    """200 images of four kinds, a tenth of the pixels wrong, and their classes."""
+    noise = torch.Generator().manual_seed(1)
+    kinds = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0], [0, 1, 0, 1], [1, 0, 1, 0]])
+    kind = torch.randint(4, (200,), generator=noise)
+    wrong = (torch.rand(200, 4, generator=noise) < 0.1).long()
+    return (kinds[kind] + wrong) % 2, kind // 2
+
+
+def test_the_first_model_is_the_mixture() -> None:
+    """Marginals of every pixel and of the class, by mean field, by enumeration, and by Bayes' rule for the mixture."""
+    states, labels = rows()
+    net = small()
+    net._start_styles(torch.cat([states, labels[:, None]], 1), seed=3)
+    looks, own, _ = (x.double() for x in class_styles(states, labels, 2, 2, 2, seed=3))
+    theta, weights = looks.view(4, 2, 4).softmax(1), torch.zeros(4, dtype=D)
+    for label in (0, 1):
+        chosen = states[labels == label]
+        hot = torch.nn.functional.one_hot(chosen, 2).to(D)
+        part = slice(2 * label, 2 * label + 2)
+        # EM has converged: a style's weight is the mean of its posterior, and two rows of each class are its prior.
+        mixed = weights[part] + 0.5
+        for _ in range(200):
+            joint = torch.einsum("ngk,gkz->nz", hot, theta[..., part].log()) + mixed.log()
+            mixed = (joint.softmax(1).sum(0) + 1) / (len(chosen) + 2)
+        weights[part] = mixed * len(chosen) / len(states)
+    observed, mask = [[1, 0, 0, 0, 0, 0]], [[True, False, True, False, False, False]]
+    seen = weights * theta[0, 1] * theta[2, 0]
+    posterior = seen / seen.sum()
+    found, exact = net.marginals(observed, mask), net.exact_marginals(observed, mask)
+    torch.testing.assert_close(found.probabilities, exact, rtol=0, atol=1e-9)
+    torch.testing.assert_close(found.probabilities[0, 1, :2], theta[1] @ posterior, rtol=0, atol=1e-3)
+    torch.testing.assert_close(found.probabilities[0, 4], posterior, rtol=0, atol=1e-3)
+    torch.testing.assert_close(found.probabilities[0, 5, :2], own.softmax(0) @ posterior, rtol=0, atol=1e-3)
+
+
+def test_one_answer_beside_strong_styles() -> None:
+    """Free potentials of any strength to the styles, and the bound between the others."""
+    net = small(coupled=3.0)
+    operator = net.operator
+    assert isinstance(operator, StyledOperator)
+    with torch.no_grad():
+        operator.templates.copy_(5 * torch.randn(10, 4, generator=torch.Generator().manual_seed(2), dtype=D))
+    phi = net.potentials()
+    assert torch.equal(phi, phi.T) and phi[8:12, 8:12].abs().max() == 0 and phi[:8, 8:12].abs().max() > 5
+    others = torch.cat([torch.arange(8), torch.arange(12, 14)])
+    torch.testing.assert_close(phi[others][:, others], operator.inner.to_dense(), rtol=0, atol=0)
+    many = torch.zeros(64, 6, dtype=torch.long), torch.zeros(64, 6, dtype=torch.bool)
+    found = net.marginals(*many, initial=random_starts(net, 64), tolerance=1e-12)
+    assert found.converged.all() and (found.probabilities - found.probabilities[0]).abs().max() < 1e-8
+    assert found.free_energy[0] >= -net.log_partition(method="exact").value
+
+
+def test_a_class_without_images_and_styles_without_enough() -> None:
+    states, labels = rows()
+    looks, own, bias = class_styles(states[:40], labels[:40], 2, 3, 4, seed=0)
+    assert looks.shape == (8, 12) and own.shape == (3, 12) and bias.shape == (12,)
+    assert all(x.isfinite().all() for x in (looks, own, bias))
+    assert bias[1:4].max() < bias[0] - 10  # 40 rows make one style of a class
+
+
+def test_digits_in_styles(tmp_path: Path) -> None:
+    """What EM and a few small updates make of them: past 5-NN imputation with 1-NN on it (0.80 and 0.049); the label
+    summed over without styles ends at 0.76 and 0.055.
+    """
+    pytest.importorskip("sklearn")
+    from ppl_models.datasets import load_digits
+
+    table = load_digits()
+    images, labels = (table.x / 16).view(-1, 1, 8, 8), table.y
+    net = ConvMonotoneDBM((1, 8, 8), 4, 10, styles=6)
+    net.fit(images[:1437], labels[:1437], (0.2, 0.6), num_steps=3, batch_size=16, lr=1e-4, jitter=3, progress=False)
+    test, truth = images[1437:], labels[1437:]
+    mask = torch.rand(360, 8, 8, generator=torch.Generator().manual_seed(0)) < 0.4
+    levels = torch.linspace(0, 1, 4)
+    error = (net.pixel_probabilities(test, mask) @ levels - levels[net.bin(test).view(-1, 1, 8, 8)])[~mask[:, None]]
+    assert error.square().mean() < 0.050
+    assert (net.classify(test, mask).argmax(1) == truth).float().mean() > 0.80
+    # Half of a three as each class: a known class leaves its own styles alone, whatever the image says.
+    upper = torch.zeros(8, 8, dtype=torch.bool)
+    upper[:4] = True
+    three = images[(labels == 3).nonzero()[0]].expand(10, -1, -1, -1)
+    lower = net.complete(three, upper, labels=torch.arange(10))[:, 0, 4:]
+    assert torch.pdist(lower.flatten(1)).min() > 0.1
+    net.save(tmp_path / "net")
+    again = ConvMonotoneDBM.load(tmp_path / "net")
+    assert torch.equal(again.classify(test[:5], mask[:5]), net.classify(test[:5], mask[:5]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"styles": -1},
+        {"styles": 2.5},
+        {"styles": 2, "num_classes": 0},
+        {"styles": 2, "sum_labels": True},
+        {"styles": 2, "image_shape": (1, 28, 28)},
+        {"styles": 2, "kernels": [[3]]},
+    ],
+)
+def test_bad_styles(options: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError), match="styles"):
+        ConvMonotoneDBM(**{"image_shape": (1, 8, 8), **options})
