@@ -230,8 +230,8 @@ def test_stochastic_lorenz() -> None:
     standard error: 584.3 and 584.5, -0.16 (0.27).
 
     A Kalman filter of the true SDE has 593.  Before the posterior knew a diffusion that depends on the state they were
-    406.4 and 416.2, before it followed the drift 189.3 and 117.5.  The SDE is fitted to the states themselves, not below
-    an encoder and a decoder as in torchsde's example.
+    406.4 and 416.2, before it followed the drift 189.3 and 117.5.  The SDE is fitted to the states themselves, not
+    below an encoder and a decoder as in torchsde's example.
     """
     y, times = stochastic_lorenz(192)[0], torch.linspace(0, 2, 100)
     found = {}
