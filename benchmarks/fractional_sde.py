@@ -249,7 +249,7 @@ def cost(out: Path | None, repeats: int) -> list[dict[str, Any]]:
         for value in values:
             setting = {"steps": 50, "dim": DIM, "processes": PROCESSES}
             setting[{"K": "processes", "N": "steps", "D": "dim"}[label]] = value
-            seconds = gradient_seconds("here", repeats=repeats, **setting)
+            seconds = gradient_seconds("here", repeats=repeats, backward=True, **setting)
             rows.append({"varied": label, "value": value, "seconds": float(np.median(seconds))})
     print(markdown_table(rows), flush=True)
     if out is not None and find_spec("matplotlib"):
