@@ -83,16 +83,20 @@ def solver(name: str, steps: int, processes: int) -> Callable[..., Any]:
     )  # fmt: skip
 
 
-def gradient_seconds(name: str, steps: int, repeats: int, dim: int = DIM, processes: int = PROCESSES) -> list[float]:
-    """Seconds of forward and backward."""
+def gradient_seconds(
+    name: str, steps: int, repeats: int, dim: int = DIM, processes: int = PROCESSES, backward: bool = True
+) -> list[float]:
+    """Seconds of forward and backward, or of paths alone."""
     torch.manual_seed(0)
     drift, control = Drift(dim, dim), Control(dim, processes)
     run, x0 = solver(name, steps, processes), torch.zeros(BATCH, dim)
     out = []
     for i in range(repeats + 1):
         started = time.process_time()
-        path = run(drift, control, x0, i)
-        (path.x[-1].square().sum() + path.kl.sum()).backward()
+        with torch.set_grad_enabled(backward):
+            path = run(drift, control, x0, i)
+        if backward:
+            (path.x[-1].square().sum() + path.kl.sum()).backward()
         if i:
             out.append(time.process_time() - started)
     return out
@@ -113,9 +117,11 @@ def gradients(repeats: int) -> list[dict[str, Any]]:
         ("reversible_heun, adjoint", 100), ("euler", 400), ("midpoint", 50), ("euler", 50),
     ):  # fmt: skip
         seconds = gradient_seconds(name, steps, repeats)
+        alone = gradient_seconds(name, steps, repeats, backward=False) if "adjoint" not in name else []
         error, se = weak_error(name.partition(", ")[0], steps)
         label = "sde.solve, exact steps" if name == "here" else f"torchsde {name}"
         rows.append({"solver": label, "steps": steps, "seconds a gradient step": spread(seconds),
+                     "paths a second": spread([BATCH / s for s in alone]) if alone else "",
                      "error of Var X(1)": f"{error:+.2%} (s.e. {se:.1%})"})  # fmt: skip
         print(rows[-1], flush=True)
     return rows
@@ -243,7 +249,7 @@ def cost(out: Path | None, repeats: int) -> list[dict[str, Any]]:
         for value in values:
             setting = {"steps": 50, "dim": DIM, "processes": PROCESSES}
             setting[{"K": "processes", "N": "steps", "D": "dim"}[label]] = value
-            seconds = gradient_seconds("here", repeats=repeats, **setting)
+            seconds = gradient_seconds("here", repeats=repeats, backward=True, **setting)
             rows.append({"varied": label, "value": value, "seconds": float(np.median(seconds))})
     print(markdown_table(rows), flush=True)
     if out is not None and find_spec("matplotlib"):

@@ -149,6 +149,28 @@ def stream(seed: int, *name: int | str, device: torch.device | str = "cpu") -> t
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+class NormalSource:
+    """Standard normals of the named stream of ``seed``, one draw after another.
+
+    In double precision on the CPU by numpy's ziggurat (G. Marsaglia, W. W. Tsang, *The Ziggurat Method for Generating
+    Random Variables*, Journal of Statistical Software 2000), which takes half of the time of torch's.
+    """
+
+    def __init__(
+        self, seed: int, *name: int | str, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
+    ) -> None:
+        self._dtype, self._device = dtype, torch.device(device)
+        self._torch = stream(seed, *name, device=device)
+        native = dtype == torch.float64 and self._device.type == "cpu"
+        self._numpy = np.random.Generator(np.random.SFC64(self._torch.initial_seed())) if native else None
+
+    def __call__(self, *shape: int) -> Tensor:
+        """``shape``."""
+        if self._numpy is not None:
+            return torch.from_numpy(self._numpy.standard_normal(shape))
+        return torch.randn(shape, generator=self._torch, dtype=self._dtype, device=self._device)
+
+
 def _refuse_complex(value: object, name: str) -> None:
     if isinstance(value, Tensor) and value.is_complex():
         raise TypeError(f"{name} must hold real numbers, got {value.dtype}")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sde.kalman import Information, backward_information
+from sde.kalman import Information, backward_information, each_std
 from sde.linear import LinearSDE, Transitions
 from sde.solvers import Step
 
@@ -82,7 +82,7 @@ def information_control(
         transitions: exact ones of the grid, ``model.transitions(grid.times)``.
         index: positions of the observations in the grid, ``(M,)``.
         observations: ``(M, B, D)``.
-        noise_std: positive, a number or ``(D,)``.
+        noise_std: positive, a number, ``(D,)`` or ``(M, B or 1, D or 1)``.
         mask: True where an observation counts, ``(M, B or 1, D or 1)``.
     """
     info = backward_information(transitions, index, observations, noise_std, mask)
@@ -125,11 +125,11 @@ def frozen_control(
     f, o, r, g = (part.unbind() for part in parts)
     like = f[0]
     size = like.shape[-1]
-    std = torch.as_tensor(noise_std, dtype=like.dtype, device=like.device)
+    std = each_std(noise_std, observations, like)
     here = torch.ones_like(observations[:, :1, :1]) if mask is None else mask.to(like.dtype)
     observations = observations.to(like.dtype)
     observed = {int(n): i for i, n in enumerate(index.tolist())}
-    lead = torch.broadcast_shapes(here.shape[1:], std.shape, parts[0].shape[1:2])
+    lead = torch.broadcast_shapes(here.shape[1:], std.shape[1:], parts[0].shape[1:2])
     lead = (lead[-2] if len(lead) > 1 else 1, lead[-1])
     big, small = like.new_zeros(*lead, size, size), like.new_zeros(*observations.shape[1:], size)
     rest = torch.zeros_like(observations[0])
@@ -139,10 +139,10 @@ def frozen_control(
     for n in range(len(f), -1, -1):
         i = observed.get(n)
         if i is not None:
-            precision = here[i] / std**2
+            precision = here[i] / std[i] ** 2
             big = big + precision.expand(lead)[..., None, None] * torch.outer(first, first)
             small = small + (precision * observations[i]).unsqueeze(-1) * first
-            rest = rest + 0.5 * precision * observations[i] ** 2 + 0.5 * here[i] * torch.log(2 * math.pi * std**2)
+            rest = rest + 0.5 * precision * observations[i] ** 2 + 0.5 * here[i] * torch.log(2 * math.pi * std[i] ** 2)
         if n == 0:
             break
         m = n - 1
@@ -207,7 +207,7 @@ def step_guide(
     info = information or backward_information(transitions, index, observations, noise_std, mask)
     f, o, _, g = (part.unsqueeze(1) if part.ndim < 2 + k else part
                   for part, k in zip(transitions[1:], (2, 1, 1, 2), strict=True))  # fmt: skip
-    std = torch.as_tensor(noise_std, dtype=f.dtype, device=f.device)
+    std = each_std(noise_std, observations, f)
     here = torch.ones_like(observations[:, :1, :1]) if mask is None else mask.to(f.dtype)
     root, vector = info.factor[1:], info.vector[1:]
     big = root @ root.mT
@@ -217,8 +217,8 @@ def step_guide(
     added = torch.zeros_like(vector)
     for i, n in enumerate(index.tolist()):
         if n > 0:
-            extra[n - 1] = (here[i] / std**2).expand(big.shape[1:3])[..., None, None] * torch.outer(first, first)
-            added[n - 1] = (here[i] * observations[i].to(f.dtype) / std**2).unsqueeze(-1) * first
+            extra[n - 1] = (here[i] / std[i] ** 2).expand(big.shape[1:3])[..., None, None] * torch.outer(first, first)
+            added[n - 1] = (here[i] * observations[i].to(f.dtype) / std[i] ** 2).unsqueeze(-1) * first
     big, vector = big + extra, vector + added
     g = g.unsqueeze(1)
     precision = torch.eye(g.shape[-1], dtype=f.dtype, device=f.device) + g.mT @ big @ g

@@ -345,7 +345,7 @@ def backward_information(
         transitions: N steps; their dims ``*D`` must be ``(D,)`` or empty.
         index: positions of the observations in the grid, increasing, ``(M,)``, from 0 to N.
         observations: ``(M, B, D)``; 0 where masked.
-        noise_std: positive: a number, ``(D,)``, or ``(M, 1, 1 or D)``.
+        noise_std: positive: a number, ``(D,)``, or ``(M, B or 1, D or 1)``.
         mask: True where an observation counts, ``(M, B or 1, D or 1)``.
 
     Returns:
@@ -354,16 +354,15 @@ def backward_information(
     if transitions.matrix.ndim == 3:
         transitions = Transitions(transitions.steps, *(part.unsqueeze(1) for part in transitions[1:]))
     like, count = transitions.matrix, len(transitions.steps)
-    std = torch.as_tensor(noise_std, dtype=like.dtype, device=like.device)
+    std = each_std(noise_std, observations, like)
     here = torch.ones_like(observations[:, :1, :1]) if mask is None else mask
-    std = std.expand(len(observations), 1, observations.shape[2])
     place = index.to(like.device)
     values, there, stds = (
         like.new_full((count + 1, *part.shape[1:]), fill).index_copy(0, place, part.to(like.dtype))[1:]
         for part, fill in ((observations, 0.0), (here, 0.0), (std, 1.0))
     )
     pieces = _in_blocks(transitions, (values, there, stds))
-    lead = torch.broadcast_shapes(there.shape[1:], like.shape[1:2], std.shape[2:])
+    lead = torch.broadcast_shapes(there.shape[1:], like.shape[1:2], std.shape[1:])
     root = like.new_zeros(lead[0], lead[-1], *like.shape[-2:])
     vector = like.new_zeros(*observations.shape[1:], like.shape[-1])
     ends = [(root, vector)]
@@ -391,6 +390,12 @@ def backward_information(
         out.append((roots, vectors))
     joined = (torch.stack(part[::-1]).transpose(0, 1).flatten(0, 1)[:count] for part in zip(*out, strict=True))
     return Information(*(torch.cat([part, last.unsqueeze(0)]) for part, last in zip(joined, ends[0], strict=True)))
+
+
+def each_std(noise_std: float | Tensor, observations: Tensor, like: Tensor) -> Tensor:
+    """``noise_std`` of each observation, ``(M, B or 1, D)``, as ``like``."""
+    std = torch.as_tensor(noise_std, dtype=like.dtype, device=like.device)
+    return std.expand(len(observations), std.shape[1] if std.ndim == 3 else 1, observations.shape[2])
 
 
 def _one_back(matrix: Tensor, offset: Tensor, noise: Tensor, root: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:

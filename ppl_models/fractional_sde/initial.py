@@ -22,7 +22,7 @@ from inference.runtime.generators import derive_seed, generator
 from ppl_models.fractional_sde.bound import PathLikelihood
 from ppl_models.fractional_sde.data import Scales, SeriesData
 from ppl_models.fractional_sde.exact import ExactEvidence
-from ppl_models.fractional_sde.networks import ConstantDiffusion, NeuralDrift
+from ppl_models.fractional_sde.networks import ConstantDiffusion, DiagonalNeuralDiffusion, NeuralDrift
 from ppl_models.fractional_sde.system import FractionalSystem
 
 __all__ = ["start_from_increments"]
@@ -47,6 +47,21 @@ class _DriftRegression(nn.Module):
     def forward(self, before: Tensor, after: Tensor, time: Tensor, size: Tensor) -> Tensor:
         """A scalar, from rows ``(R, D)``, ``(R, D)``, ``(R, 1)`` and ``(R, 1)``."""
         return ((after - before - _moved(self.drift, time, before, size)) / self.unit).square().mean()
+
+
+class _DiffusionRegression(nn.Module):
+    """Negative log-likelihood of what a drift leaves of increments, as normal with the diffusion's deviation and that
+    of errors.
+    """
+
+    def __init__(self, diffusion: nn.Module) -> None:
+        super().__init__()
+        self.diffusion = diffusion
+
+    def forward(self, x: Tensor, rest: Tensor, errors: Tensor, time: Tensor) -> Tensor:
+        """A scalar, from rows ``(R, D)``, ``(R, D)`` over the root of a tick, their errors' variances, ``(R, 1)``."""
+        variance = self.diffusion(time, x).square() + errors
+        return 0.5 * (rest.square() / variance + variance.log()).mean()
 
 
 class _PathEvidence(nn.Module):
@@ -159,7 +174,27 @@ def start_from_increments(
     if learns and len(x) >= _FIFTH:
         _search(objective, series, num_steps=300, batch_size=32, lr=0.02, seed=seed, hold_out=True)
     assert isinstance(motion.diffusion, ConstantDiffusion)
-    return motion.diffusion.scale.detach()
+    jump = motion.diffusion.scale.detach()
+    if isinstance(system.diffusion, DiagonalNeuralDiffusion):
+        _learn_diffusion(system, rows, jump, noise_std, seed)
+    return jump
+
+
+def _learn_diffusion(system: FractionalSystem, rows: list[Tensor], jump: Tensor, noise_std: Tensor, seed: int) -> None:
+    """How the diffusion depends on the state, from what the drift leaves of the increments ``rows``."""
+    diffusion = system.diffusion
+    assert isinstance(diffusion, DiagonalNeuralDiffusion)
+    before, after, time, size = rows
+    with torch.no_grad():
+        diffusion.unit.copy_(jump)
+        unit = size**system.noise.hurst * system.tick_factor
+        rest = (after - before - _moved(system.drift, time, before, size)) / unit
+        # Both ends of an increment have an error, if a start for a learned one may be far too large.
+        errors = torch.minimum(2 * (noise_std / unit).square(), rest.square().mean(0) / 2)
+    _search(
+        _DiffusionRegression(diffusion), [before, rest, errors, time], num_steps=1000, batch_size=512, lr=0.01,
+        seed=seed, hold_out=True,
+    )  # fmt: skip
 
 
 def _search(

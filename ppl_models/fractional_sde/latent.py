@@ -46,6 +46,7 @@ from sde._checks import as_number, as_times
 __all__ = ["LatentFractionalSDE"]
 
 _FAR_FROM_SQUASHED = 10.0  # of values whose mean lies in (0, 1): no noise reaches there, bytes do
+_STAND_IN_STD = 0.1  # of the encoder's observations at the start: with 1 decoders learn from states that are noise
 _LIKELIHOODS = ("gaussian", "bernoulli")
 
 
@@ -76,7 +77,8 @@ class LatentFractionalSDE(PathModel):
         features: of a frame.
         context_size: C, of the context g(t).
         width: channels of the first convolution.
-        posterior: ``"control"`` (linear optimum plus network), ``"gaussian"`` or ``"neural"`` (the paper's).
+        posterior: ``"gaussian"``, ``"control"`` or ``"neural"`` (the paper's), as of ``FractionalSDE``; paths of the
+            last two have the prior's noise, which a sharp decoder then keeps small.
         initial_posterior, num_processes, max_speed, normalisation, grid, start, horizon, hidden, seed: as of
             ``FractionalSDE``.
 
@@ -116,7 +118,7 @@ class LatentFractionalSDE(PathModel):
         features: int = 64,
         context_size: int = 16,
         width: int = 16,
-        posterior: str = "control",
+        posterior: str = "gaussian",
         initial_posterior: str = "gaussian",
         num_processes: int = 5,
         max_speed: float | None = None,
@@ -168,14 +170,14 @@ class LatentFractionalSDE(PathModel):
                 else check_network("encoder", encoder, shape, (features,))
             )
             self.decoder: nn.Module = (
-                frame_decoder(inputs, shape, width)
+                frame_decoder(content_size, state_size, shape, width)
                 if decoder is None
                 else check_network("decoder", decoder, (inputs,), shape)
             )
             self.content = Content(features, content_size) if content_size else None
             self.context = Context(features, context_size)
             self.stand_in = nn.Linear(context_size, state_size)
-            self.log_stand_in_std = nn.Parameter(torch.zeros(state_size))
+            self.log_stand_in_std = nn.Parameter(torch.full((state_size,), math.log(_STAND_IN_STD)))
         self.register_buffer("frame_centre", torch.zeros(shape))
         self.register_buffer("frame_spread", torch.ones(()))
         if horizon is not None:
@@ -392,7 +394,9 @@ class LatentFractionalSDE(PathModel):
         return self.result
 
     def _initialise(self, data: SeriesData) -> None:
-        """The motion moves by about 1 over the span; frames are standardised point by point, in one unit."""
+        """Noise moves the state by about 1 in the geometric mean of gap and span, as far as decoders want it to move;
+        frames are standardised point by point, in one unit.
+        """
         times, span = data.times, float(data.times[-1])
         with torch.no_grad():
             if not self.squash and self.family == "gaussian":
@@ -401,16 +405,15 @@ class LatentFractionalSDE(PathModel):
                 spread = (((data.values - centre) ** 2 * here).sum() / here.sum()).sqrt()
                 self.frame_centre.copy_(centre)
                 self.frame_spread.copy_(torch.where(spread > 1e-12 * centre.abs().max(), spread, 1.0))
-            jump = torch.full_like(self.posterior.log_scale, span**-0.5)
+            jump = torch.full_like(self.system.start_mean, span**-0.5 * len(times) ** 0.25)
             self.posterior.drift.set_units(times, jump, torch.zeros_like(jump))
             self.system.set_units(times, jump, torch.zeros_like(jump))
             if isinstance(self.system.drift, NeuralDrift):
                 self.system.drift.rate.fill_(4 / span)
-            self.posterior.log_scale.fill_(-0.5 * math.log(span))
             if isinstance(self.system.diffusion, ConstantDiffusion) and self.system.diffusion.learned:
-                self.system.diffusion.log_scale.fill_(-0.5 * math.log(span))
+                self.system.diffusion.log_scale.copy_(jump.log())
             if isinstance(self.system.diffusion, DiagonalNeuralDiffusion):
-                self.system.diffusion.unit.fill_(span**-0.5)
+                self.system.diffusion.unit.copy_(jump)
 
     # ------------------------------------------------------------------ queries
     def elbo(self, num_particles: int = 16, seed: int = 0) -> Tensor:

@@ -185,7 +185,6 @@ class FractionalSDE(PathModel):
             self.posterior.drift.set_units(data.times, found.jump, found.mean)
             self.posterior.centre.copy_(found.mean)
             self.posterior.spread.copy_(found.std)
-            self.posterior.log_scale.copy_(found.jump.log())
         if not isinstance(system.drift, LinearDrift) and system.noise.constant_loadings:
             jump = start_from_increments(system, data, found, self.likelihood().detach(), seed)
             if jump is not None:
@@ -203,7 +202,6 @@ class FractionalSDE(PathModel):
             diffusion.log_scale.copy_(jump.log())
         if isinstance(diffusion, DiagonalNeuralDiffusion):
             diffusion.unit.copy_(jump)
-        self.posterior.log_scale.copy_(jump.log())
 
     def _evidence(self, values: Tensor, mask: Tensor) -> Evidence:
         """From ``(B, T, D)`` data; a mask that all series share is held once."""

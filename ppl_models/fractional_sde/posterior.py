@@ -3,9 +3,10 @@
 A linear SDE with the model's noise stands in for the model.  Given the observations (or what an encoder puts in their
 place) its posterior is Gaussian and known: the law of the start z0 = (X(0), V(0)), and for each solver step either the
 law of its normals (``"gaussian"``, no discretisation gap) or the best frozen control (``"control"``).  Networks that
-start at zero add to both.  Where the model's drift is not the stand-in's, the linear part is shown where it leads until
-the next observation, so that learning the drift does not take the paths off the data.  For a linear model the posterior
-is exact before training; ``"neural"`` leaves the linear part out, as in Daems et al., ICLR 2024, arXiv 2310.12975.
+start at zero add to both.  Where the model's drift is not the stand-in's, or its diffusion depends on the state, the
+linear part sees states and observations in a coordinate of its own (``frame.py``), so that learning either does not
+take the paths off the data.  For a linear model the posterior is exact before training; ``"neural"`` leaves the linear
+part out, as in Daems et al., ICLR 2024, arXiv 2310.12975.
 """
 
 import math
@@ -15,7 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ppl_models.fractional_sde.networks import ConstantDiffusion, LinearDrift, jacobian
+from ppl_models.fractional_sde.frame import Frame, StandIn, frame_of, shown
+from ppl_models.fractional_sde.networks import (
+    ConstantDiffusion,
+    LinearDrift,
+    jacobian,
+)
 from ppl_models.fractional_sde.system import FractionalSystem
 from sde import (
     GaussianStepGuide,
@@ -95,11 +101,13 @@ class Plan(NamedTuple):
     """What the draws of one call share."""
 
     noise: MarkovNoise
-    linear: LinearSDE | None
+    start: tuple[Tensor, Tensor] | None  # the linear part's law of z0: mean (B or 1, D, S), factor (B or 1, D, S, S)
     information: tuple[Tensor, Tensor] | None  # on z0: root (B or 1, D, S, S+) and vector (B, D, S)
     guide: GaussianStepGuide | None
     control: LinearControl | None
     ahead: Tensor  # features of each step, (N, B, 3 D + C)
+    own: StandIn | None  # the linear part's drift, where its coordinate is not x itself
+    frame: Frame | None  # and that coordinate
 
 
 def start_state(system: FractionalSystem, noise: MarkovNoise, xi: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,13 +125,13 @@ def tiled(value: Tensor, particles: int, dim: int = 1) -> Tensor:
     return value.repeat(repeats)
 
 
-def _once(drift: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """The drift, which is not asked twice in turn for the same state: a guide and the solver both need it."""
+def _once(field: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """A drift or diffusion that is not asked twice in turn for the same state: a guide and the solver both need it."""
     last: list[Tensor] = []
 
     def asked(time: Tensor, x: Tensor) -> Tensor:
         if not last or last[0] is not x:
-            last[:] = [x, drift(time, x)]
+            last[:] = [x, field(time, x)]
         return last[1]
 
     return asked
@@ -172,7 +180,8 @@ class PathPosterior(nn.Module):
             raise ValueError("hurst='learn_in_time' needs posterior='neural': the linear part takes one H")
         size, count = system.state_size, system.noise.num_processes
         self.mode, self.initial, self.size, self.count = mode, initial, size, count
-        # The stand-in's drift, where the model's own is not linear.
+        # The stand-in's drift, where the model's own is not linear, and what its scale is over the model's, where
+        # that is not constant.
         self.drift = LinearDrift(size)
         self.log_scale = nn.Parameter(torch.zeros(size))
         self.residual = _Residual(size, count, context_size, hidden)
@@ -183,25 +192,33 @@ class PathPosterior(nn.Module):
         self.register_buffer("spread", torch.ones(size))
         self.register_buffer("memory", torch.zeros(()))
 
-    def stand_in(self, system: FractionalSystem) -> LinearSDE:
-        """The linear SDE of the closed form: the model itself where it is linear; no gradient in what is the model's.
+    def stand_in(self, system: FractionalSystem, noise: MarkovNoise, own: StandIn | None) -> LinearSDE:
+        """The linear SDE of the closed form: the model itself where it is linear.
 
-        The gradient of the bound that this leaves out vanishes where the stand-in's posterior is the best.
+        Where its coordinate is not x, that begins at the centre, and counts in units of a noise that depends on x.
         """
-        noise = system.noise.current(system.noise.hurst.detach())
-        theta, constant = self.drift.theta, self.drift.constant
-        if isinstance(system.drift, LinearDrift):
-            theta, constant = (part if part is None else part.detach()
-                               for part in (system.drift.theta, system.drift.constant))  # fmt: skip
+        drift = system.drift if isinstance(system.drift, LinearDrift) else self.drift
         zero = torch.zeros_like(self.log_scale)
-        theta, constant = (zero if part is None else part for part in (theta, constant))
-        scale = self.log_scale.exp() * system.tick_factor.detach()
+        theta, constant = (zero if part is None else part for part in (drift.theta, drift.constant))
+        mean, scale = system.start_mean, self.log_scale.exp()
         if isinstance(system.diffusion, ConstantDiffusion):
-            scale = system.scale.detach()
-        return LinearSDE(
-            noise, theta.double(), scale.double(), constant.double(), system.start_mean.detach().double(),
-            system.start_std.detach().double(),
-        )  # fmt: skip
+            scale = system.scale
+        elif system.additive:
+            scale = scale * system.diffusion(torch.zeros_like(mean[0]), self.centre.unsqueeze(0))[0]
+        if own is not None:
+            constant, mean = own.constant, mean - own.centre
+        return LinearSDE(noise, *(part.double() for part in (theta, scale, constant, mean, system.start_std)))
+
+    def _own(self, system: FractionalSystem) -> StandIn | None:
+        """The stand-in's drift where it is not the model's, or where its coordinate is not."""
+        linear = isinstance(system.drift, LinearDrift)
+        if linear and system.additive:
+            return None
+        zero = torch.zeros_like(self.log_scale)
+        drift = system.drift if isinstance(system.drift, LinearDrift) else self.drift
+        at_centre = drift(zero[0], self.centre.unsqueeze(0))[0] if system.additive else zero
+        theta = zero if drift.theta is None else drift.theta
+        return StandIn(theta, at_centre, self.centre, 0 * self.memory if linear else self.memory)
 
     def linearise(self, drift: nn.Module, centre: Tensor, points: Tensor) -> None:
         """Take the tangent of the model's drift at ``centre`` ``(D,)``, each dimension on its own, for the stand-in's,
@@ -237,20 +254,32 @@ class PathPosterior(nn.Module):
     def plan(self, system: FractionalSystem, grid: SolverGrid, evidence: Evidence) -> "Plan":
         """What the draws of one call share: the noise, the linear part, and the features of each step."""
         dtype = system.start_mean.dtype
-        transitions = start = control = guide = linear = None
-        if self.mode != "neural":
-            linear = self.stand_in(system)
-            transitions = linear.euler_transitions(grid.steps.to(system.start_mean.device, torch.float64))
-            data = (grid.positions, evidence.values.double(), evidence.noise_std.double(), evidence.mask)
-            info = backward_information(transitions, *data)
-            if self.mode == "gaussian":
-                guide = step_guide(transitions, *data, information=info)
-            else:
-                control, _ = frozen_control(transitions, linear.start(), *data)
-            start = (
-                self._at_zero(info, evidence) if grid.positions.tolist()[0] == 0 else (info.factor[0], info.vector[0])
-            )
-        return Plan(system.noise.current(), linear, start, guide, control, self._ahead(grid, evidence, dtype))
+        ahead, coming = self._ahead(grid, evidence, dtype)
+        noise = system.noise.current()
+        if self.mode == "neural":
+            return Plan(noise, None, None, None, None, ahead, None, None)
+        own, frame = self._own(system), None
+        linear = self.stand_in(system, noise, own)
+        mean, factor = (part.unsqueeze(0) for part in linear.start())
+        values, std = evidence.values.double(), evidence.noise_std.double()
+        if own is not None:
+            frame = frame_of(system, own, grid, evidence, ahead[..., 2 * self.size : 3 * self.size], coming)
+            values, std = frame.z.double(), frame.noise_std.double()
+            if frame.scale is not None:
+                rate = 1 / frame.scale[0].double().unsqueeze(-1)
+                row = torch.cat([rate, torch.ones_like(mean[..., 1:]).expand(len(rate), -1, -1)], -1)
+                mean, factor = mean * row, factor * row.unsqueeze(-1)
+        transitions = linear.euler_transitions(grid.steps.to(system.start_mean.device, torch.float64))
+        data = (grid.positions, values, std, evidence.mask)
+        info = backward_information(transitions, *data)
+        at_zero = grid.positions.tolist()[0] == 0
+        control = guide = None
+        if self.mode == "gaussian":
+            guide = step_guide(transitions, *data, information=info)
+        else:
+            control, _ = frozen_control(transitions, linear.start(), *data)
+        known = self._at_zero(info, values, std, evidence.mask) if at_zero else (info.factor[0], info.vector[0])
+        return Plan(noise, (mean, factor), known, guide, control, ahead, own, frame)
 
     def start_law(self, system: FractionalSystem, evidence: Evidence, plan: "Plan") -> "StartLaw":
         """q of xi, ``(B, D, K + 1)``, for which (X(0), V(0)) = m + L xi and the prior is standard normal."""
@@ -260,13 +289,13 @@ class PathPosterior(nn.Module):
         first = eye[0]
         mean = torch.zeros(batch, self.size, size, dtype=dtype, device=device)
         lower = eye.to(dtype).expand(1, self.size, -1, -1)
-        if plan.linear is not None and plan.information is not None:
-            start_mean, factor = plan.linear.start()
-            factor = (factor * first if self.initial == "prior" else factor).expand(self.size, -1, -1)
+        if plan.start is not None and plan.information is not None:
+            start_mean, factor = plan.start
+            factor = factor * first if self.initial == "prior" else factor
             root, vector = plan.information
             t = root.mT @ factor
             inner = torch.linalg.cholesky(eye + t.mT @ t)
-            score = vector - (root @ (root.mT @ start_mean.expand(self.size, -1).unsqueeze(-1))).squeeze(-1)
+            score = vector - (root @ (root.mT @ start_mean.unsqueeze(-1))).squeeze(-1)
             mean = torch.cholesky_solve(factor.mT @ score.unsqueeze(-1), inner).squeeze(-1).to(dtype)
             lower = torch.linalg.solve_triangular(inner.mT, eye.expand_as(inner), upper=True).to(dtype)
         value, here = evidence.values[0].to(dtype), evidence.mask[0].to(dtype).expand(batch, self.size)
@@ -288,8 +317,7 @@ class PathPosterior(nn.Module):
         particles = len(x0) // plan.ahead.shape[1]
         root_span = grid.steps.times.tolist()[-1] ** 0.5
         reach = plan.noise.gains.detach().abs() * root_span
-        steady = self._steady(system, plan.noise).to(device, dtype)
-        unit = reach.clamp_min(1e-6).to(device, dtype) / steady[:, 1:]
+        unit = reach.clamp_min(1e-6).to(device, dtype)
         u = (grid.steps.times[:-1] / grid.steps.times[-1]).to(device, dtype)
         clock = torch.stack([u, torch.sin(2 * math.pi * u), torch.cos(2 * math.pi * u)], -1)
         coming = tiled(plan.ahead, particles)
@@ -303,28 +331,26 @@ class PathPosterior(nn.Module):
             u: Tensor = self.residual(hours[n], (x - self.centre) / self.spread, v / unit, base * root_span, ahead[n])
             return u * open_end[n] / root_span
 
-        # The linear part thinks that X goes by its own drift. It is shown the X from which its drift leads to where the
-        # model's, frozen until the next observation, leads from the present one.
-        drift = _once(system.drift)
-        follows = plan.linear is not None and not isinstance(system.drift, LinearDrift)
-        reach = self._reach(grid, coming[..., 2 * self.size : 3 * self.size]).unbind() if follows else ()
+        drift, diffusion, factor, own = _once(system.drift), _once(system.diffusion), system.factor, plan.own
+        towards = [
+            [None] * len(hours) if part is None else tiled(part.to(dtype), particles).unbind()
+            for part in (plan.frame[3:] if plan.frame is not None else ())
+        ]
 
-        def shown(step: Step, x: Tensor) -> Tensor:
-            if not follows:
+        def seen(step: Step, x: Tensor) -> Tensor:
+            if own is None:
                 return x
-            return torch.addcmul(x, drift(step.time, x) - self.drift(step.time, x), reach[step.number])
+            scale = None if system.additive else diffusion(step.time, x) * factor
+            return shown(own, x, drift(step.time, x), scale, tuple(part[step.number] for part in towards))
 
         settings: dict[str, Any] = {}
         if plan.guide is not None:
-            guide = plan.guide._replace(gain=plan.guide.gain * steady.unsqueeze(-2))
-            gain, offset, tril = (tiled(part.to(dtype), particles).unbind() for part in guide)
+            gain, offset, tril = (tiled(part.to(dtype), particles).unbind() for part in plan.guide)
             direction = self._direction(grid.steps).to(device, dtype).unbind()
 
             def guided(step: Step, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
                 n = step.number
-                mean = offset[n] - (gain[n] @ torch.cat([shown(step, x).unsqueeze(-1), v], -1).unsqueeze(-1)).squeeze(
-                    -1
-                )
+                mean = offset[n] - (gain[n] @ torch.cat([seen(step, x).unsqueeze(-1), v], -1).unsqueeze(-1)).squeeze(-1)
                 r = direction[n]
                 base = (mean * r).sum(-1) / step.size
                 return mean + residual(n, x, v, base).unsqueeze(-1) * r, tril[n]
@@ -333,15 +359,14 @@ class PathPosterior(nn.Module):
         else:
             linear = None
             if plan.control is not None:
-                control = plan.control._replace(gain=plan.control.gain * steady)
-                weight, shift = (tiled(part.to(dtype), particles) for part in control)
+                weight, shift = (tiled(part.to(dtype), particles) for part in plan.control)
                 linear = weight[..., 0].unbind(), weight[..., 1:].unbind(), shift.unbind()
 
             def controlled(step: Step, x: Tensor, v: Tensor) -> Tensor:
                 n, base = step.number, torch.zeros_like(x)
                 if linear is not None:
                     of_x, of_v, rest = (part[n] for part in linear)
-                    base = torch.addcmul(rest, of_x, shown(step, x), value=-1) - (of_v * v).sum(-1)
+                    base = torch.addcmul(rest, of_x, seen(step, x), value=-1) - (of_v * v).sum(-1)
                 return base + residual(n, x, v, base)
 
             settings["control"] = controlled
@@ -350,48 +375,24 @@ class PathPosterior(nn.Module):
             settings["normals"] = torch.randn(shape, dtype=dtype, device=device)
         # A look at the values makes an accelerator wait, so in training it is left to the loop's own guard there.
         return solve(
-            drift, system.field, plan.noise, grid.steps, x0, y0=v0, additive=system.additive,
+            drift, system.field_of(diffusion), plan.noise, grid.steps, x0, y0=v0, additive=system.additive,
             keep=grid.keep, seed=seed, checkpoint_segments=grid.checkpoint,
             check=x0.is_cpu or not torch.is_grad_enabled(), **settings,
         )  # fmt: skip
 
-    def _reach(self, grid: SolverGrid, share: Tensor) -> Tensor:
-        """By what a unit of drift that the linear part does not know moves the X that it is shown, ``(N, B, D)``.
-
-        Over m steps of h until the next observation, ``share`` of the span away, the drift moves X by h sum_j (1 -
-        theta h)^j with the stand-in's own reversion theta, and X now counts (1 - theta h)^m there.  A drift is frozen
-        for no longer than ``memory``, in which it changes; 0, as in a model that encodes its observations, is never.
-        """
-        h = grid.steps.steps.to(share)[:, None, None]
-        ahead = torch.minimum(share * grid.steps.times[-1].to(share), torch.maximum(h, self.memory) * (self.memory > 0))
-        theta = torch.zeros_like(ahead) if self.drift.theta is None else self.drift.theta.detach()
-        growth = -torch.log1p(-(theta * h).clamp(-0.9, 0.9)) * ahead / h
-        return torch.where(theta.abs() * ahead < 1e-6, ahead, torch.expm1(growth) / torch.where(theta == 0, 1.0, theta))
-
-    def _steady(self, system: FractionalSystem, noise: MarkovNoise) -> Tensor:
-        """What z = (X, V) is multiplied by before a posterior that is held fixed sees it: 1, with a derivative in H for
-        V, ``(1 or D, K + 1)``.
-
-        With the hybrid start V is in units of time^H.  A posterior that is held fixed while H moves would else read the
-        same path as another one, the more so the further the horizon is from a unit of time.
-        """
-        hurst = system.noise.hurst.reshape(-1, 1)
-        power = hurst.detach() - hurst if getattr(noise, "start", None) == "hybrid" else torch.zeros_like(hurst)
-        return torch.cat([torch.ones_like(hurst), (noise.horizon**power).expand(-1, self.count)], -1)
-
-    def _at_zero(self, info: Information, evidence: Evidence) -> tuple[Tensor, Tensor]:
+    def _at_zero(self, info: Information, values: Tensor, noise_std: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Information on z0 with the observation at time 0: ``(B or 1, D, S, S + 1)`` and ``(B, D, S)``."""
         root, vector = info.factor[0], info.vector[0]
-        std, here = evidence.noise_std.double(), evidence.mask[0].double()
+        std, here = noise_std.expand_as(values)[0], mask[0].double()
         first = torch.zeros(root.shape[-1], dtype=root.dtype, device=root.device)
         first[0] = 1
-        row = (here / std).expand(root.shape[0], self.size)[..., None, None] * first.unsqueeze(-1)
-        vector = vector + (here * evidence.values[0].double() / std**2).unsqueeze(-1) * first
+        row = (here / std)[: len(root)].expand(len(root), self.size)[..., None, None] * first.unsqueeze(-1)
+        vector = vector + (here * values[0] / std**2).unsqueeze(-1) * first
         return torch.cat([root, row], -1), vector
 
-    def _ahead(self, grid: SolverGrid, evidence: Evidence, dtype: torch.dtype) -> Tensor:
+    def _ahead(self, grid: SolverGrid, evidence: Evidence, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Next observation of each step: its standardised value, whether there is one (each ``(D,)``), its distance;
-        and the context, ``(N, B, 3 D + C)``.
+        and the context, ``(N, B, 3 D + C)``; and its number, ``(N, B, D)``.
         """
         values, (count, batch) = evidence.values.to(dtype), evidence.values.shape[:2]
         mask = evidence.mask.to(dtype).expand(count, batch, self.size)
@@ -407,7 +408,7 @@ class PathPosterior(nn.Module):
         parts = [(picked - self.centre) / self.spread * any_left, any_left, gap.clamp_min(0) * any_left]
         if evidence.context is not None:
             parts.append(evidence.context.to(dtype))
-        return torch.cat(parts, -1)
+        return torch.cat(parts, -1), index
 
     @staticmethod
     def _direction(steps: Discretisation) -> Tensor:

@@ -1,7 +1,7 @@
 """The prior SDE, dX = b(t, X) dt + s(t, X) o dB: drift, diffusion, noise of learnable Hurst index, law of X(0)."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -143,8 +143,9 @@ class HurstNoise(nn.Module):
             )
         self._base = base
         # At H = 1/2, where a learned H starts, few weights are needed; those for other H may cancel.
-        for index in (0.3, 0.7) if self.learned else ():
-            base.with_hurst(torch.full_like(start, index)).warn_of_cancelling()
+        fixed = [torch.sigmoid(self.raw_hurst).double()]
+        for index in [torch.full_like(start, h) for h in (0.3, 0.7)] if self.learned else fixed:
+            base.with_hurst(index).warn_of_cancelling()
 
     def current(self, hurst: Tensor | None = None) -> MarkovNoise:
         """The noise at the present H, or at the one given."""
@@ -259,14 +260,20 @@ class FractionalSystem(nn.Module):
             self.diffusion.log_scale.copy_((value / self.tick_factor).log())
 
     @property
+    def factor(self) -> Tensor | float:
+        """What s is over a diffusion that depends on the state."""
+        return self.tick_factor if isinstance(self.diffusion, DiagonalNeuralDiffusion) else 1.0
+
+    @property
     def field(self) -> Any:
         """The diffusion as a function of time and state, for a solver."""
-        diffusion = self.diffusion
-        if isinstance(diffusion, DiagonalNeuralDiffusion):
-            factor = self.tick_factor
-            return lambda time, x: diffusion(time, x) * factor
-        if not isinstance(diffusion, ConstantDiffusion):
-            return diffusion
+        return self.field_of(self.diffusion)
+
+    def field_of(self, diffusion: Callable[[Tensor, Tensor], Tensor]) -> Any:
+        """The same with another way to call the diffusion."""
+        if not isinstance(self.diffusion, ConstantDiffusion):
+            factor = self.factor
+            return diffusion if isinstance(factor, float) else lambda time, x: diffusion(time, x) * factor
         scale = self.scale
         return lambda time, x: scale.expand_as(x)
 

@@ -15,6 +15,7 @@ from sde import StepNetwork
 __all__ = ["Content", "Context", "frame_decoder", "frame_encoder", "interpolate"]
 
 _GROUPS = 4
+_WAVES = (0.25, 0.5, 1.0)  # half periods of the decoder's waves in a unit of the state
 
 
 class _ConvEncoder(nn.Module):
@@ -38,10 +39,17 @@ class _ConvEncoder(nn.Module):
 
 
 class _ConvDecoder(nn.Module):
-    """Dense to a few pixels, then (conv, GroupNorm, SiLU, nearest x2) up to the image."""
+    """Dense to a few pixels, then (conv, GroupNorm, SiLU, nearest x2) up to the image.
 
-    def __init__(self, inputs: int, shape: tuple[int, ...], width: int) -> None:
+    Beside the state stand waves of it.  Where things are moves an image in a way that changes often over the range of a
+    state, which networks learn slowly from the numbers alone (M. Tancik et al., *Fourier Features Let Networks Learn
+    High Frequency Functions in Low Dimensional Domains*, NeurIPS 2020, arXiv 2006.10739).
+    """
+
+    def __init__(self, content: int, states: int, shape: tuple[int, ...], width: int) -> None:
         super().__init__()
+        self.content = content
+        inputs = content + states * (1 + 2 * len(_WAVES))
         depth = _halvings(shape)
         self.sides = [side // 2**depth for side in shape[1:]]
         channels = self.first = width * 2 ** min(depth - 1, 2)
@@ -55,7 +63,9 @@ class _ConvDecoder(nn.Module):
         self.body = nn.Sequential(*layers, nn.Conv2d(channels, shape[0], 3, padding=1))
 
     def forward(self, z: Tensor) -> Tensor:
-        """``(M, inputs)`` -> ``(M, C, H, W)``."""
+        """Content and state ``(M, W + D)`` -> ``(M, C, H, W)``."""
+        phases = [math.pi * wave * z[:, self.content :] for wave in _WAVES]
+        z = torch.cat([z, *(torch.sin(p) for p in phases), *(torch.cos(p) for p in phases)], -1)
         out: Tensor = self.body(self.dense(z).unflatten(-1, (self.first, *self.sides)))
         return out
 
@@ -90,13 +100,13 @@ def frame_encoder(shape: tuple[int, ...], width: int, features: int) -> nn.Modul
     return nn.Sequential(nn.Flatten(), StepNetwork([math.prod(shape), 4 * width, features]))
 
 
-def frame_decoder(inputs: int, shape: tuple[int, ...], width: int) -> nn.Module:
-    """``(M, inputs)`` -> ``(M, *shape)``, without a squashing function."""
+def frame_decoder(content: int, states: int, shape: tuple[int, ...], width: int) -> nn.Module:
+    """Content and state ``(M, W + D)`` -> ``(M, *shape)``, without a squashing function."""
     if len(shape) == 3:
         if width % _GROUPS:
             raise ValueError(f"width must be a multiple of {_GROUPS} for images, got {width}")
-        return _ConvDecoder(inputs, shape, width)
-    return _Reshaped(StepNetwork([inputs, 4 * width, math.prod(shape)]), shape)
+        return _ConvDecoder(content, states, shape, width)
+    return _Reshaped(StepNetwork([content + states, 4 * width, math.prod(shape)]), shape)
 
 
 class Content(nn.Module):

@@ -128,9 +128,10 @@ def test_the_unit_of_time_does_not_matter() -> None:
     assert bounds[1] == pytest.approx(bounds[0], abs=0.5)
 
 
-def test_processes_that_the_grid_cannot_carry_are_said_so() -> None:
+@pytest.mark.parametrize("hurst", ["learn", 0.3])
+def test_processes_that_the_grid_cannot_carry_are_said_so(hurst: Any) -> None:
     """At H = 1/2, where a learned H starts, their weights are small still."""
-    model = FractionalSDE(1, "linear", num_processes=20, grid="geometric", max_speed=20.0, kind="rl")
+    model = FractionalSDE(1, "linear", hurst=hurst, num_processes=20, grid="geometric", max_speed=20.0, kind="rl")
     with pytest.warns(NoiseWarning, match="cancel.*fewer than 20 processes"):
         model.fit(torch.arange(1, 6) / 5, torch.zeros(1, 5, 1), num_steps=1, lr=1e-9, progress=False)
 

@@ -226,19 +226,19 @@ def stochastic_lorenz(count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_stochastic_lorenz() -> None:
-    """Data of Brownian noise: H within 0.1 of 1/2, bounds of 406.4 and 416.2 (189.3 and 117.5 before the posterior
-    followed the drift).
+    """Data of Brownian noise: H within 0.1 of 1/2, and the bound with H learned not below the Brownian one by a
+    standard error: 584.3 and 584.5, -0.16 (0.27).
 
-    Required: with H learned not below the Brownian one by a standard error.  That is missed, by 9.8 (0.7) nats (19 with
-    seed 1), and frozen: it was met while neither arm had learned the drift.  The SDE is fitted to the states
-    themselves; below an encoder and a decoder, as in torchsde's example, it was not measured.
+    A Kalman filter of the true SDE has 593.  Before the posterior knew a diffusion that depends on the state they were
+    406.4 and 416.2, before it followed the drift 189.3 and 117.5.  The SDE is fitted to the states themselves, not
+    below an encoder and a decoder as in torchsde's example.
     """
     y, times = stochastic_lorenz(192)[0], torch.linspace(0, 2, 100)
     found = {}
     for noise in ("fractional", "brownian"):
         model = FractionalSDE(3, "neural", "neural", noise=noise, hidden=(64, 64))
         model.fit(
-            times, y[:128], noise_std=0.01, num_steps=150, lr=0.02, batch_size=16, num_particles=1, max_step=0.021,
+            times, y[:128], noise_std=0.01, num_steps=300, lr=0.007, batch_size=16, num_particles=1, max_step=0.021,
             **QUIET,
         )  # fmt: skip
         objective = PathBound(model, model._grid(times.double()), 1, "elbo", 0)
@@ -253,8 +253,8 @@ def test_stochastic_lorenz() -> None:
     gap = found["fractional"] - found["brownian"]
     error = float(gap.std()) / len(gap) ** 0.5
     print(f"fractional minus Brownian {float(gap.mean()):.1f} ({error:.2f})")
-    assert float(found["fractional"].mean()) > 380
-    assert float(gap.mean()) > -30
+    assert float(found["fractional"].mean()) > 575
+    assert float(gap.mean()) > -1.0
     assert abs(found_hurst - 0.5) < 0.1
 
 
@@ -277,7 +277,7 @@ def test_lorenz_under_fractional_noise(hurst: float) -> None:
     y = (y + 0.01 * torch.randn(y.shape, generator=g, dtype=y.dtype)).float()
     model = FractionalSDE(3, "neural", hidden=(64, 64))
     model.fit(
-        torch.linspace(0, 2, 100), y, noise_std=0.01, num_steps=100, lr=0.02, batch_size=16, num_particles=1,
+        torch.linspace(0, 2, 100), y, noise_std=0.01, num_steps=100, lr=0.007, batch_size=16, num_particles=1,
         max_step=0.021, **QUIET,
     )  # fmt: skip
     print(f"H {float(model.hurst):.3f} for {hurst}")
@@ -285,7 +285,7 @@ def test_lorenz_under_fractional_noise(hurst: float) -> None:
 
 
 def test_stochastic_lorenz_with_its_own_drift() -> None:
-    """H within 0.1 of 1/2, from 60 steps on 32 series; measured 0.464."""
+    """H within 0.1 of 1/2, from 60 steps on 32 series; measured 0.523."""
     y, mean, std = stochastic_lorenz(192)
 
     class Drift(nn.Module):

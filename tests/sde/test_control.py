@@ -282,6 +282,21 @@ def test_controls_of_many_series_and_missing_values() -> None:
         torch.testing.assert_close(information(step, x, y)[b : b + 1], alone_information(step, x[:1], y[:1]))
 
 
+def test_errors_may_differ_by_series() -> None:
+    """As where a change of coordinates makes them depend on the values."""
+    _, model, grid, obs, where = several()
+    transitions, both = model.euler_transitions(grid), torch.cat([obs, 2 * obs], 1)
+    std = torch.tensor([[0.1, 0.3], [0.2, 0.05]], dtype=torch.float64).unsqueeze(-1)
+    control, bound = frozen_control(transitions, model.start(), where, both, std)
+    guide = step_guide(transitions, where, both, std)
+    for b in range(2):
+        data = (where, both[:, b : b + 1], std[:, b : b + 1])
+        single, value = frozen_control(transitions, model.start(), *data)
+        torch.testing.assert_close(bound[b : b + 1], value)
+        for own, other in zip((*control, *guide), (*single, *step_guide(transitions, *data)), strict=True):
+            torch.testing.assert_close(own[:, b : b + 1], other)
+
+
 class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -203,6 +203,13 @@ def test_seeds_dimensions_and_precision() -> None:
     assert fractional_gaussian_noise(0.4, 1, 1, seed=0).shape == (1, 1)
 
 
+def test_the_first_paths_of_a_seed_are_the_same_however_many_are_drawn() -> None:
+    """They are drawn in blocks of some thirty here, and every block has noise of its own."""
+    many = fractional_gaussian_noise(0.7, 1000, 100, seed=0)
+    torch.testing.assert_close(fractional_gaussian_noise(0.7, 1000, 3, seed=0), many[:, :3])
+    assert many.unique(dim=1).shape == (1000, 100)
+
+
 def test_circulant_samples_are_differentiable_in_the_hurst_index() -> None:
     hurst = f64(0.7).requires_grad_()
     noise = fractional_gaussian_noise(hurst, 2, 40_000, seed=0)
