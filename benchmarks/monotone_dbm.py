@@ -25,6 +25,13 @@ from ppl_models.monotone_dbm.mean_field import SOLVERS, MeanFieldProblem, solve
 from ppl_models.monotone_dbm.operators import PairwiseMap
 from ppl_models.monotone_dbm.prox import prox_softmax
 
+RUNS = {  # of `benchmarks.run`: name, title, arguments
+    "dbm-solvers": ("Monotone machines: solvers", "solvers"),
+    "dbm-updates": ("Monotone machines: competing updates", "updates"),
+    "dbm-marginals": ("Monotone machines: marginals against enumeration", "marginals"),
+    "dbm-cost": ("Monotone machines: cost", "cost"),
+}
+
 Row = dict[str, Any]
 _D = torch.float64
 

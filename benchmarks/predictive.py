@@ -18,6 +18,10 @@ from torch import Tensor
 
 from inference.results.predictive import Predictive
 
+RUNS = {  # of `benchmarks.run`: name, title, arguments
+    "predictive": ("Posterior predictive draws", ""),
+}
+
 
 def logistic(x: Tensor) -> None:
     """Logistic regression as one writes it for a single draw."""

@@ -44,7 +44,7 @@ SUMMED = {"num_steps": 1000, "batch_size": 64, "jitter": 12, "label_weight": 0.7
     [
         pytest.param(
             *({"curvature": 1, **PLAIN}, {"num_steps": 1500}, 0, 0.72, 0.70, 0.068),
-            marks=pytest.mark.xfail(reason="accuracy and MSE are short by 0.002, as RESULTS.md says", strict=True),
+            marks=pytest.mark.xfail(reason="accuracy and MSE are short by 0.002, as FINDINGS.md says", strict=True),
         ),
         ({"curvature": 1}, SUMMED, 0, 0.72, 0.70, 0.068),
         ({"curvature": 2, **PLAIN}, {"num_steps": 4000, "jitter": 12}, 0, 0.74, 0.67, 0.062),
@@ -55,7 +55,7 @@ SUMMED = {"num_steps": 1000, "batch_size": 64, "jitter": 12, "label_weight": 0.7
 def test_digits(
     settings: dict[str, Any], training: dict[str, Any], seed: int, accuracy: float, nll: float, mse: float
 ) -> None:
-    """The required figures; the goal (0.80 and 0.050) stands in benchmarks/RESULTS.md with what was reached."""
+    """The required figures; the goal (0.80 and 0.050) stands in benchmarks/FINDINGS.md with what was reached."""
     from ppl_models.datasets import load_digits
 
     table = load_digits()
