@@ -64,9 +64,14 @@ def _version(package: str) -> str | None:
 
 
 def commit() -> str:
-    root = Path(__file__).parent
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
+    """The commit of this tree, with "-dirty" after it if a file other than the records has changed since."""
+
+    def git(*arguments: str) -> str:
+        found = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return found.stdout.strip()
+
+    changed = git("status", "--porcelain", "--", ":/", ":!records", ":!RESULTS.md")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
 def machine() -> str:
