@@ -8,6 +8,7 @@ them out, after the goals that ``goals.md`` compares them with.  ``FINDINGS.md``
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import distributions
@@ -26,6 +27,7 @@ PEERS = (
     *("scikit-learn", "econml", "causalml", "diffrax", "fbm", "stochastic", "torchdeq", "pgmax", "rbms", "libcirkit"),
     *("torchebm", "zuko", "normflows"),
 )
+IMPORTED_AS = {"pyro-ppl": "pyro", "scikit-learn": "sklearn", "libcirkit": "cirkit"}
 INTRODUCTION = (
     "Made by `python -m benchmarks.report`, which `make bench` and `make reproduce` end with: change the records, not "
     "this page. First the goals and what was reached; then each comparison with peers and each slow check, with the "
@@ -85,10 +87,15 @@ def write(path: Path | None = None) -> None:
 
 
 def _origin(record: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    source = HERE / f"{record['command'].split()[2].split('.')[-1]}.py"
+    text = " ".join([*record["printed"], source.read_text() if source.exists() else ""])
+    words = set(re.findall(r"\w+", text))
+    used = {p: version for p, version in record["versions"].items() if words & {p, IMPORTED_AS.get(p, p)}}
+    versions = ", ".join(f"{peer} {version}" for peer, version in used.items())
     return (
         f"`{record['command']}`: {record['seconds']:,} s, {record['date']}, commit {record['commit']}, "
-        f"{record['machine']}; {versions}.{' **The command failed.**' if record['failed'] else ''}"
+        f"{record['machine']}, {versions}."
+        f"{' **The command failed.**' if record['failed'] else ''}"
     )
 
 

@@ -36,22 +36,24 @@ def test_results_are_those_of_the_records(tmp_path: Path) -> None:
 
 
 def test_a_record_shows_what_was_printed_and_where_it_is_from(folder: Path) -> None:
+    (folder / "predictive.py").write_text("import torch, pyro")
     printed = '## Nats\n\n| a | b |\n|---|---|\n| 1 | 2 |\n{"mass": 0.99, "peer": "x"}\nat most 3\n'
-    report.keep("toys", "Toys", "python -m benchmarks.toys", printed, 61.4, False)
+    report.keep("toys", "Toys", "python -m benchmarks.predictive", printed, 61.4, False)
     shown = page(folder)
     record = json.loads((folder / "records" / "toys.json").read_text())
     for text in (
         "### Toys",
         "#### Nats",
         "| 1 | 2 |",
-        "`python -m benchmarks.toys`",
+        "`python -m benchmarks.predictive`",
         "61 s",
         "at most 3",
         record["commit"],
     ):
         assert text in shown
-    assert "| mass | 0.99     |" in shown and "torch 2" in shown and "failed" not in shown
-    report.keep("toys", "Toys", "python -m benchmarks.toys", "", 1, True)
+    assert "torch 2" in shown and "pyro-ppl 1" in shown and "gpytorch" not in shown  # what it does not use
+    assert "| mass | 0.99     |" in shown and "failed" not in shown
+    report.keep("toys", "Toys", "python -m benchmarks.predictive", "", 1, True)
     assert "The command failed" in page(folder) and "at most 3" not in page(folder)
 
 
