@@ -61,15 +61,11 @@ format: $(VENV)/.installed-test  ## let ruff repair and format the tree
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-reproduce: $(VENV)/.installed-test  ## the published tables, as tests marked slow (hours)
-	$(ONE_THREAD) $(RUN) -m pytest -m slow -n $(WORKERS) --timeout 0
+reproduce: $(VENV)/.installed-test  ## the published tables, as tests marked slow (hours); what they print goes to RESULTS.md
+	$(ONE_THREAD) $(RUN) -m pytest -m slow -n $(WORKERS) --timeout 0 -p tests.records
 
-bench: $(BENCH_VENV)/.installed  ## side by side with Pyro, numpyro, blackjax, nutpie and posteriors, in an environment of its own
-	$(ONE_THREAD) $(BENCH) -m benchmarks.potential --out $(OUT)
-	$(ONE_THREAD) $(BENCH) -m benchmarks.predictive
-	$(ONE_THREAD) $(BENCH) -m benchmarks.sgmcmc_peers --out $(OUT)
-	$(ONE_THREAD) $(BENCH) -m benchmarks.samplers --out $(OUT)
-	$(ONE_THREAD) $(BENCH) -m benchmarks.fractional_sde --out $(OUT)
+bench: $(BENCH_VENV)/.installed  ## side by side with all peers, in an environment of their own (hours), into RESULTS.md
+	$(ONE_THREAD) $(BENCH) -m benchmarks.run
 
 docs: $(VENV)/.installed-docs  ## the documentation in build/site, warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
@@ -99,8 +95,9 @@ $(VENV)/.installed-docs: $(VENV)/.torch pyproject.toml
 	$(RUN) $(PIP_INSTALL) -e '.[data,docs,notebooks,plots]'
 	@touch $@ $(VENV)/.installed-demo
 
-$(BENCH_VENV)/.installed: constraints.txt pyproject.toml benchmarks/requirements.txt
+$(BENCH_VENV)/.installed: constraints.txt pyproject.toml $(wildcard benchmarks/*.txt)
 	$(PYTHON) -m venv $(BENCH_VENV)
 	$(BENCH) $(PIP_INSTALL) torch
-	$(BENCH) $(PIP_INSTALL) -e '.[data]' -r benchmarks/requirements.txt
+	$(BENCH) $(PIP_INSTALL) -c benchmarks/constraints.txt -e '.[data]' -r benchmarks/requirements.txt
+	$(BENCH) $(PIP_INSTALL) --no-deps -r benchmarks/requirements-alone.txt
 	@touch $@

@@ -1,1 +1,4 @@
-"""Measurements: the demo against baselines, and the engines against their peers. Results stand in ``RESULTS.md``."""
+"""Measurements: the demo against baselines, and the engines against their peers.
+
+``run`` runs the comparisons, ``report`` writes ``RESULTS.md``.
+"""

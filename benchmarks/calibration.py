@@ -16,8 +16,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import calibrations
+from benchmarks import calibrations, record
 from inference.calibration import Calibration
+
+RUNS = {  # of `benchmarks.run`: name, title, arguments
+    "calibration": ("Simulation-based calibration", ""),
+}
 
 _LEVELS = (0.5, 0.8, 0.9)
 _SHOWN = ("f(x)", "effect(m)", "mu", "hurst", "scale", "theta", "constant", "noise_std", "log_likelihood")
@@ -48,12 +52,19 @@ def main() -> None:
     for name in given.names:
         begin = time.process_time()
         found = MODELS[name](given.replications)
-        print(f"{name}: {time.process_time() - begin:.0f} s of processor time, p-value of all {found.p_value():.3f}")
+        seconds = time.process_time() - begin
+        print(f"\n## {name}: {seconds:.0f} s of processor time, p-value of all {found.p_value():.3f}\n")
         values, shares = found.chi_square(), {level: coverage(found, level) for level in _LEVELS}
-        for quantity, p in values.items():
-            lag = float(found.autocorrelation[quantity].max())
-            shown = ", ".join(f"{level:.0%} covers {shares[level][quantity]:.3f}" for level in _LEVELS)
-            print(f"  {quantity:16} smallest p {float(p.min()):.3f}   lag-1 {lag:+.2f}   {shown}")
+        rows = [
+            {
+                "quantity": quantity,
+                "smallest p": f"{float(p.min()):.3f}",
+                "autocorrelation": f"{float(found.autocorrelation[quantity].max()):+.2f}",
+                **{f"{level:.0%} intervals cover": f"{shares[level][quantity]:.3f}" for level in _LEVELS},
+            }
+            for quantity, p in values.items()
+        ]
+        print(record.markdown_table(rows), flush=True)
         figure = found.plot([n for n in _SHOWN if n in values] or None)
         figure.savefig(given.out / f"calibration_{name}.png", dpi=130)
 

@@ -21,6 +21,11 @@ from ppl_models.marginalization_model.distribution import all_values
 
 __all__ = ["main"]
 
+RUNS = {  # of `benchmarks.run`: name, title, arguments
+    "circuits-nltcs": ("Probabilistic circuits: NLTCS", "nltcs --seconds 150"),
+    "circuits-plants": ("Probabilistic circuits: plants", "plants --seconds 120"),
+}
+
 
 def circuit_of(rows: Tensor, units: int) -> tuple[Any, Any]:
     """The compiled circuit, and its query of marginals."""

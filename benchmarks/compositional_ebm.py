@@ -43,6 +43,15 @@ from ppl_models import ConditionalEnergyModel, EnergyClassifier, EnergyModel
 from ppl_models.compositional_ebm import LatentEnergyPrior
 from ppl_models.compositional_ebm.methods import NoiseMeasure, RelativeEnergy
 
+RUNS = {  # of `benchmarks.run`: name, title, arguments
+    "ebm-toys": ("Unnormalised models: two dimensions", "toys --seeds 5"),
+    "ebm-mixtures": ("Unnormalised models: 8 and 16 dimensions", "mixtures 8 16 --seeds 5"),
+    "ebm-peers": ("Unnormalised models: peers", "peers --seeds 5"),
+    "ebm-speed": ("Unnormalised models: a step", "speed"),
+    "ebm-landscape": ("Unnormalised models: a mean far from the noise", "landscape"),
+    "ebm-variance": ("Unnormalised models: variance of u", "variance"),
+}
+
 OUT = Path("out") / "compositional_ebm"
 
 

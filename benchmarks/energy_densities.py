@@ -17,6 +17,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from benchmarks.record import progress
 from inference import CollapseError
 from inference.objectives.unnormalised.noise import GaussianNoise
 from inference.runtime.generators import generator, scoped_seed
@@ -55,7 +56,7 @@ class Rows:
             self.found[key] = measure()
             with self.path.open("a") as file:
                 file.write(json.dumps([key, self.found[key]]) + "\n")
-            print(*key, *(f"{v:.4g}" for v in self.found[key]), flush=True)
+            progress(*key, *(f"{v:.4g}" for v in self.found[key]))
         return self.found[key]
 
 
@@ -355,7 +356,7 @@ def mixtures(dim: int, seeds: int, num_steps: int, bend: float, scale: float, pa
                 fit_arm = partial(_arm, laws(seed), method, noise, steps[method, noise], seed, rate)
                 rows.get(*key, seed, method, noise, measure=fit_arm)
     except TimeoutError:
-        print(f"{minutes:g} minutes are over: the same command goes on", flush=True)
+        progress(f"{minutes:g} minutes are over: the same command goes on")
     made: list[tuple[Any, ...]] = []
     for seed in range(seeds):
         for method, noise in _ARMS:

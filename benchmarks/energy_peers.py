@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.energy_densities import Rows, best_gmm, best_kde, table, toy, truth
+from benchmarks.record import progress
 from inference.objectives.unnormalised.noise import GaussianNoise
 from inference.runtime.generators import scoped_seed
 from ppl_models import EnergyModel
@@ -198,7 +199,7 @@ def peers(names: tuple[str, ...], seeds: int, num_steps: int, path: Path, minute
                         limit = partial(_Budget, **({"seconds": own[1]} if what == "time" else {"steps": steps}))
                         rows.get(name, seed, peer, what, measure=partial(_peer, name, seed, peer, setting, limit))
     except TimeoutError:
-        print(f"{minutes:g} minutes are over: the same command goes on", flush=True)
+        progress(f"{minutes:g} minutes are over: the same command goes on")
     _peer_table(names, seeds, rows.found, evaluations)
 
 

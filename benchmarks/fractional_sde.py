@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.record import markdown_table, one_core, save, spread
+from benchmarks.record import markdown_table, one_core, progress, save, spread
 from sde import (
     MarkovFractionalBrownianMotion,
     Step,
@@ -34,6 +34,14 @@ from sde import (
     solve_torchsde,
     uniform_grid,
 )
+
+RUNS = {  # of `benchmarks.run`: name, title, arguments
+    "sde-noise": ("Fractional SDEs: exact noise", "--only noise"),
+    "sde-gradients": ("Fractional SDEs: gradient steps", "--only gradients"),
+    "sde-weak": ("Fractional SDEs: weak errors of solvers", "--only weak"),
+    "sde-memory": ("Fractional SDEs: memory of a long solve", "--only memory"),
+    "sde-cost": ("Fractional SDEs: cost against size", "--only cost"),
+}
 
 BATCH, DIM, PROCESSES = 32, 4, 5
 
@@ -123,7 +131,7 @@ def gradients(repeats: int) -> list[dict[str, Any]]:
         rows.append({"solver": label, "steps": steps, "seconds a gradient step": spread(seconds),
                      "paths a second": spread([BATCH / s for s in alone]) if alone else "",
                      "error of Var X(1)": f"{error:+.2%} (s.e. {se:.1%})"})  # fmt: skip
-        print(rows[-1], flush=True)
+        progress(rows[-1])
     return rows
 
 
@@ -191,7 +199,7 @@ def exact_noise(length: int = 1000, paths: int = 500, repeats: int = 5) -> list[
             run()
             found.append(1e3 * (time.process_time() - started) / count)
         rows.append({"sampler": name, "ms a path": spread(found)})
-        print(rows[-1], flush=True)
+        progress(rows[-1])
 
     add("sde.fractional_gaussian_noise", lambda: fractional_gaussian_noise(0.7, length, paths, seed=0), paths, repeats)
     if find_spec("fbm"):
@@ -239,7 +247,7 @@ def memory() -> list[dict[str, Any]]:
             with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (1,)) as pool:
                 grown = pool.apply(peak_growth, (steps, segments))
             rows.append({"checkpoint_segments": segments, "steps": steps, "growth, MB": f"{grown / 1e6:.1f}"})
-            print(rows[-1], flush=True)
+            progress(rows[-1])
     return rows
 
 
@@ -251,7 +259,6 @@ def cost(out: Path | None, repeats: int) -> list[dict[str, Any]]:
             setting[{"K": "processes", "N": "steps", "D": "dim"}[label]] = value
             seconds = gradient_seconds("here", repeats=repeats, backward=True, **setting)
             rows.append({"varied": label, "value": value, "seconds": float(np.median(seconds))})
-    print(markdown_table(rows), flush=True)
     if out is not None and find_spec("matplotlib"):
         import matplotlib
 

@@ -19,7 +19,11 @@ import jax.numpy as jnp  # type: ignore[import-not-found,unused-ignore]
 import torch
 
 from benchmarks.fractional_sde import BATCH, DIM, PROCESSES, gradient_seconds, noise_of
-from benchmarks.record import markdown_table, one_core, spread
+from benchmarks.record import markdown_table, one_core, progress, spread
+
+RUNS = {  # of `benchmarks.run`: name, title, arguments
+    "sde-diffrax": ("Fractional SDEs: gradient steps by diffrax", ""),
+}
 
 SIZES = ([DIM, 200, 200, DIM], [DIM * (1 + PROCESSES), 200, 200, DIM])
 
@@ -99,7 +103,7 @@ def main() -> None:
             continue
         rows.append({"solver": f"diffrax {type(solver).__name__}", "steps": 100, "seconds": spread(seconds),
                      "first call": round(compiled, 2)})  # fmt: skip
-        print(rows[-1], flush=True)
+        progress(rows[-1])
     for name, steps in (("here", 100), ("here", 50), ("euler", 100)):
         rows.append({"solver": name, "steps": steps, "seconds": spread(gradient_seconds(name, steps, 9)),
                      "first call": ""})  # fmt: skip

@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import effect_learners
 from benchmarks.effect_learners import Learner, Prediction, Trial, accuracy, image_summaries, pehe, two_means
-from benchmarks.record import markdown_table, one_core, save, spread
+from benchmarks.record import markdown_table, one_core, progress, save, spread
 from ppl_models import ImageCATE
 from ppl_models.image_cate.baselines import fit_arm_networks
 from ppl_models.image_cate.evaluation import blp_scores
@@ -33,6 +33,12 @@ from ppl_models.image_cate.propensity import aipw_scores, cross_fit_outcomes, gr
 from ppl_models.image_cate.rate import ranks_in_folds, rate
 from ppl_models.image_cate.simulation import stripes
 from ppl_models.image_cate.training import Settings
+
+RUNS = {  # of `benchmarks.run`: name, title, arguments
+    "cate-stripes": ("Effects by image: stripes", "stripes --seeds 2"),
+    "cate-uganda": ("Effects by image: the Uganda trial", "uganda --seeds 1"),
+    "cate-scaling": ("Effects by image: seconds of a fit", "scaling"),
+}
 
 PACKAGES = ("ppl-models", "torch", "econml", "causalml", "scikit-learn", "numpy")
 COVERAGE = "coverage of image effects, 90 %"
@@ -141,7 +147,7 @@ def run_stripes(learners: Sequence[str], noises: Sequence[float], seeds: int, un
                         "seconds": seconds,
                     }
                 )
-                print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
+                progress({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()})
     return rows
 
 
@@ -205,7 +211,7 @@ def run_uganda(learners: Sequence[str], splits: int) -> list[dict[str, Any]]:
                         "seconds": seconds,
                     }
                 )
-                print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
+                progress({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()})
     return rows
 
 
@@ -240,7 +246,7 @@ def run_coverage(noises: Sequence[float], replications: int, units: int) -> list
                         "CPU seconds": seconds,
                     }
                 )
-                print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
+                progress({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()})
     return rows
 
 
@@ -268,7 +274,7 @@ def run_permuted(repeats: int) -> list[dict[str, Any]]:
             model.fit(trial.outcome, trial.treatment, trial.images[order], trial.image_index, seed=seed, progress=False)
         found = model.evaluate()
         rows.append({"learner": "permuted", "QINI": found.qini.estimate, "QINI ratio": found.qini.ratio})
-        print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
+        progress({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()})
     return rows
 
 
@@ -309,7 +315,7 @@ def run_scaling(learners: Sequence[str], sizes: Sequence[tuple[int, int]]) -> li
             done = run(name, trial, torch.arange(min(images, 500)), 0)
             if done is not None:
                 rows.append({"learner": name, "images": images, "units": len(index), "seconds": done[1]})
-                print(rows[-1], flush=True)
+                progress(rows[-1])
     return rows
 
 
@@ -379,7 +385,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("absolute ratio above 1.96:", sum(abs(row["QINI ratio"]) > 1.96 for row in rows), "of", len(rows))
     elif options.what == "map":
         rows = run_map(options.out / "country.png")
-        print(rows)
+        print(markdown_table(rows))
     elif options.what == "uganda":
         rows = run_uganda(options.learners, options.seeds)
         columns = ["AUTOC", "AUTOC ratio", "QINI", "QINI ratio", "BLP slope", "seconds"]

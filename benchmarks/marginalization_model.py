@@ -31,6 +31,16 @@ from ppl_models.marginalization_model.distribution import all_values
 
 __all__ = ["digits", "emit", "half_observed", "main", "missing_scores", "text"]
 
+RUNS = {  # of `benchmarks.run`: name, title, arguments
+    "mam-nltcs": ("Marginalization models: NLTCS", "nltcs --device cpu"),
+    "mam-digits": ("Marginalization models: digits", "digits --refit 30000 --pool 48000 --device cpu"),
+    "mam-digits-causal": (
+        "Marginalization models: digits, one pass normalised",
+        "digits --refit 30000 --pool 48000 --marginal causal --device cpu",
+    ),
+    "mam-timing": ("Marginalization models: seconds of a query", "timing --device cpu"),
+}
+
 TABLES = ("nltcs", "plants", "dna", "jester")
 # steps of the first stage, width, depth, dropout: chosen on the validation rows
 SETTINGS: dict[str, tuple[int, int, int, float]] = {

@@ -28,6 +28,13 @@ from ppl_models.monotone_dbm.model import BoltzmannModel
 from ppl_models.monotone_dbm.operators import PairwiseMap
 from ppl_models.monotone_dbm.prox import prox_softmax
 
+RUNS = {  # of `benchmarks.run`: name, title, arguments
+    "dbm-solvers": ("Monotone machines: solvers", "solvers"),
+    "dbm-updates": ("Monotone machines: competing updates", "updates"),
+    "dbm-marginals": ("Monotone machines: marginals against enumeration", "marginals"),
+    "dbm-cost": ("Monotone machines: cost", "cost"),
+}
+
 Row = dict[str, Any]
 _D = torch.float64
 

@@ -31,8 +31,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.record import markdown_table, save
+from benchmarks.record import markdown_table, progress, save
 from ppl_models import ConvMonotoneDBM
+
+RUNS = {  # of `benchmarks.run`: name, title, arguments
+    "dbm-images-1": ("Monotone machines: training on Fashion-MNIST for equal time", "train --seconds 137"),
+    "dbm-images-2": ("Monotone machines: labels and completion of Fashion-MNIST", "compare"),
+    "dbm-colour": ("Monotone machines: colour patches", "colour"),
+}
 
 Row = dict[str, Any]
 Answer = tuple[Tensor | None, Tensor | None]  # pixels (n, 784), labels (n,)
@@ -276,7 +282,7 @@ def compare(data: Data, out: Path) -> list[Row]:
             row[f"accuracy, MSE at {share:.0%}"] = f"{accuracy:.3f}, {error:.4f}"
         row["s a 1,000"] = f"{1000 * (time.process_time() - started) / len(_SHARES) / len(data.test):.2f}"
         rows.append(row)
-        print(row, flush=True)
+        progress(row)
     return rows
 
 
@@ -289,7 +295,7 @@ def validate(data: Data, seconds: float, out: Path) -> list[Row]:
         for sweeps in (0, 100):
             accuracy, error = score(ask_rbms(out / "validate.npz", x, mask, sweeps), x, truth, mask)
             rows.append({"setting": note, "sweeps": sweeps, "accuracy": f"{accuracy:.3f}", "MSE": f"{error:.4f}"})
-            print(rows[-1], flush=True)
+            progress(rows[-1])
     return rows
 
 

@@ -24,6 +24,10 @@ from pyro.ops.integrator import potential_grad
 from benchmarks import record
 from inference.potential import LogDensity, Potential, Program
 
+RUNS = {  # of `benchmarks.run`: name, title, arguments
+    "potential": ("A potential and its gradient", ""),
+}
+
 CHAINS = 64
 Model = Callable[..., None]
 

@@ -16,7 +16,12 @@ import torch
 from pyro.infer import Predictive as PyroPredictive
 from torch import Tensor
 
+from benchmarks.record import markdown_table, spread
 from inference.results.predictive import Predictive
+
+RUNS = {  # of `benchmarks.run`: name, title, arguments
+    "predictive": ("Posterior predictive draws", ""),
+}
 
 
 def logistic(x: Tensor) -> None:
@@ -62,9 +67,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     x = torch.randn(settings.rows, 13)
-    print(
-        f"torch {torch.__version__}, pyro {pyro.__version__}, one thread, {settings.draws} draws x {settings.rows} rows"
-    )
+    rows = []
     for model, parallel in (
         (logistic, False),
         (logistic_broadcast, False),
@@ -77,10 +80,16 @@ def main() -> None:
         pairs = [(seconds(theirs, x), seconds(ours, x)) for _ in range(settings.repeats + 1)][1:]
         ratios = [a / b for a, b in pairs]
         pyros, mine = (statistics.median(side) for side in zip(*pairs, strict=True))
-        print(
-            f"{model.__name__:20s} pyro parallel={parallel!s:5s} {pyros:7.4f} s, here {mine:7.4f} s, "
-            f"ratio {statistics.median(ratios):6.1f} [{min(ratios):.1f}, {max(ratios):.1f}]"
+        rows.append(
+            {
+                "model": model.__name__,
+                "Pyro's": "parallel" if parallel else "draw by draw",
+                "s, Pyro": f"{pyros:.4f}",
+                "s, here": f"{mine:.4f}",
+                "ratio": spread(ratios),
+            }
         )
+    print(f"{settings.draws} draws for {settings.rows} rows, one thread.\n\n{markdown_table(rows)}")
 
 
 if __name__ == "__main__":

@@ -5,19 +5,25 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["markdown_table", "one_core", "save", "spread"]
+__all__ = ["commit", "machine", "markdown_table", "one_core", "progress", "save", "spread"]
 
 
 def one_core() -> None:
     """Keep this process on one core, so that a peer with its own thread pool is compared like with like."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+def progress(*said: object) -> None:
+    """Say something on the way; what a command prints is its result."""
+    print(*said, file=sys.stderr, flush=True)
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
@@ -43,11 +49,11 @@ def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
 def save(path: Path, rows: Sequence[Mapping[str, Any]], packages: Sequence[str], *, quiet: bool = False) -> None:
     """Write ``rows`` as JSON with the date, the commit, the machine and the versions that they were measured with."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    context: dict[str, Any] = {"date": datetime.now(UTC).date().isoformat(), "commit": _commit(), "machine": _machine()}
+    context: dict[str, Any] = {"date": datetime.now(UTC).date().isoformat(), "commit": commit(), "machine": machine()}
     context["versions"] = {name: _version(name) for name in packages}
     path.write_text(json.dumps({**context, "rows": list(rows)}, indent=1) + "\n")
     if not quiet:
-        print(f"{context['date']}, commit {context['commit']}, {context['machine']}\nwritten to {path}")
+        progress(f"{context['date']}, commit {context['commit']}, {context['machine']}\nwritten to {path}")
 
 
 def _version(package: str) -> str | None:
@@ -57,13 +63,18 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str:
-    root = Path(__file__).parent
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
+def commit() -> str:
+    """The commit of this tree, with "-dirty" after it if a file other than the records has changed since."""
+
+    def git(*arguments: str) -> str:
+        found = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return found.stdout.strip()
+
+    changed = git("status", "--porcelain", "--", ":/", ":!records", ":!RESULTS.md")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
-def _machine() -> str:
+def machine() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

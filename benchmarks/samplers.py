@@ -34,6 +34,11 @@ import numpy as np
 from benchmarks import record
 from benchmarks.sampler_figure import draw
 from benchmarks.sampler_models import MODELS, for_numpyro, for_pyro
+from benchmarks.sampler_tables import beside_peers, table
+
+RUNS = {  # of `benchmarks.run`: name, title, arguments
+    "samplers": ("Samplers, effective draws a second", ""),
+}
 
 Draws = dict[str, np.ndarray]  # site -> (chain, draw, ...)
 Runner = Callable[[str, int, int, int], Callable[[int], Draws]]
@@ -339,9 +344,10 @@ def main() -> None:
                 if "failed" in row:
                     failed[sampler] = row
                 shown = record.spread(row["warm"]) if "warm" in row else row["failed"]
-                print(f"{model:18} {chains:5} {sampler:26} warm {shown:26} cold {row.get('cold', 0):9.3g}", flush=True)
+                record.progress(f"{model:18} {chains:5} {sampler:26} warm {shown:26} cold {row.get('cold', 0):9.3g}")
                 record.save(file, list(rows.values()), PACKAGES, quiet=True)
     record.save(file, list(rows.values()), PACKAGES)
+    print(f"{table(list(rows.values()))}\n\n{beside_peers(list(rows.values()))}")
     draw(options.out / "samplers.png", list(rows.values()))
 
 

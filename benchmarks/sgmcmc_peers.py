@@ -34,6 +34,10 @@ from numpy.typing import NDArray
 from benchmarks import record
 from benchmarks.data import split
 
+RUNS = {  # of `benchmarks.run`: name, title, arguments
+    "sgmcmc": ("Stochastic-gradient samplers", ""),
+}
+
 HIDDEN, NOISE, BATCH, EPS, ALPHA = 100, 0.1, 32, 3e-3, 30.0
 CHAINS = (1, 8, 64)
 PACKAGES = ("torch", "pyro-ppl", "jax", "jaxlib", "blackjax", "posteriors", "arviz", "numpy")
@@ -338,7 +342,7 @@ def measure(name: str, *, block_seconds: float, repeats: int, ess_steps: int | N
         steps = max(20, round(block_seconds * speed / chains / 20) * 20)
         speeds = [sampler.speed(steps) for _ in range(repeats)]
         rows.append({"sampler": name, "chains": chains, "batch": sampler.batch, "setup": setup, "speed": speeds})
-        print(f"{name}: {chains} chains, {record.spread(speeds)} gradients/s", file=sys.stderr, flush=True)
+        record.progress(f"{name}: {chains} chains, {record.spread(speeds)} gradients/s")
 
     if not implementation.steps:
         return rows
@@ -359,7 +363,7 @@ def measure(name: str, *, block_seconds: float, repeats: int, ess_steps: int | N
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The Markdown table of ``RESULTS.md``."""
+    """The Markdown table."""
     known = {row["sampler"]: row for row in rows if "rhat" in row}
     shown = []
     for row in rows:
@@ -410,12 +414,11 @@ def main() -> None:
                 arguments += ["--ess-steps", str(options.ess_steps)] if options.ess_steps else []
                 subprocess.run([sys.executable, "-m", "benchmarks.sgmcmc_peers", *arguments], check=True)
                 rows += json.loads(part.read_text())
-                print(table(rows), flush=True)
+                record.progress(table(rows))
     if options.json:
         options.json.write_text(json.dumps(rows))
         return
-    if options.only:
-        print(table(rows))
+    print(table(rows))
     record.save(options.out / "sgmcmc_peers.json", rows, PACKAGES)
 
 

@@ -42,6 +42,7 @@ PACKAGES = {  # beside the models' own
 }
 LINKS = {  # of pages that stand at the root of the repository
     "benchmarks/RESULTS.md": "benchmarks.md",
+    "benchmarks/FINDINGS.md": "findings.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
@@ -164,7 +165,7 @@ def on_config(config: Any) -> Any:
         {"Tutorials": tutorials},
         {"How to": [f"how-to/{name}.md" for name in HOWTO]},
         {"Gotchas": "gotchas.md"},
-        {"Benchmarks": "benchmarks.md"},
+        {"Benchmarks": ["benchmarks.md", "findings.md"]},
         {"API": [{title: f"api/{name}.md"} for name, title in packages().items()]},
         {"Project": ["contributing.md", "changelog.md"]},
     ]

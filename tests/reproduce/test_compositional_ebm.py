@@ -262,7 +262,7 @@ def test_log_z_of_mixtures_in_many_dimensions(dim: int, seed: int) -> None:
 
 
 def test_digits(seed: int = 0) -> None:
-    """E2; further seeds are in RESULTS."""
+    """E2; further seeds are in FINDINGS.md."""
     pytest.importorskip("sklearn")
     from sklearn.datasets import load_digits
     from sklearn.metrics import roc_auc_score

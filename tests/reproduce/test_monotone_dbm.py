@@ -45,7 +45,7 @@ STYLES = {"num_steps": 100, "batch_size": 32, "jitter": 12, "lr": 1e-3}
     [
         pytest.param(
             *({"curvature": 1, **PLAIN}, {"num_steps": 1500}, 0, 0.72, 0.70, 0.068),
-            marks=pytest.mark.xfail(reason="accuracy and MSE are short by 0.002, as RESULTS.md says", strict=True),
+            marks=pytest.mark.xfail(reason="accuracy and MSE are short by 0.002, as FINDINGS.md says", strict=True),
         ),
         ({"curvature": 1}, SUMMED, 0, 0.72, 0.70, 0.068),
         ({"curvature": 2, **PLAIN}, {"num_steps": 4000, "jitter": 12}, 0, 0.74, 0.67, 0.062),
