@@ -12,6 +12,7 @@ installed are left out and named.
 
 import argparse
 import multiprocessing
+import os
 import resource
 import time
 from collections.abc import Callable
@@ -240,7 +241,8 @@ def peak_growth(steps: int, segments: str | None) -> float:
 
 
 def memory() -> list[dict[str, Any]]:
-    """A process each, as a peak is never taken back."""
+    """A process each, as a peak is never taken back, whose allocator gives back what is free (glibc's settings)."""
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "32768", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
     rows = []
     for segments in (None, "sqrt"):
         for steps in (100, 400, 1600, 10_000) if segments else (100, 400, 1600):
