@@ -359,8 +359,8 @@ def _join() -> None:
         store, own, ranks = next(dist.rendezvous("env://", timeout=_TIMEOUT))
         # torchrun keeps its store when it starts the ranks again: addresses of the dead must not be found there.
         store = dist.PrefixStore(f"inference/{_attempt()}", store)
-        # Defaults of its functions are the group that is there when it is imported, by torch._dynamo for one: they would
-        # keep this group, and its threads, beyond its end.
+        # Defaults of its functions are the group that is there when it is imported, by torch._dynamo for one: they
+        # would keep this group, and its threads, beyond its end.
         importlib.import_module("torch.distributed.nn.functional")
         backend = "cpu:gloo,cuda:nccl" if one_each else "gloo"
         dist.init_process_group(backend, store=store, rank=own, world_size=ranks, timeout=_TIMEOUT)
