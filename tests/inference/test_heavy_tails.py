@@ -65,5 +65,8 @@ def test_which_data_have_heavy_tails(name: str) -> None:
 
 
 def test_constant_and_few_rows_have_no_heavy_tails() -> None:
-    assert not heavy_tailed(torch.ones(50, 1))
-    assert heavy_tailed(torch.tensor([[0.0], [1.0]])) in (True, False)
+    cauchy = rows(LAWS["cauchy"], 100)
+    assert heavy_tailed(cauchy) and not heavy_tailed(cauchy[:19])
+    assert not heavy_tailed(cauchy[:1])
+    assert not heavy_tailed(torch.ones(50, 1)) and not heavy_tailed(torch.zeros(100, 3))
+    assert not heavy_tailed(torch.cat([cauchy, torch.ones(100, 1)], 1))

@@ -13,7 +13,7 @@ __all__ = ["StudentTNoise", "heavy_tailed"]
 _DEGREES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0, 30.0)
 _HEAVY = 10.0  # degrees of freedom up to which a normal of 1.3 times the standard deviation lets the weights collapse
 _EM_STEPS = 40
-_MOST = 5000  # rows that are looked at
+_FEWEST, _MOST = 20, 5000  # rows that are looked at
 
 
 class StudentTNoise(Noise):
@@ -93,7 +93,11 @@ def heavy_tailed(x: Tensor) -> bool:
     """Whether a t law of at most ten degrees of freedom fits data ``(row, *event)`` better than one of thirty.
 
     So it is of data of logistic, Laplace's, Cauchy's and log-normal laws, and not of normal, uniform or clustered ones.
+    Fewer than twenty rows, and rows with a constant column, do not tell.
     """
+    flat = _rows(x)
+    if len(flat) < _FEWEST or not bool((flat.amax(0) > flat.amin(0)).all()):
+        return False
     return _best(x)[3] <= _HEAVY
 
 
