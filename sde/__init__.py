@@ -17,7 +17,15 @@ from sde.fbm import (
     motion_covariance,
     ornstein_uhlenbeck_covariance,
 )
-from sde.grids import TimeGrid, geometric_speeds, graded_grid, horizon_speeds, observation_grid, uniform_grid
+from sde.grids import (
+    TimeGrid,
+    geometric_speeds,
+    graded_grid,
+    horizon_speeds,
+    observation_grid,
+    snap_times,
+    uniform_grid,
+)
 from sde.hurst import HurstEstimate, hurst_estimate
 from sde.kalman import (
     Filtered,
@@ -85,6 +93,7 @@ __all__ = [
     "ornstein_uhlenbeck_covariance",
     "path_kl",
     "path_log_ratio",
+    "snap_times",
     "solve",
     "solve_torchsde",
     "stationary_covariance",

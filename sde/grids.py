@@ -9,7 +9,9 @@ from torch import Tensor
 
 from sde._checks import Times, as_count, as_number, as_times
 
-__all__ = ["TimeGrid", "geometric_speeds", "graded_grid", "horizon_speeds", "observation_grid", "uniform_grid"]
+__all__ = [
+    "TimeGrid", "geometric_speeds", "graded_grid", "horizon_speeds", "observation_grid", "snap_times", "uniform_grid",
+]  # fmt: skip
 
 
 def geometric_speeds(num_processes: int, max_speed: float, offset: float = 0.0) -> Tensor:
@@ -126,3 +128,20 @@ def observation_grid(
         index.append(count)
     first = 0 if float(wanted[0]) == start else 1
     return TimeGrid(torch.cat(pieces), torch.tensor(index[first : first + len(wanted)]))
+
+
+def snap_times(wanted: Times, times: Times) -> Tensor:
+    """``wanted`` with each time that is one of ``times`` but for the rounding of single precision put exactly there.
+
+    0.2 * 5 and 0.25 * 4 are one time, also where one of them is 1.0000001: as two they would be a solver step of
+    1e-7, over which rough noise moves a path by a good part of its scale.
+
+    Returns:
+        ``wanted``, ``(M,)``, float64; no more strictly increasing where two of them are the same one of ``times``.
+    """
+    asked, known = as_times(wanted, "wanted"), as_times(times, "times")
+    tolerance = 2 * torch.finfo(torch.float32).eps * torch.maximum(asked[-1], known[-1])
+    after = torch.searchsorted(known, asked).clamp(max=len(known) - 1)
+    before = (after - 1).clamp_min(0)
+    near = torch.where(asked - known[before] < known[after] - asked, known[before], known[after])
+    return torch.where((near - asked).abs() <= tolerance, near, asked)

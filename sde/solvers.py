@@ -444,7 +444,7 @@ def _raise_if_bad(place: int, num_steps: int, batch: int, dim: int, times: Tenso
         return
     step, rest = divmod(place, batch * dim)
     path, axis = divmod(rest, dim)
-    span = f"from time {float(times[step]):g} to {float(times[step + 1]):g} on path {path}, dimension {axis}"
+    span = f"from time {float(times[step]):.10g} to {float(times[step + 1]):.10g} on path {path}, dimension {axis}"
     raise PathError(
         f"the state or the diffusion went wrong (not finite, or diffusion not positive) in the step {span}: take "
         "smaller steps, bound the drift, or keep the diffusion positive"

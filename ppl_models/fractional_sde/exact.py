@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_models.fractional_sde.system import FractionalSystem
-from sde import LinearSDE, backward_information, kalman_filter, kalman_smoother, step_guide
+from sde import LinearSDE, backward_information, kalman_filter, kalman_smoother, snap_times, step_guide
 from sde.noise import is_uniform
 
 __all__ = ["ExactEvidence", "GaussianLaw", "ParameterModel", "gaussian_log_likelihood", "posterior_law"]
@@ -76,7 +76,7 @@ def posterior_law(
     linear: LinearSDE, times: Tensor, values: Tensor, mask: Tensor, noise_std: Tensor, wanted: Tensor
 ) -> GaussianLaw:
     """Law of X at ``wanted`` times given the observations; arguments as for ``gaussian_log_likelihood``."""
-    union, place = torch.unique(torch.cat([times, wanted]), return_inverse=True)
+    union, place = torch.unique(torch.cat([times, snap_times(wanted, times)]), return_inverse=True)
     if len(union) > _DENSE_POSTERIOR:
         return _smoothed(linear, times, union, place, values, mask, noise_std)
     size = values.shape[2]
@@ -138,7 +138,7 @@ def draw_smoothed(
     source: torch.Generator,
 ) -> Tensor:
     """Joint posterior draws by the exact law of each step's normals, ``(num_samples, B, D, T')``, for long series."""
-    union, place = torch.unique(torch.cat([times.new_zeros(1), times, wanted]), return_inverse=True)
+    union, place = torch.unique(torch.cat([times.new_zeros(1), times, snap_times(wanted, times)]), return_inverse=True)
     full, here = _on(union, place[1 : len(times) + 1], values.double(), mask)
     size, std = values.shape[2], _with_an_error(linear, times, values.double(), mask, noise_std)
     transitions = linear.transitions(union)

@@ -119,8 +119,9 @@ def frame_of(
         share: of the span until each step's coming observation, ``(N, B, D)``.
         coming: its number, ``(N, B, D)``.
     """
-    clock, place = grid.steps.times.to(share), grid.positions.to(share.device)
-    times, steps = clock[place], clock.diff()[:, None, None]
+    clock, place = grid.steps.times.to(share.device), grid.positions.to(share.device)
+    # Differences are taken before they lose digits: two times may lie closer than single precision tells apart.
+    times, due, steps = clock[place].to(share), clock[place].diff().to(share), clock.diff().to(share)[:, None, None]
     y = _filled(evidence.values.to(share), evidence.mask)
     x, b = y - own.centre, _at(system.drift, times, y)
     noise_std, scale, mean_scale = evidence.noise_std.to(share).expand_as(x[:, :1]), None, None
@@ -132,7 +133,7 @@ def frame_of(
         count = place.diff()[:, None, None]
         near = torch.cat([scale[:1], scale[1:] - scale.diff(dim=0) / (2 * count)])
         noise_std = noise_std / near
-    early, late, reach = _follow(own, times.diff()[:, None, None], steps[place[1:] - 1], system.additive)
+    early, late, reach = _follow(own, due[:, None, None], steps[place[1:] - 1], system.additive)
     noise = x.diff(dim=0) - early * b[:-1] - late * b[1:]
     noise = noise if mean_scale is None else noise / mean_scale
     z = [x[0] if scale is None else x[0] / scale[0]]
@@ -142,7 +143,7 @@ def frame_of(
     def at_steps(part: Tensor) -> Tensor:
         return torch.gather(part.expand(len(coming), -1, -1, -1), 1, coming.unsqueeze(1)).squeeze(1)
 
-    early, late, reach = _follow(own, share * clock[-1], steps, system.additive)
+    early, late, reach = _follow(own, share * clock[-1].to(share), steps, system.additive)
     every = torch.stack(z)
     return Frame(
         every, noise_std, scale, early, late * at_steps(b), reach, at_steps(x), at_steps(every),

@@ -397,14 +397,13 @@ class PathPosterior(nn.Module):
         values, (count, batch) = evidence.values.to(dtype), evidence.values.shape[:2]
         mask = evidence.mask.to(dtype).expand(count, batch, self.size)
         times = grid.steps.times.to(values.device)
-        due = times[grid.positions.to(values.device)].to(dtype)
-        starts = times[:-1].to(dtype)
+        due, starts = times[grid.positions.to(values.device)], times[:-1]
         n, order = (torch.arange(k, device=values.device) for k in (len(starts), count))
         later = (grid.positions.to(values.device) > n.unsqueeze(-1)).to(dtype) * (count - order).to(dtype)
         first = (later[..., None, None] * mask).max(1)  # the earliest that is ahead and there; 0 where none is
         index, any_left = first.indices, (first.values > 0).to(dtype)
         picked = torch.gather(values.unsqueeze(0).expand(len(starts), -1, -1, -1), 1, index.unsqueeze(1)).squeeze(1)
-        gap = (due[index] - starts[:, None, None]) / times[-1].to(dtype)
+        gap = ((due[index] - starts[:, None, None]) / times[-1]).to(dtype)
         parts = [(picked - self.centre) / self.spread * any_left, any_left, gap.clamp_min(0) * any_left]
         if evidence.context is not None:
             parts.append(evidence.context.to(dtype))

@@ -333,6 +333,41 @@ def test_predictions_beyond_the_horizon_say_how_to_fix_it() -> None:
         model.sample_prior([9.0])
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"hurst": 0.1},
+        {"posterior": "control"},
+        {"diffusion": "neural"},
+        {"drift": "linear"},
+        {"drift": "linear", "posterior": "control"},
+    ],
+)
+@pytest.mark.parametrize("last", [2.4, 1.8])
+def test_times_that_differ_by_rounding_are_one_time(settings: dict[str, Any], last: float) -> None:
+    times = torch.arange(9) * 0.25
+    model = FractionalSDE(1, **settings)
+    model.fit(times, torch.randn(3, 9, 1, generator=torch.Generator().manual_seed(0)), num_steps=2, **QUICK)
+    exact = torch.arange(round(last / 0.2) + 1, dtype=torch.float64) / 5
+    count, draws = len(exact), 300
+    expected = model.predict(exact, num_samples=draws)
+    for same in (torch.arange(count) * 0.2, torch.linspace(0, last, count), (exact * (1 + 1e-15)).tolist()):
+        found = model.predict(same, num_samples=draws)
+        error = ((expected.variance + found.variance) / draws).sqrt()
+        assert bool(((found.mean - expected.mean).abs() <= 5 * error + 1e-4).all())
+
+
+def test_observations_closer_than_single_precision_tells_apart() -> None:
+    times = torch.tensor([0.25, 0.5, 0.5 + 1e-9, 1.0], dtype=torch.float64)
+    y = torch.tensor([0.1, 0.2, 0.2, -0.1]).view(1, 4, 1)
+    for posterior in ("gaussian", "control"):
+        model = FractionalSDE(1, "neural", posterior=posterior, hurst="learn")
+        model.fit(times, y, noise_std=0.1, num_steps=20, **QUICK)
+        found = model.predict(times, num_samples=64).mean[0, :, 0]
+        assert abs(float(found[1] - found[2])) < 0.05 and math.isfinite(float(model.elbo(16)))
+
+
 def test_a_diffusion_that_goes_wrong_names_time_and_path() -> None:
     class Sinking(nn.Module):
         additive = False
