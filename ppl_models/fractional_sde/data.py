@@ -1,14 +1,19 @@
 """Observed series: checks at the door, and what the data say about scales."""
 
+import math
+import warnings
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ppl_models.base import from_array, to_precision
+from sde import NoiseWarning
 from sde._checks import as_times
 
 __all__ = ["SeriesData", "check_series"]
+
+_FAR = 10.0  # spans of the data that may lie between time 0, where a path starts, and the first observation
 
 
 class SeriesData(NamedTuple):
@@ -40,6 +45,9 @@ def check_series(times: Any, observations: Any, mask: Any, shape: tuple[int, ...
     Raises:
         TypeError, ValueError: wrong shapes, unsorted times, NaN or infinite values, nothing observed, values that
             torch's default dtype cannot tell apart.
+
+    Warns:
+        NoiseWarning: the series are short beside the time before them (calendar years).
     """
     if not isinstance(times, Tensor):
         try:
@@ -65,10 +73,21 @@ def check_series(times: Any, observations: Any, mask: Any, shape: tuple[int, ...
     if values.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"observations must be float32 or float64, got {values.dtype}: give observations.float()")
     if values.ndim != 2 + len(shape) or tuple(values.shape[1:]) != (len(clock), *shape) or len(values) == 0:
-        flat = shape == (1,) and tuple(values.shape[1:]) == (len(clock),)
+        advice = ""
+        if shape == (1,) and tuple(values.shape[1:]) == (len(clock),):
+            advice = "; give observations[..., None]"
+        elif values.numel() == len(clock) * math.prod(shape):
+            advice = f"; for one series give observations.reshape({', '.join(map(str, (1, len(clock), *shape)))})"
         raise ValueError(
-            f"observations must have shape ({what}) for {len(clock)} times, got {tuple(values.shape)}"
-            + ("; give observations[..., None]" if flat else "")
+            f"observations must have shape ({what}) for {len(clock)} times, got {tuple(values.shape)}{advice}"
+        )
+    if len(clock) > 1 and clock[0] > _FAR * (clock[-1] - clock[0]):
+        span, first = float(clock[-1] - clock[0]), float(clock[0])
+        warnings.warn(
+            f"times start at {first:g} and span {span:g}, but a path starts at time 0, long before: count times from "
+            f"the start of what you observe, as in times - {first:g}",
+            NoiseWarning,
+            stacklevel=3,
         )
     if mask is None:
         bad = ~torch.isfinite(values)

@@ -322,6 +322,16 @@ def test_bad_data(arguments: tuple[Any, ...], settings: dict[str, Any], match: s
         model.fit(*arguments, progress=False, num_steps=1, **settings)
 
 
+def test_calendar_years_and_single_series_say_how_to_give_them() -> None:
+    model = FractionalSDE(1, "linear")
+    with pytest.warns(NoiseWarning, match="times - 1871"):
+        model.fit([1871.0, 1872.0], GOOD[:, :2] + 1, num_steps=1, progress=False)
+    with pytest.raises(ValueError, match=r"reshape\(1, 2, 1\)"):
+        model.fit([1.0, 2.0], [0.5, 0.7], num_steps=1, progress=False)
+    with pytest.raises(ValueError, match=r"reshape\(1, 2, 3\)"):
+        FractionalSDE(3, "linear").fit([1.0, 2.0], torch.zeros(2, 3), num_steps=1, progress=False)
+
+
 def test_predictions_beyond_the_horizon_say_how_to_fix_it() -> None:
     model = FractionalSDE(1, "linear")
     model.fit([1.0, 2.0], GOOD + 1, num_steps=1, progress=False)
