@@ -120,7 +120,8 @@ def fit(
             ``torch.enable_grad`` itself), with the same random numbers each time.
         validate_every: updates between two validations; there is one before the first update and one after the last.
         patience: stop after this many validations in a row without a new lowest loss. The parameters and buffers of
-            the lowest are put back, however the run ends. Without it the last parameters stay.
+            the lowest are put back, however the run ends, but for buffers that the objective names in its
+            ``record_buffers``, if it has that: records of the run. Without patience the last parameters stay.
         average_last: fraction of the updates, counted from the end, over which the parameters are averaged (Polyak and
             Juditsky, Acceleration of Stochastic Approximation by Averaging, 1992). 0 keeps the last parameters. What an
             objective estimates along the way belongs to the parameters of each step: its method

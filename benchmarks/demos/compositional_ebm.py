@@ -24,7 +24,7 @@ def run(out: Path, quick: bool) -> list[Row]:
     x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
     train, test = x[:180], x[180:]
     model = EnergyModel(event_shape=(2,))
-    # Chosen on a third of these rows: without the decay the network learns 180 points by heart within 800 steps.
+    # Chosen on a third of these rows; by default the score is 0.15 lower for this seed, level for two others.
     model.fit(train, num_steps=20 if quick else 100, batch_size=60, weight_decay=10.0, progress=not quick)
     score = float(model.log_prob(test).mean())
     units = train.mean(0), train.std(0)

@@ -13,6 +13,7 @@ forward: train a critic with gradients of their own, call captured graphs, leave
 import copy
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -329,11 +330,13 @@ class OptimizationRun:
             "buffers": {name: b.detach().clone() for name, b in self.objective.named_buffers()},
         }
 
-    def _set_values(self, values: dict[str, Any]) -> None:
+    def _set_values(self, values: dict[str, Any], leave: Iterable[str] = ()) -> None:
         with torch.no_grad():
             for name, p in self.objective.named_parameters():
                 p.copy_(values["parameters"][name])
             for name, b in self.objective.named_buffers():
+                if name in leave:
+                    continue
                 saved = values["buffers"][name]
                 if b.shape == saved.shape:
                     b.copy_(saved)
@@ -453,7 +456,7 @@ class OptimizationRun:
         if self.average and told is not None:
             told(*self.data)
         if self.best is not None:
-            self._set_values(self.best)
+            self._set_values(self.best, getattr(self.objective, "record_buffers", ()))
 
 
 def scalar_loss(objective: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:

@@ -41,6 +41,7 @@ __all__ = [
     "StandardisedNoise",
     "build_objective",
     "default_rate",
+    "judged_by_loss",
     "moves_in_space",
     "optimise",
     "relative",
@@ -60,6 +61,7 @@ METHODS: dict[str, tuple[type[UnnormalisedObjective], dict[str, Any]]] = {
 }
 _LIKELIHOODS = (CompositionalLikelihood, SelfNormalisedLikelihood)
 _RATE, _RATE_IN_SPACE = 5e-3, 1e-3  # the latter of chains and scores, which run away at more
+_VALIDATIONS = 80  # in a fit
 _WITHOUT_NOISE = (ContrastiveDivergence, DenoisingScoreMatching, SlicedScoreMatching)
 
 
@@ -146,6 +148,11 @@ class RelativeTo(nn.Module):
         loss: Tensor = self.density(x)
         return loss - log_noise.mean() if isinstance(self.density, _LIKELIHOODS) else loss
 
+    @property
+    def record_buffers(self) -> set[str]:
+        """As the loop asks of an objective that keeps a record of the run."""
+        return {f"density.{name}" for name in self.density.record_buffers}
+
     def refresh_after_average(self, x: Tensor, log_noise: Tensor) -> None:
         """As the loop asks of an objective whose estimates follow the parameters."""
         if isinstance(self.density, CompositionalLikelihood):
@@ -199,6 +206,11 @@ class StandardisedNoise(nn.Module):
         shift, scale = self.units.shift.reshape(shape), self.units.scale.reshape(shape)
         to_units = dist.transforms.AffineTransform(-shift / scale, 1 / scale, event_dim=len(shape))
         pyro.sample("x", dist.TransformedDistribution(self.noise.distribution(), [to_units]))
+
+
+def judged_by_loss(method: str) -> bool:
+    """Whether a method's loss tells how good a fit is, as a contrastive divergence does not."""
+    return not issubclass(METHODS[_known(method)][0], ContrastiveDivergence)
 
 
 def moves_in_space(method: str) -> bool:
@@ -266,6 +278,7 @@ def optimise(
     *,
     density: UnnormalisedObjective | None = None,
     valid: tuple[Tensor, ...] | None = None,
+    patience: int | None = None,
     num_steps: int,
     batch_size: int | None,
     lr: float,
@@ -280,6 +293,9 @@ def optimise(
 
     Args:
         density: the part of the objective that has the record; the objective itself if None.
+        valid: held-out tensors, as those of ``data``. The parameters with the lowest loss on them are kept, unless
+            parameters are averaged or the loss is a contrastive divergence, which tells nothing of the fit.
+        patience: of the 80 validations, how many in a row without a lower loss end the run; None: it runs to its end.
 
     Raises:
         NonFiniteError: with the step and the share of the batch whose energy was not finite.
@@ -287,6 +303,7 @@ def optimise(
     """
     inner = objective if density is None else density
     assert isinstance(inner, UnnormalisedObjective)
+    best = valid is not None and not average_last and not isinstance(inner, ContrastiveDivergence)
 
     def make(parameters: Any) -> Any:
         if optimizer is not None:
@@ -304,6 +321,8 @@ def optimise(
             optimizer=make,
             scheduler=lambda o: CosineAnnealingLR(o, num_steps),
             validation=valid,
+            validate_every=max(1, num_steps // _VALIDATIONS),
+            patience=None if not best else num_steps + 2 if patience is None else patience,
             average_last=average_last,
             seed=seed,
             checkpoint=checkpoint,

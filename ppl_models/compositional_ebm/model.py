@@ -23,6 +23,7 @@ from inference.objectives.unnormalised.guards import unreliable
 from inference.objectives.unnormalised.noise import Noise, noise_from_config
 from inference.objectives.unnormalised.objective import refuse_edges
 from inference.results.evidence import LogPartition
+from inference.runtime.generators import generator
 from ppl_models.base import Model, Standardiser, check_batch_size, check_count, check_counts, to_precision, to_tensor
 from ppl_models.compositional_ebm.distribution import EnergyDistribution, check_energy
 from ppl_models.compositional_ebm.methods import (
@@ -34,6 +35,7 @@ from ppl_models.compositional_ebm.methods import (
     build_objective,
     check_schedule,
     default_rate,
+    judged_by_loss,
     moves_in_space,
     optimise,
     relative,
@@ -54,6 +56,7 @@ __all__ = ["EnergyModel"]
 
 _CHECK_SAMPLES = 100_000
 _ROWS_AT_ONCE = 16_384
+_FEWEST_ASIDE, _MOST_ASIDE, _PATIENCE, _DECAY = 30, 1000, 8, 1000.0  # of fits to few rows
 _LOSS = 0.5  # nats a row; peers that are short of their optimum are below their noise by less
 
 
@@ -173,7 +176,7 @@ class EnergyModel(Model):
         seed: int = 0,
         *,
         lr: float | None = None,
-        weight_decay: float = 0.0,
+        weight_decay: float | None = None,
         average_last: float = 0.0,
         optimizer: Callable[..., Any] | None = None,
         checkpoint: str | Path | None = None,
@@ -192,11 +195,15 @@ class EnergyModel(Model):
             batch_size: rows in a step; None for all. The default is all rows where there are fewer.
             beta: weight of a new batch in the running estimate of Z, or a schedule of it.
             num_steps: steps of the optimiser.
-            valid: held-out data; their loss is in the history.
+            valid: held-out data. Their loss is in the history, and the parameters that were best on them are kept
+                (not of contrastive divergence, whose loss tells nothing, nor with ``average_last``).  Without them,
+                where the energy has more parameters than there are rows, a tenth of them is set aside for it, from 30
+                to 1,000 rows, and the fit ends when they do no better: few rows are learned by heart in the default
+                number of steps.
             seed: same seed, same machine, same result to the bit.
             lr: Adam's first rate; a cosine brings it to zero. None: 5e-3, or 1e-3 of contrastive divergence and score
                 matching. In many dimensions more may serve: try it on ``valid``.
-            weight_decay: AdamW's. A few hundred rows are learned by heart without it (10, with 100 steps, served 180).
+            weight_decay: AdamW's. None: 1,000 over the rows where some are set aside, else 0.
             average_last: share of the steps, from the end, over which the parameters are averaged.
             optimizer: a function from parameters to a torch optimiser, in place of Adam.
             checkpoint: file to resume from.
@@ -223,7 +230,7 @@ class EnergyModel(Model):
         check_count("num_steps", num_steps)
         check_count("noise_samples", noise_samples)
         rate = default_rate(method) if lr is None else lr
-        check_schedule(rate, weight_decay, average_last)
+        check_schedule(rate, 0.0 if weight_decay is None else weight_decay, average_last)
         size = check_batch_size(batch_size, len(x), 256)
         if noise is None and self._base is None:
             raise ValueError("an improper model (base=None) has no law to draw noise from: give noise='auto' or a law")
@@ -239,21 +246,26 @@ class EnergyModel(Model):
             if self._base == "tilt" or found.support.is_discrete:
                 refuse_edges(found.support, f"method={method!r}")
         self._start(x, found, seed, frozen=options.get("adapt", "none") != "none")
-        data: tuple[Tensor, ...] = (x,)
+        patience, decay = None, weight_decay or 0.0
+        rows = x
+        if held_out is None and self._learned_by_heart(x) and not average_last and judged_by_loss(method):
+            rows, held_out = self._set_aside(x, seed)
+            patience, decay = _PATIENCE, _DECAY / len(x) if weight_decay is None else weight_decay
+        data: tuple[Tensor, ...] = (rows,)
         held: tuple[Tensor, ...] | None = None if held_out is None else (held_out,)
         if self._base == "tilt" and relative(method, options):
             model = RelativeEnergy(self.energy, self.event_shape, self._law(None).support)
             relative_to = RelativeTo(method, model, found, noise_samples, beta, options)
             trained: nn.Module = relative_to
             objective = relative_to.density
-            data = (x, self._log_noise(x))
+            data = (rows, self._log_noise(rows))
             held = None if held_out is None else (held_out, self._log_noise(held_out))
         elif moves_in_space(method):
             inside = StandardisedEnergy(self, lambda: self._law(None), x)
             objective = trained = build_objective(
                 method, inside, StandardisedNoise(found, inside), noise_samples, beta, options
             )
-            data = (inside.standardise(x),)
+            data = (inside.standardise(rows),)
             held = None if held_out is None else (inside.standardise(held_out),)
         else:
             objective = trained = build_objective(method, self, found, noise_samples, beta, options)
@@ -262,10 +274,11 @@ class EnergyModel(Model):
             data,
             density=objective,
             valid=held,
+            patience=patience,
             num_steps=num_steps,
-            batch_size=size,
+            batch_size=None if size is None else min(size, len(rows)),
             lr=rate,
-            weight_decay=weight_decay,
+            weight_decay=decay,
             average_last=average_last,
             optimizer=optimizer,
             seed=seed,
@@ -279,6 +292,16 @@ class EnergyModel(Model):
             warnings.warn(problem, SamplerWarning, stacklevel=2)
         self.result = EnergyFit(history, fresh, method, loop)
         return self.result
+
+    def _learned_by_heart(self, x: Tensor) -> bool:
+        return _FEWEST_ASIDE <= len(x) < sum(p.numel() for p in self.energy.parameters())
+
+    @staticmethod
+    def _set_aside(x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Rows to learn from, and rows to judge by."""
+        order = torch.randperm(len(x), generator=generator(seed, "held-out rows")).to(x.device)
+        count = min(max(len(x) // 10, _FEWEST_ASIDE), len(x) // 3, _MOST_ASIDE)
+        return x[order[count:]], x[order[:count]]
 
     def _start(self, x: Tensor, noise: Noise, seed: int, frozen: bool) -> None:
         """Units, noise and tilt of a new fit."""

@@ -225,6 +225,15 @@ def test_best_parameters_come_back_when_the_patience_lasts():
     assert (result.stopped_early, objective.weight.item()) == (False, 10.0)
 
 
+def test_records_of_the_run_are_not_put_back():
+    class Recorder(Overshoot):
+        record_buffers = ("calls",)
+
+    objective = Recorder()
+    overshoot(objective, patience=3)
+    assert objective.weight.item() == 10.0 and objective.calls == 25
+
+
 def test_validation_changes_nothing_in_the_training():
     x, y = regression(dtype=torch.float32)
     with_it, without = Noisy(), Noisy()

@@ -135,8 +135,13 @@ class UnnormalisedObjective(nn.Module):
                 self.get_submodule(path).register_buffer(last, buffer.to(device))
         self._check_data(batch)
 
-    def _state_names(self) -> set[str]:
+    @property
+    def record_buffers(self) -> set[str]:
+        """Buffers that record the run, which ``inference.fit`` leaves as they are when it puts back a best fit."""
         return {"step", "record"}
+
+    def _state_names(self) -> set[str]:
+        return set(self.record_buffers)
 
     def _example(self) -> tuple[Tensor, ...]:
         if not self.pair.inspected:
