@@ -4,6 +4,7 @@
     python -m benchmarks.compositional_ebm variance      # Var(u) against beta and M, figure
     python -m benchmarks.compositional_ebm speed         # a step of each; cost against M and dimension, figure
     python -m benchmarks.compositional_ebm toys NAME     # test log-likelihoods in two dimensions, with NCE, GMM, KDE
+    python -m benchmarks.compositional_ebm few           # default fits to 60, 300 and 1,000 rows, with GMM, KDE
     python -m benchmarks.compositional_ebm peers NAME    # the same with torchebm, zuko, normflows, at equal cost
     python -m benchmarks.compositional_ebm mixtures D    # log Z of a mixture in D dimensions, compositional and NCE
     python -m benchmarks.compositional_ebm digits        # density, accuracy, out-of-distribution AUROC
@@ -45,6 +46,7 @@ from ppl_models.compositional_ebm.methods import NoiseMeasure, RelativeEnergy
 
 RUNS = {  # of `benchmarks.run`: name, title, arguments
     "ebm-toys": ("Unnormalised models: two dimensions", "toys --seeds 5"),
+    "ebm-few": ("Unnormalised models: few rows", "few --seeds 5"),
     "ebm-mixtures": ("Unnormalised models: 8 and 16 dimensions", "mixtures 8 16 --seeds 5"),
     "ebm-peers": ("Unnormalised models: peers", "peers --seeds 5"),
     "ebm-speed": ("Unnormalised models: a step", "speed"),
@@ -384,7 +386,7 @@ def prior(seeds: int, num_steps: int = 4000) -> None:
 def main() -> None:
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("landscape", "variance", "speed", "toys", "peers", "mixtures", "digits", "regression", "prior")
+    parts = ("landscape", "variance", "speed", "toys", "few", "peers", "mixtures", "digits", "regression", "prior")
     parser.add_argument("part", choices=parts)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--seeds", type=int, default=1)
@@ -396,6 +398,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if given.part == "toys":
         densities.toys(tuple(given.names) or densities.TOYS, given.seeds, given.steps)
+    elif given.part == "few":
+        densities.few(given.seeds)
     elif given.part == "peers":
         names = tuple(given.names) or ("8gaussians", "checkerboard")
         energy_peers.peers(names, given.seeds, given.steps, OUT / f"peers-{given.steps}.jsonl", given.minutes)

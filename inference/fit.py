@@ -125,7 +125,8 @@ def fit(
         average_last: fraction of the updates, counted from the end, over which the parameters are averaged (Polyak and
             Juditsky, Acceleration of Stochastic Approximation by Averaging, 1992). 0 keeps the last parameters. What an
             objective estimates along the way belongs to the parameters of each step: its method
-            ``refresh_after_average(*data)``, where it has one, is called once the average is in place.
+            ``refresh_after_average(*data)``, where it has one, is called once the average is in place, or the best
+            parameters are.
         seed: names the shuffling and the objective's random numbers.
         device: where to run, ``"auto"`` for the accelerator if there is one; the objective is moved there. None: where
             the objective is, or the data if the objective has no parameters yet.

@@ -452,11 +452,11 @@ class OptimizationRun:
         with torch.no_grad():
             for mean, (_, p) in zip(self.average, self.parameters, strict=False):
                 p.copy_(mean)
-        told: Any = getattr(self.objective, "refresh_after_average", None)
-        if self.average and told is not None:
-            told(*self.data)
         if self.best is not None:
             self._set_values(self.best, getattr(self.objective, "record_buffers", ()))
+        told: Any = getattr(self.objective, "refresh_after_average", None)
+        if (self.average or self.best is not None) and told is not None:
+            told(*self.data)
 
 
 def scalar_loss(objective: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:

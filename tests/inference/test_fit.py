@@ -101,9 +101,9 @@ def test_average_of_the_last_steps():
     assert objective.weight.item() == pytest.approx(-0.5 * 5.5, rel=1e-14)
 
 
-@pytest.mark.parametrize(("share", "calls"), [(0.5, 1), (0.0, 0)])
-def test_an_objective_is_told_of_the_average(share: float, calls: int) -> None:
-    """Once, with the data, when the averaged parameters are in place; not where the last parameters stay."""
+@pytest.mark.parametrize(("share", "patience", "calls"), [(0.5, None, 1), (0.0, None, 0), (0.0, 3, 1)])
+def test_an_objective_is_told_of_the_average(share: float, patience: int | None, calls: int) -> None:
+    """Once, with the data, when the averaged or best parameters are in place; not where the last parameters stay."""
 
     class Told(LeastSquares):
         def refresh_after_average(self, *data: Tensor) -> None:
@@ -112,7 +112,8 @@ def test_an_objective_is_told_of_the_average(share: float, calls: int) -> None:
     told: list[tuple[int, int, Tensor]] = []
     x, y = regression()
     objective = Told()
-    fit(objective, (x, y), num_steps=20, batch_size=8, average_last=share, **QUIET)
+    held = {} if patience is None else {"validation": (x[:9], y[:9]), "validate_every": 3, "patience": patience}
+    fit(objective, (x, y), num_steps=20, batch_size=8, average_last=share, **held, **QUIET)
     assert len(told) == calls
     for tensors, rows, weight in told:
         assert (tensors, rows) == (2, len(x)) and torch.equal(weight, objective.weight.detach())
