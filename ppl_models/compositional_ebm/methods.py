@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -28,6 +28,7 @@ from inference.objectives.unnormalised.objective import UnnormalisedObjective
 from inference.results.brief import brief
 from inference.results.evidence import LogPartition
 from inference.results.export import to_arviz
+from inference.runtime.generators import generator
 from ppl_models.base import Standardiser
 from ppl_models.compositional_ebm.distribution import EnergyDistribution
 
@@ -37,6 +38,7 @@ __all__ = [
     "NoiseMeasure",
     "RelativeEnergy",
     "RelativeTo",
+    "Split",
     "StandardisedEnergy",
     "StandardisedNoise",
     "build_objective",
@@ -45,6 +47,7 @@ __all__ = [
     "moves_in_space",
     "optimise",
     "relative",
+    "split_of_few",
 ]
 
 METHODS: dict[str, tuple[type[UnnormalisedObjective], dict[str, Any]]] = {
@@ -62,6 +65,7 @@ METHODS: dict[str, tuple[type[UnnormalisedObjective], dict[str, Any]]] = {
 _LIKELIHOODS = (CompositionalLikelihood, SelfNormalisedLikelihood)
 _RATE, _RATE_IN_SPACE = 5e-3, 1e-3  # the latter of chains and scores, which run away at more
 _VALIDATIONS = 80  # in a fit
+_FEWEST_ASIDE, _MOST_ASIDE, _DECAY, _PATIENCE = 30, 1000, 1000.0, 200  # of fits to few rows; steps
 _WITHOUT_NOISE = (ContrastiveDivergence, DenoisingScoreMatching, SlicedScoreMatching)
 
 
@@ -278,7 +282,7 @@ def optimise(
     *,
     density: UnnormalisedObjective | None = None,
     valid: tuple[Tensor, ...] | None = None,
-    patience: int | None = None,
+    early: bool = False,
     num_steps: int,
     batch_size: int | None,
     lr: float,
@@ -295,7 +299,7 @@ def optimise(
         density: the part of the objective that has the record; the objective itself if None.
         valid: held-out tensors, as those of ``data``. The parameters with the lowest loss on them are kept, unless
             parameters are averaged or the loss is a contrastive divergence, which tells nothing of the fit.
-        patience: of the 80 validations, how many in a row without a lower loss end the run; None: it runs to its end.
+        early: whether a tenth of the steps (of few steps 200) without a lower loss on them ends the run.
 
     Raises:
         NonFiniteError: with the step and the share of the batch whose energy was not finite.
@@ -303,6 +307,7 @@ def optimise(
     """
     inner = objective if density is None else density
     assert isinstance(inner, UnnormalisedObjective)
+    every = max(5, num_steps // _VALIDATIONS)
     best = valid is not None and not average_last and not isinstance(inner, ContrastiveDivergence)
 
     def make(parameters: Any) -> Any:
@@ -321,8 +326,8 @@ def optimise(
             optimizer=make,
             scheduler=lambda o: CosineAnnealingLR(o, num_steps),
             validation=valid,
-            validate_every=max(1, num_steps // _VALIDATIONS),
-            patience=None if not best else num_steps + 2 if patience is None else patience,
+            validate_every=every,
+            patience=None if not best else num_steps + 2 if not early else -(-max(_PATIENCE, num_steps // 10) // every),
             average_last=average_last,
             seed=seed,
             checkpoint=checkpoint,
@@ -340,6 +345,31 @@ def optimise(
     if len(found.validation_losses):
         history["validation_loss"] = found.validation_losses
     return found, history
+
+
+class Split(NamedTuple):
+    """How few rows are fitted.
+
+    Attributes:
+        kept, aside: indices of the rows that are learned from, and of those that choose the parameters, on the CPU.
+        weight_decay: of AdamW.
+    """
+
+    kept: Tensor
+    aside: Tensor
+    weight_decay: float
+
+
+def split_of_few(count: int, many: float, seed: int, most: int = _MOST_ASIDE) -> Split | None:
+    """How to fit ``count`` rows that the energy could learn by heart; None where there are ``many``.
+
+    A tenth is set aside, from 30 to ``most`` rows and never more than a third; of fewer than 30 rows none.
+    """
+    if not _FEWEST_ASIDE <= count < many:
+        return None
+    order = torch.randperm(count, generator=generator(seed, "held-out rows"))
+    aside = min(max(count // 10, _FEWEST_ASIDE), count // 3, most)
+    return Split(order[aside:], order[:aside], _DECAY / count)
 
 
 def check_schedule(lr: Any, weight_decay: Any, average_last: Any) -> None:

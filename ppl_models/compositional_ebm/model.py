@@ -23,7 +23,6 @@ from inference.objectives.unnormalised.guards import unreliable
 from inference.objectives.unnormalised.noise import Noise, noise_from_config
 from inference.objectives.unnormalised.objective import refuse_edges
 from inference.results.evidence import LogPartition
-from inference.runtime.generators import generator
 from ppl_models.base import Model, Standardiser, check_batch_size, check_count, check_counts, to_precision, to_tensor
 from ppl_models.compositional_ebm.distribution import EnergyDistribution, check_energy
 from ppl_models.compositional_ebm.methods import (
@@ -39,6 +38,7 @@ from ppl_models.compositional_ebm.methods import (
     moves_in_space,
     optimise,
     relative,
+    split_of_few,
 )
 from ppl_models.compositional_ebm.networks import EnergyNetwork
 from ppl_models.compositional_ebm.noise import (
@@ -56,7 +56,6 @@ __all__ = ["EnergyModel"]
 
 _CHECK_SAMPLES = 100_000
 _ROWS_AT_ONCE = 16_384
-_FEWEST_ASIDE, _MOST_ASIDE, _PATIENCE, _DECAY = 30, 1000, 8, 1000.0  # of fits to few rows
 _LOSS = 0.5  # nats a row; peers that are short of their optimum are below their noise by less
 
 
@@ -246,11 +245,12 @@ class EnergyModel(Model):
             if self._base == "tilt" or found.support.is_discrete:
                 refuse_edges(found.support, f"method={method!r}")
         self._start(x, found, seed, frozen=options.get("adapt", "none") != "none")
-        patience, decay = None, weight_decay or 0.0
-        rows = x
-        if held_out is None and self._learned_by_heart(x) and not average_last and judged_by_loss(method):
-            rows, held_out = self._set_aside(x, seed)
-            patience, decay = _PATIENCE, _DECAY / len(x) if weight_decay is None else weight_decay
+        rows, early, decay = x, False, weight_decay or 0.0
+        if held_out is None and not average_last and judged_by_loss(method):
+            split = split_of_few(len(x), sum(p.numel() for p in self.energy.parameters()), seed)
+            if split is not None:
+                rows, held_out, early = x[split.kept], x[split.aside], True
+                decay = split.weight_decay if weight_decay is None else weight_decay
         data: tuple[Tensor, ...] = (rows,)
         held: tuple[Tensor, ...] | None = None if held_out is None else (held_out,)
         if self._base == "tilt" and relative(method, options):
@@ -274,7 +274,7 @@ class EnergyModel(Model):
             data,
             density=objective,
             valid=held,
-            patience=patience,
+            early=early,
             num_steps=num_steps,
             batch_size=None if size is None else min(size, len(rows)),
             lr=rate,
@@ -292,16 +292,6 @@ class EnergyModel(Model):
             warnings.warn(problem, SamplerWarning, stacklevel=2)
         self.result = EnergyFit(history, fresh, method, loop)
         return self.result
-
-    def _learned_by_heart(self, x: Tensor) -> bool:
-        return _FEWEST_ASIDE <= len(x) < sum(p.numel() for p in self.energy.parameters())
-
-    @staticmethod
-    def _set_aside(x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Rows to learn from, and rows to judge by."""
-        order = torch.randperm(len(x), generator=generator(seed, "held-out rows")).to(x.device)
-        count = min(max(len(x) // 10, _FEWEST_ASIDE), len(x) // 3, _MOST_ASIDE)
-        return x[order[count:]], x[order[:count]]
 
     def _start(self, x: Tensor, noise: Noise, seed: int, frozen: bool) -> None:
         """Units, noise and tilt of a new fit."""

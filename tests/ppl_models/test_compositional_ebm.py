@@ -382,6 +382,24 @@ def test_classifier(classifier: tuple[EnergyClassifier, Tensor, Tensor]) -> None
     assert float(ratio.exp().mean()) == pytest.approx(1.0, abs=0.05)
 
 
+@pytest.mark.parametrize("normaliser", ["table", "joint"])
+def test_conditional_energies_of_few_rows_are_not_learned_by_heart(normaliser: str) -> None:
+    """60 pairs of a sine scored -8.0 by the table, the truth 0.19; held-out pairs that are given choose as well."""
+    draw = generator(2, "few pairs")
+    x = torch.rand(1060, generator=draw) * 6 - 3
+    y = x.sin() + 0.2 * torch.randn(1060, generator=draw)
+    model = ConditionalEnergyModel(normaliser=normaliser)
+    result = model.fit(x[:60], y[:60], noise_samples=16, num_steps=1000, progress=False)
+    assert float(model.log_prob(y[60:], x[60:]).mean()) > -0.8
+    assert len(result.history["validation_loss"]) and len(result.history["log_partition"]) == len(
+        result.history["loss"]
+    )
+    given = model.fit(x[:50], y[:50], valid=(x[50:60], y[50:60]), noise_samples=4, num_steps=20, progress=False)
+    assert len(given.history["loss"]) == 20 and len(given.history["validation_loss"]) == 5
+    with pytest.raises(ValueError, match="valid"):
+        model.fit(x[:50], y[:50], valid=(x[50:60], y[50:59]), progress=False)
+
+
 @pytest.mark.parametrize("normaliser", ["table", "network", "minibatch", "joint"])
 def test_conditional_energies_find_two_branches(normaliser: str) -> None:
     """y = +-x with noise 0.2: the best normal law scores about -1.1 where |x| is 1."""

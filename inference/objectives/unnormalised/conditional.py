@@ -29,6 +29,7 @@ __all__ = ["ConditionalCompositionalLikelihood"]
 
 _NORMALISERS = ("table", "network", "minibatch")
 _ROWS_AT_ONCE = 256
+_VALIDATION_DRAWS = 1024  # for each row
 
 
 class ConditionalCompositionalLikelihood(UnnormalisedObjective):
@@ -84,8 +85,13 @@ class ConditionalCompositionalLikelihood(UnnormalisedObjective):
         self.register_buffer("seen", torch.zeros(size, dtype=torch.bool))
 
     def forward(self, index: Tensor, *batch: Tensor) -> Tensor:
-        """The loss on a batch, a scalar; in training it advances the table."""
+        """The loss on a batch, a scalar; in training it advances the table, and held-out rows, of which the table and
+        ``index`` say nothing, are judged by fresh noise.
+        """
         self._prepare(batch)
+        if not self._advances():
+            log_z = self.log_partitions(batch, max(_VALIDATION_DRAWS, self.noise_samples))
+            return (log_z - self.log_density(*batch)).mean()
         rows = len(index)
         at_data, a, at_noise = self._weights(batch, self.noise_samples)
         log_g = torch.logsumexp(a, 0) - math.log(len(a))
@@ -102,19 +108,18 @@ class ConditionalCompositionalLikelihood(UnnormalisedObjective):
             log_u = mix(before, found, torch.full_like(found, self.beta))
         else:
             log_u = found
-        if self._advances() and self.normaliser == "table":
+        if self.normaliser == "table":
             self.log_u[index] = log_u
             self.seen[index] = True
         weights = (a.detach().double() - log_u).exp().to(a.dtype) / len(a)
         surrogate = positive_weights(weights, at_noise) / rows - at_data.mean() + bound
         surrogate = surrogate + self.penalty * log_g.square().mean()
         value = log_u.mean().to(a.dtype) - at_data.detach().mean()
-        if self._advances():
-            wide = a.detach().double()
-            second = torch.logsumexp(2 * wide, 0) - math.log(len(a))
-            share = (2 * found - second).exp().mean()
-            # each row has a normaliser of its own, so that its batch is judged by itself
-            self._write(log_u.mean(), log_u.mean(), share)
+        wide = a.detach().double()
+        second = torch.logsumexp(2 * wide, 0) - math.log(len(a))
+        share = (2 * found - second).exp().mean()
+        # each row has a normaliser of its own, so that its batch is judged by itself
+        self._write(log_u.mean(), log_u.mean(), share)
         return value + surrogate - surrogate.detach()
 
     def log_partitions(self, batch: tuple[Tensor, ...], num_samples: int = 1000, seed: int = 0) -> Tensor:
