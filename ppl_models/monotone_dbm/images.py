@@ -266,6 +266,28 @@ class ConvMonotoneDBM(BoltzmannModel):
             self._start_bias(states[:, : self.num_pixels])
         return self._run_fit(loss, objective, (states,), num_steps, batch_size, lr, seed, progress, checkpoint)
 
+    def calibrate(
+        self, observed: Any, mask: Any, truth: Any, *, groups: Sequence[int] | None = None, num_steps: int = 200
+    ) -> DBMFit:
+        """As of every pairwise model, of the queries that :meth:`image_query` makes.
+
+        Args:
+            observed, mask, truth, num_steps: as there.
+            groups: the label by default, if there is one, else the pixels.
+
+        Raises:
+            TypeError, ValueError: as there, or groups with the styles, of which nobody knows the truth.
+        """
+        last = self.groups.num_groups - 1
+        if groups is None:
+            groups = [last] if self.num_classes else range(self.num_pixels)
+        elif self.styles and self.summed in groups:
+            raise ValueError(
+                f"groups must not hold {self.summed}, the styles, whose truth is not known: groups=[{last}] scales their "
+                "temperature for the best likelihood of the label that follows from them"
+            )
+        return super().calibrate(observed, mask, truth, groups=list(groups), num_steps=num_steps)
+
     # ------------------------------------------------------------------ queries
     def classify(self, images: Any, mask: Any = None) -> Tensor:
         """Probabilities of the classes ``(N, num_classes)``, tempered, from the observed pixels.

@@ -60,7 +60,8 @@ class PairwiseMap(NamedTuple):
 
     Attributes:
         apply: ``(B, N) -> (B, N)``, differentiable in the parameters.
-        matrix: Phi ``(N, N)``, or None where it would be too large.
+        matrix: Phi ``(N, N)``, or None where it would be too large; with its graph only where ``apply`` multiplies by
+            it.
         low_rank: Phi as diagonal blocks minus a low rank, without its graph, where that makes Newton steps cheap.
         monotone: whether mean field is known to have one fixed point.
     """
@@ -136,7 +137,7 @@ class PairwiseOperator(nn.Module):
     def to_dense(self) -> Tensor:
         """Phi ``(N, N)``, however large."""
         found = self.prepare()
-        if found.matrix is not None:
+        if found.matrix is not None and (found.matrix.requires_grad or not torch.is_grad_enabled()):
             return found.matrix
         some = next(self.parameters())
         return found.apply(torch.eye(self.groups.num_states, dtype=some.dtype, device=some.device))

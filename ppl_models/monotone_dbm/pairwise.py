@@ -355,16 +355,29 @@ class PairwiseModel(Model):
         return made.masked_fill(known & (given != torch.arange(made.shape[1], device=made.device)), -torch.inf)
 
     def mixed(self, query: Query, logits: Tensor, energies: Tensor) -> Tensor:
-        """Log-probabilities ``(B, N)`` of the tempered mixture over the cases: own temperatures inside, and that of
-        the summed group on ``-F_c``.
-        """
+        """Log-probabilities ``(B, N)`` of the tempered mixture over the cases."""
         assert self.summed is not None
-        g = self.summed
-        shares = self.log_shares(query, self.log_temperature[g].exp() * energies).log_softmax(1)
-        inside = self.groups.log_softmax(self.tempered(logits)).unflatten(0, shares.shape)
+        shares, inside = self._mixture(query, logits, energies)
         made = (inside + shares[:, :, None]).logsumexp(1)
-        start = sum(self.groups.sizes[:g])
+        start = sum(self.groups.sizes[: self.summed])
         return torch.cat([made[:, :start], shares, made[:, start + shares.shape[1] :]], 1)
+
+    def predictive_cases(self, query: Query) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the states of the summed group ``(B, k)``, and of the other groups given each of them
+        ``(B, k, N)``, by the tempered predictive and without gradients.
+        """
+        cases = self.all_cases(query)
+        logits = self.solved_logits(cases)
+        with torch.no_grad():
+            phi = self.operator.prepare()
+            return self._mixture(query, logits, self.energies(phi, self.problem(phi, cases), logits))
+
+    def _mixture(self, query: Query, logits: Tensor, energies: Tensor) -> tuple[Tensor, Tensor]:
+        """Own temperatures inside, and that of the summed group on ``-F_c``."""
+        assert self.summed is not None
+        shares = self.log_shares(query, self.log_temperature[self.summed].exp() * energies).log_softmax(1)
+        inside = self.groups.log_softmax(self.tempered(logits)).unflatten(0, shares.shape)
+        return shares, inside
 
     # ------------------------------------------------------------------ parts
     def problem(self, phi: PairwiseMap, query: Query) -> MeanFieldProblem:

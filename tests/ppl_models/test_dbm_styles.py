@@ -76,6 +76,31 @@ def test_one_answer_beside_strong_styles() -> None:
     assert found.free_energy[0] >= -net.log_partition(method="exact").value
 
 
+def test_calibrating_styles() -> None:
+    """Labels that follow from styles of half the logits: the factor on the styles is found again."""
+    net, noise = small(), torch.Generator().manual_seed(0)
+    operator, rows = net.operator, 4000
+    assert isinstance(operator, StyledOperator) and net.summed == 4
+    own = torch.tensor([[3.0, 0.5, -1.0, -4.0], [-2.0, -0.5, 0.0, 2.0]], dtype=D)
+    with torch.no_grad():
+        operator.templates[8:] = own
+        operator.templates[:8] = torch.randn(8, 4, generator=noise, dtype=D)
+        net.log_temperature.zero_()
+    mask = torch.tensor([True, True, True, True, False, False])
+    observed = torch.randint(2, (rows, 6), generator=noise)
+    shares = net.marginals(observed, mask).probabilities[:, 4]
+    styles = torch.multinomial((0.5 * shares.log()).softmax(1), 1, generator=noise)[:, 0]
+    given = (own - own.mean(0)).softmax(0).T  # given the style the label's logits are its potentials
+    truth = observed.clone()
+    truth[:, 5] = torch.multinomial(given[styles], 1, generator=noise)[:, 0]
+    with pytest.raises(ValueError, match=r"groups=\[5\]"):
+        net.calibrate(observed, mask, truth, groups=[4])
+    net.calibrate(observed, mask, truth)
+    found = net.log_temperature.detach().exp()
+    assert found[4].item() == pytest.approx(0.5, abs=0.06)
+    assert found[[0, 1, 2, 3, 5]].tolist() == [1.0] * 5
+
+
 def test_a_class_without_images_and_styles_without_enough() -> None:
     states, labels = rows()
     looks, own, bias = class_styles(states[:40], labels[:40], 2, 3, 4, seed=0)
