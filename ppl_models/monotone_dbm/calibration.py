@@ -59,9 +59,9 @@ def scale_temperatures(model: PairwiseModel, query: Query, truth: Tensor, chosen
         at_once = max(1, _AT_ONCE // model.groups.sizes[model.summed])
         parts = []
         for states, mask, true in zip(*(x.split(at_once) for x in (*query, truth)), strict=True):
-            shares, log_p = model.predictive_cases(Query(states, mask))
+            tried, shares, log_p = model.predictive_cases(Query(states, mask))
             told = model.groups.totals(log_p * model.groups.one_hot(true, log_p.dtype)[:, None]).transpose(1, 2)
-            own = _certain(true[:, model.summed], shares)[:, None]
+            own = torch.where(tried == true[:, model.summed, None], 0.0, _NEVER)[:, None].to(shares)
             told = torch.where((chosen == model.summed)[:, None], own, told[:, chosen])
             parts.append((shares[:, None].expand_as(told), told))
         logits, inside = (torch.cat(part)[hidden] for part in zip(*parts, strict=True))

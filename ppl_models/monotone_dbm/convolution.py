@@ -95,6 +95,7 @@ class ConvOperator(ScaledOperator):
         dense_limit: states up to which Phi is a matrix.
         seed_generator: of the initial weights.
         unbounded: as in the base class; the only group of its layer.
+        coupled: as in the dense operator.
 
     Raises:
         TypeError, ValueError: sizes that do not fit the strides, or a row that mixes kernels of different outputs.
@@ -110,6 +111,7 @@ class ConvOperator(ScaledOperator):
         dense_limit: int = _DENSE_LIMIT,
         seed_generator: torch.Generator | None = None,
         unbounded: int | None = None,
+        coupled: float = 1.0,
     ) -> None:
         super().__init__(layer_groups(layers), monotonicity, curvature, unbounded)
         self.layers, self.dense_limit = list(layers), dense_limit
@@ -124,7 +126,7 @@ class ConvOperator(ScaledOperator):
             shape = (outputs[edge.row], source.channels, edge.kernel, edge.kernel)
             # Every column of the noise has length START_NOISE, whatever the number of rows that it meets.
             taps = outputs[edge.row] * edge.kernel**2 / edge.stride**2 * sum(e.layer == edge.layer for e in self.edges)
-            weight = START_NOISE * torch.randn(shape, generator=seed_generator) / math.sqrt(max(taps, 1.0))
+            weight = coupled * START_NOISE * torch.randn(shape, generator=seed_generator) / math.sqrt(max(taps, 1.0))
             if edge.row == edge.layer and outputs[edge.row] == source.channels:
                 # As in the dense operator: A starts at a multiple of the identity, where Phi = 0.
                 middle = edge.kernel // 2

@@ -135,12 +135,12 @@ class BoltzmannModel(PairwiseModel):
         cases = self.cases(query)
         with torch.no_grad():
             logits = self.solved_logits(cases)
-            problem = self.problem(self.operator.prepare(), cases)
+            problem, phi = self.problem(self.operator.prepare(), cases), self.phi_of(cases)
             found = correct(problem, self.operator.to_dense(), logits)
             if cases is query:
                 return found
-            plain = self.log_shares(query, problem.energy(problem.response(logits), logits - self.bias))
-            return mixture(found, self.groups, self.log_shares(query, -found.log_partition), plain)
+            plain = self.log_shares(query, cases, self.energies(phi, problem, logits))
+            return mixture(found, self.groups, self.log_shares(query, cases, -found.log_partition), plain)
 
     def exact_marginals(self, observed: Any = None, mask: Any = None) -> Tensor:
         """The model's own marginals ``(1, G, K)`` by enumeration of up to a million configurations; one query."""
@@ -347,13 +347,13 @@ class BoltzmannModel(PairwiseModel):
 
     def free_energy(self, query: Query) -> Tensor:
         """F at the fixed points ``(B,)``, with its whole gradient: by the envelope theorem the explicit one."""
-        phi = self.operator.prepare()
         cases = self.cases(query)
+        phi = self.phi_of(cases)
         problem = self.problem(phi.detach(), cases)
         with torch.no_grad():
             found = solve(problem, phi.detach(), tolerance=1e-4)
         energies = self.energies(phi, problem, found.value)
-        return energies if cases is query else -self.log_shares(query, energies).logsumexp(1)
+        return energies if cases is query else -self.log_shares(query, cases, energies).logsumexp(1)
 
     def log_conditionals(self, states: Tensor) -> Tensor:
         """log p(x_g | all others), ``(B, G)``, at states ``(B, G)``."""
