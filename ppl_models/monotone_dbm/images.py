@@ -445,6 +445,7 @@ class ConvMonotoneDBM(BoltzmannModel):
             pixels, labels = states[:, : self.num_pixels], states[:, -1]
             looks, own, bias = class_styles(pixels, labels, self.num_bins, self.num_classes, self.styles, seed)
             operator.templates[: len(looks)], operator.templates[-len(own) :] = looks, own
+            operator.centres.copy_(operator.inner.groups.softmax(operator.templates.T).T)
             self.bias[operator.start : operator.start + len(bias)] = bias
 
     def _learn_levels(self, pixels: Tensor) -> None:

@@ -65,6 +65,7 @@ class PairwiseMap(NamedTuple):
         low_rank: Phi as diagonal blocks minus a low rank, without its graph, where that makes Newton steps cheap.
         monotone: whether mean field is known to have one fixed point.
         field: what a group that every query holds adds to the logits, ``(B, N)``; ``apply`` leaves that group out.
+        sharp: the part of it that no bound flattens.
     """
 
     apply: Callable[[Tensor], Tensor]
@@ -72,6 +73,7 @@ class PairwiseMap(NamedTuple):
     low_rank: LowRank | None = None
     monotone: bool = False
     field: Tensor | None = None
+    sharp: Tensor | None = None
 
     def detach(self) -> "PairwiseMap":
         """The same numbers without their graph."""

@@ -325,10 +325,10 @@ class PairwiseModel(Model):
             )
         return found.value
 
-    def tempered(self, logits: Tensor, field: Tensor | None = None) -> Tensor:
-        """Logits ``(B, N)`` times the temperature factor of their group, but for a field, which no bound flattens."""
+    def tempered(self, logits: Tensor, sharp: Tensor | None = None) -> Tensor:
+        """Logits ``(B, N)`` times the temperature factor of their group, but for the part that no bound flattens."""
         factor = self.groups.spread(self.log_temperature.exp())
-        return logits * factor if field is None else torch.addcmul(field, logits - field, factor)
+        return logits * factor if sharp is None else torch.addcmul(sharp, logits - sharp, factor)
 
     # ------------------------------------------------------------------ the group that is summed over
     def cases(self, query: Query) -> Query:
@@ -406,7 +406,7 @@ class PairwiseModel(Model):
         """Own temperatures inside, and that of the summed group on ``-F_c``."""
         assert self.summed is not None
         shares = self.log_shares(query, cases, self.log_temperature[self.summed].exp() * energies).log_softmax(1)
-        return shares, self.groups.log_softmax(self.tempered(logits, phi.field)).unflatten(0, shares.shape)
+        return shares, self.groups.log_softmax(self.tempered(logits, phi.sharp)).unflatten(0, shares.shape)
 
     # ------------------------------------------------------------------ parts
     def phi_of(self, cases: Query) -> PairwiseMap:

@@ -35,12 +35,15 @@ class StyledOperator(PairwiseOperator):
         place: the number of the styles' group.
     """
 
+    centres: Tensor
+
     def __init__(self, groups: Groups, inner: ScaledOperator, place: int) -> None:
         super().__init__(groups)
         self.inner, self.monotone, self.place = inner, inner.monotone, place
         self.start, self.size = sum(groups.sizes[:place]), groups.sizes[place]
         # Between the states of the other groups and the styles, (N - K, K).
         self.templates = nn.Parameter(torch.zeros(groups.num_states - self.size, self.size))
+        self.register_buffer("centres", torch.zeros_like(self.templates))
 
     def learned_before(self) -> list[nn.Parameter]:
         """See the base class."""
@@ -56,10 +59,24 @@ class StyledOperator(PairwiseOperator):
         rows, own = self._join(phi, looks), self._join(looks.T, looks.new_zeros(self.size, self.size))
         return torch.cat([rows[: self.start], own, rows[self.start :]])
 
+    def _looks(self, inner: PairwiseMap, states: Tensor | None = None) -> Tensor:
+        """Potentials of all styles, or of these, with the other groups ``(K, N - K)``: the couplings between those act
+        on what differs from a style's centre, ``(x - c) Phi (x - c) / 2``, whose part without x stands with the last
+        group.
+        """
+        looks, centres = self.templates.T, self.centres.T
+        if states is not None:
+            looks, centres = looks[states], centres[states]
+        towards = inner.apply(centres)
+        level = 0.5 * (towards * centres).sum(1, keepdim=True)
+        last = self.inner.groups.sizes[-1]
+        return looks - towards + torch.cat([torch.zeros_like(looks[:, :-last]), level.expand(-1, last)], 1)
+
     def prepare(self) -> PairwiseMap:
         """See the base class."""
         self.inner.share = self.share
-        inner, looks = self.inner.prepare(), self.templates
+        inner = self.inner.prepare()
+        looks = self._looks(inner).T
         if inner.matrix is not None:
             return of_matrix(self._bordered(self.inner.to_dense(), looks), None, self.monotone)
 
@@ -72,16 +89,16 @@ class StyledOperator(PairwiseOperator):
     def prepare_given(self, states: Tensor) -> PairwiseMap:
         """See the base class."""
         self.inner.share = self.share
-        inner, none = self.inner.prepare(), self.templates.new_zeros(1, self.size)
-        field = self._join(self.templates.T[states], none.expand(len(states), -1))
+        inner, none = self.inner.prepare(), self.templates.new_zeros(len(states), self.size)
+        field, sharp = (self._join(x, none) for x in (self._looks(inner, states), self.templates.T[states]))
         matrix = None if inner.matrix is None else self._bordered(inner.matrix, torch.zeros_like(self.templates))
         if matrix is not None and (matrix.requires_grad or not torch.is_grad_enabled()):
-            return of_matrix(matrix, None, self.monotone)._replace(field=field)
+            return of_matrix(matrix, None, self.monotone)._replace(field=field, sharp=sharp)
 
         def apply(x: Tensor) -> Tensor:
-            return self._join(inner.apply(self._others(x)), none.expand(len(x), -1))
+            return self._join(inner.apply(self._others(x)), x.new_zeros(len(x), self.size))
 
-        return PairwiseMap(apply, matrix, None, self.monotone, field)
+        return PairwiseMap(apply, matrix, None, self.monotone, field, sharp)
 
     def leanings(self, bias: Tensor, clamped: Tensor, free: Tensor) -> Tensor:
         """See the base class."""

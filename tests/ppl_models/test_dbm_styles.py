@@ -118,18 +118,27 @@ def _given_style(net: ConvMonotoneDBM, observed: Tensor, mask: Tensor, style: in
 
 @pytest.mark.parametrize("matrix", [True, False])
 def test_styles_beside_convolutions(matrix: bool) -> None:
-    """Phi is that of the convolutions bordered by the styles, what held styles add is a field, and gradients are those
-    of central differences.
+    """The density has the couplings of what differs from the centres, what held styles add is a field, and gradients
+    are those of central differences.
     """
-    net, noise = ConvMonotoneDBM((1, 4, 4), 2, 2, styles=2, kernels=[[3, 0], [4, 1]]).double(), torch.Generator()
+    noise = torch.Generator().manual_seed(5)
+    net = ConvMonotoneDBM((1, 4, 4), 2, 2, styles=2, kernels=[[3, 0], [4, 1]]).double()
     operator = net.operator
     assert isinstance(operator, StyledOperator) and isinstance(operator.inner, ConvOperator)
     operator.inner.dense_limit = 1000 if matrix else 0
     with torch.no_grad():
-        for weight in (*operator.inner.weights, operator.templates, net.bias):
+        for weight in (*operator.inner.weights, operator.templates, operator.centres, net.bias):
             weight.add_(torch.randn(weight.shape, generator=noise, dtype=D))
     net.most = 3
     phi = net.potentials()
+    states = torch.randint(2, (7, net.groups.num_groups), generator=noise)
+    others = operator._others(net.groups.one_hot(states, D))
+    apart = others - operator.centres.T[states[:, 16]]
+    energy = ((0.5 * apart @ operator.inner.to_dense()) * apart).sum(1) + (
+        others * operator.templates.T[states[:, 16]]
+    ).sum(1)
+    energy = energy + (net.groups.one_hot(states, D) * net.bias).sum(1)
+    torch.testing.assert_close(net.log_density(states), energy, rtol=0, atol=1e-10)
     x = torch.randn(3, len(phi), generator=noise, dtype=D)
     torch.testing.assert_close(operator.prepare().apply(x), x @ phi, rtol=0, atol=1e-12)
     x[:, 32:36] = torch.eye(4, dtype=D)[[0, 2, 3]]
