@@ -217,6 +217,7 @@ class ConvOperator(ScaledOperator):
         for layer, period, s in zip(self.layers, self.periods, scales, strict=True):
             root = s.sqrt().repeat_interleave(layer.states, 2).permute(2, 0, 1)
             roots.append(root.repeat(1, layer.height // period, layer.width // period))
+
         def apply(x: Tensor) -> Tensor:
             z = [root * part for root, part in zip(roots, self._split(x), strict=True)]
             out = self._columns(self._rows(z, weights), weights)

@@ -289,8 +289,8 @@ class ConvMonotoneDBM(BoltzmannModel):
             groups = [last] if self.num_classes else range(self.num_pixels)
         elif self.styles and self.summed in groups:
             raise ValueError(
-                f"groups must not hold {self.summed}, the styles, whose truth is not known: groups=[{last}] scales their "
-                "temperature for the best likelihood of the label that follows from them"
+                f"groups must not hold {self.summed}, the styles, whose truth is not known: groups=[{last}] scales "
+                "their temperature for the best likelihood of the label that follows from them"
             )
         return super().calibrate(observed, mask, truth, groups=list(groups), num_steps=num_steps)
 

@@ -332,8 +332,8 @@ class PairwiseModel(Model):
 
     # ------------------------------------------------------------------ the group that is summed over
     def cases(self, query: Query) -> Query:
-        """The query with each of the k states of the summed group, or with the :attr:`most` probable ones, ``(B k, G)``,
-        query by query; the query itself where there is nothing to sum over.
+        """The query with each of the k states of the summed group that are summed over, ``(B k, G)``, query by query;
+        the query itself where there is nothing to sum over.
         """
         if self.summed is None or bool(query.mask[:, self.summed].all()):
             return query

@@ -115,8 +115,8 @@ def conditional_of(
 def slow_temperatures(
     model: PairwiseModel, lr: float, rate: float = 0.25
 ) -> Callable[[Iterable[Parameter]], Optimizer]:
-    """Adam whose rate for the temperatures is ``rate`` times that of the rest, and at most ``_FINE`` for parameters that
-    were learned before.
+    """Adam whose rate for the temperatures is ``rate`` times that of the rest, and for parameters that were learned
+    before at most ``_FINE``.
     """
     slow = {id(model.log_temperature)}
     fine = {id(p) for p in model.operator.learned_before()} if lr > _FINE else set()

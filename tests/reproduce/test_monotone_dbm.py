@@ -81,9 +81,7 @@ def test_digits_through_tiers(curvature: int) -> None:
     table = load_digits()
     images, labels = (table.x / 16).view(-1, 1, 8, 8), table.y
     kernels = [[3, 0, 0, 0], [3, 3, 0, 0], [3, 3, 3, 0], [0, 0, 2, 1]]
-    net = ConvMonotoneDBM(
-        (1, 8, 8), hidden=[(40, 4, 4, 10), (80, 2, 2, 20)], kernels=kernels, curvature=curvature
-    )
+    net = ConvMonotoneDBM((1, 8, 8), hidden=[(40, 4, 4, 10), (80, 2, 2, 20)], kernels=kernels, curvature=curvature)
     started = time.process_time()
     net.fit(images[:1437], labels[:1437], (0.2, 0.6), num_steps=600, batch_size=64, jitter=12, progress=False)
     spent = time.process_time() - started
