@@ -30,7 +30,7 @@ _TEMPERATURE = 10.0  # of pixels at the start of a fit: the setting that matters
 _LABEL_TEMPERATURE = 5.0  # of labels that are not summed over
 _STYLE_TEMPERATURE = 0.5  # of styles of 64 pixels, which are not as independent as EM takes them to be
 _COUPLED = 0.1  # share of the usual random couplings at the start of styles
-_STYLES_SUMMED = 16  # at most
+_STYLES_SUMMED = 8  # at most
 _AT_ONCE = 512  # images solved at once, of each style
 _SMALL = 256  # pixels up to which a dense model is the default
 
@@ -64,7 +64,7 @@ class ConvMonotoneDBM(BoltzmannModel):
             need no bound, and what is seen decides among different pictures instead of one average: pixels and labels
             are both predicted better.  By default where the network is the default of small images.
         styles: looks of each class; other hidden groups are none by default then.  A hidden group of ``num_classes *
-            styles`` states is summed over instead of the label, which follows from it (see ``styles``): the 16 most
+            styles`` states is summed over instead of the label, which follows from it (see ``styles``): the 8 most
             probable ones of each query.  A fit begins with a mixture of images for each class and goes on from there:
             the most accurate model of images.
         monotonicity, curvature: as in :class:`MonotoneDBM`; the widest bound by default.
@@ -210,7 +210,8 @@ class ConvMonotoneDBM(BoltzmannModel):
             observed_fraction: share of the pixels that masked training shows; of a pair, drawn for each image.
             seed: same seed, same machine, same parameters to the bit.
             objective: ``"masked"``, ``"elbo"`` or ``"pcd"`` (see ``MonotoneDBM.fit``).
-            num_steps, lr: 1,000 and 0.02 by default; 100 and 0.001 with styles, of which EM has learned most before.
+            num_steps, lr: 1,000 and 0.02 by default.  With styles, of which EM has learned most before, 100 steps, at
+                0.1 if kernels join the pixels, whose few weights are all that is left to learn, else at 0.001.
             batch_size, annealed, num_chains, num_sweeps, progress, checkpoint: as there.
             label_weight: share of the label's loss in the whole.
             labels_shown: share of the images whose label masked training shows, which teaches how the classes look.
@@ -223,7 +224,8 @@ class ConvMonotoneDBM(BoltzmannModel):
             TypeError, ValueError: images or labels of other shapes or out of range.
         """
         num_steps = (100 if self.styles else 1000) if num_steps is None else num_steps
-        lr = (1e-3 if self.styles else 0.02) if lr is None else lr
+        if lr is None:
+            lr = 0.02 if not self.styles else 0.1 if self._config["rank"] is None else 1e-3
         pixels = self._check_images("images", images)
         if isinstance(images, Tensor):  # the model goes where its data are, and takes their precision, not below single
             self.to(device=images.device, dtype=torch.promote_types(pixels.dtype, torch.float32))

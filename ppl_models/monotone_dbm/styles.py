@@ -23,7 +23,7 @@ __all__ = ["StyledOperator", "class_styles"]
 
 _SURE = 40.0  # log-odds of a style's own class against each other one at the start: a known class excludes the rest
 _FEW = -15.0  # log weight of styles that EM had too few images for
-_ITERATIONS = 25
+_ITERATIONS = 15
 
 
 class StyledOperator(PairwiseOperator):

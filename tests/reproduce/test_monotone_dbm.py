@@ -83,7 +83,7 @@ def test_digits_through_tiers(curvature: int) -> None:
     kernels = [[3, 0, 0, 0], [3, 3, 0, 0], [3, 3, 3, 0], [0, 0, 2, 1]]
     net = ConvMonotoneDBM((1, 8, 8), hidden=[(40, 4, 4, 10), (80, 2, 2, 20)], kernels=kernels, curvature=curvature)
     started = time.process_time()
-    net.fit(images[:1437], labels[:1437], (0.2, 0.6), num_steps=600, batch_size=64, jitter=12, progress=False)
+    net.fit(images[:1437], labels[:1437], (0.2, 0.6), num_steps=1000, batch_size=64, lr=0.03, jitter=12, progress=False)
     spent = time.process_time() - started
     print(f"{spent:.0f} s of processor time, eigenvalues {net.spectrum()}")
     found = measure(net, images[1437:], labels[1437:], 0.4)
