@@ -122,7 +122,7 @@ def _free_gap(net: ConvMonotoneDBM) -> float:
                 "hidden": [(40, 7, 7, 10), (80, 1, 1, 20)],
                 "kernels": [[3, 0, 0, 0], [3, 3, 0, 0], [14, 7, 1, 0], [0, 0, 1, 1]],
             },
-            {"num_steps": 450, "batch_size": 64},
+            {"num_steps": 800, "batch_size": 64},
             *(0.75, 0.45, 0.055),
         ),
         ({"styles": 16}, {"num_steps": 30, "batch_size": 32}, 0.84, 0.45, 0.04),
