@@ -2,6 +2,7 @@
 
     python -m benchmarks.monotone_dbm_images train mdbm rbms sklearn logistic --seconds 300 --out out
     python -m benchmarks.monotone_dbm_images compare --out out
+    python -m benchmarks.monotone_dbm_images styles --seconds 300 --out out
     python -m benchmarks.monotone_dbm_images colour --out out
 
 ``train`` gives each method that learns so many seconds of processor time, one thread, and keeps what it learned in
@@ -9,6 +10,7 @@
 nothing.  All see the same four grey values.
 
 * ``mdbm``: ``ConvMonotoneDBM``, its defaults for images of this size.
+* ``styles``: the same with styles, trained and compared with neighbours by the command of this name.
 * ``rbms``: Potts-Bernoulli machine of rbms 0.5.0 by persistent contrastive divergence, the class as ten more variables.
   ``validate`` chooses its settings on training images set aside.
 * ``sklearn``: ``BernoulliRBM`` of scikit-learn on grey values and the class as one vector.
@@ -23,7 +25,7 @@ Machines complete by 50 mean-field iterations with the observed pixels held, rbm
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +39,7 @@ from ppl_models import ConvMonotoneDBM
 RUNS = {  # of `benchmarks.run`: name, title, arguments
     "dbm-images-1": ("Monotone machines: training on Fashion-MNIST for equal time", "train --seconds 137"),
     "dbm-images-2": ("Monotone machines: labels and completion of Fashion-MNIST", "compare"),
+    "dbm-images-styles": ("Monotone machines: styles on Fashion-MNIST for the same time", "styles --seconds 137"),
     "dbm-colour": ("Monotone machines: colour patches", "colour"),
 }
 
@@ -46,6 +49,7 @@ _SHARES = (0.2, 0.4, 0.6)
 _BATCH = 64
 _RBMS_CHOICES = ((0.05, 1), (0.2, 1), (0.5, 1), (0.2, 5))  # rate of rbms's normalised gradient, sweeps a step
 _RBMS = (0.5, 1)
+_STYLES = 100
 
 
 class Data(NamedTuple):
@@ -103,6 +107,20 @@ def train_mdbm(data: Data, seconds: float, path: Path) -> str:
     net, spent = fit(steps)
     net.save(path)
     return f"{steps} steps in {spent:.0f} s"
+
+
+def train_styles(data: Data, seconds: float, path: Path) -> str:
+    """EM, and as many steps as the rest of the seconds holds by six steps timed beforehand."""
+    net, images = ConvMonotoneDBM((1, 28, 28), 4, 10, styles=_STYLES), data.x.reshape(-1, 1, 28, 28)
+    options: Row = {"observed_fraction": (0.2, 0.6), "batch_size": 32, "progress": False}
+    started, spent = time.process_time(), [0.0]
+    for steps in (1, 5):
+        net.fit(images, data.y, num_steps=steps, lr=1e-3, **options)
+        spent.append(time.process_time() - started)
+    steps = max(1, int(5 * (seconds - spent[2]) / (spent[2] - spent[1])))
+    net.fit(images, data.y, num_steps=steps, **options)
+    net.save(path)
+    return f"{_STYLES} styles of each class, {steps + 6} steps in {time.process_time() - started:.0f} s"
 
 
 def train_sklearn(data: Data, seconds: float, path: Path) -> str:
@@ -173,6 +191,7 @@ def train_logistic(data: Data, seconds: float, path: Path) -> str:
 
 TRAIN: dict[str, tuple[str, Callable[[Data, float, Path], str]]] = {
     "mdbm": ("dbm_images_mdbm.net", train_mdbm),
+    "styles": ("dbm_images_styles.net", train_styles),
     "rbms": ("dbm_images_rbms.npz", train_rbms),
     "sklearn": ("dbm_images_sklearn.npz", train_sklearn),
     "logistic": ("dbm_images_logistic.npz", train_logistic),
@@ -260,12 +279,14 @@ def masks(count: int, seed: int) -> dict[float, Tensor]:
     return {s: torch.rand(count, 784, generator=torch.Generator().manual_seed(seed)) < s for s in _SHARES}
 
 
-def compare(data: Data, out: Path) -> list[Row]:
-    """Accuracy, error and seconds a thousand images of each method at each observed share."""
+def compare(data: Data, out: Path, names: Sequence[str]) -> list[Row]:
+    """Accuracy, error and seconds a thousand images of each method that is there, and of neighbours, at each observed
+    share.
+    """
     methods: dict[str, Callable[[Tensor, Tensor], Answer]] = {}
-    asks = {"mdbm": ask_mdbm, "sklearn": ask_sklearn, "logistic": ask_logistic, "rbms": ask_rbms}
-    for name, ask in asks.items():
-        path = out / TRAIN[name][0]
+    asks = {"mdbm": ask_mdbm, "styles": ask_mdbm, "sklearn": ask_sklearn, "logistic": ask_logistic, "rbms": ask_rbms}
+    for name in names:
+        ask, path = asks[name], out / TRAIN[name][0]
         if path.exists():
             methods[name] = lambda x, m, ask=ask, path=path: ask(path, x, m)  # type: ignore[misc]
             if name == "rbms":
@@ -346,7 +367,7 @@ def colour(out: Path, steps: int = 80) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "validate", "compare", "colour"))
+    parser.add_argument("what", choices=("train", "validate", "compare", "styles", "colour"))
     parser.add_argument("methods", nargs="*", help=f"which are trained, of {', '.join(TRAIN)}; all by default")
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--seconds", type=float, default=300.0, help="processor time of each method")
@@ -368,7 +389,12 @@ def main() -> None:
             file, train = TRAIN[name]
             print(f"{name}: {train(data, given.seconds, given.out / file)}", flush=True)
         return
-    rows = compare(data, given.out) if given.what == "compare" else validate(data, given.seconds, given.out)
+    if given.what == "styles":
+        print(f"styles: {train_styles(data, given.seconds, given.out / TRAIN['styles'][0])}", flush=True)
+    if given.what == "validate":
+        rows = validate(data, given.seconds, given.out)
+    else:
+        rows = compare(data, given.out, ["styles"] if given.what == "styles" else given.methods or list(TRAIN))
     print(f"\n{markdown_table(rows)}", flush=True)
     save(given.out / f"dbm_images_{given.what}.json", rows, ["torch", "scikit-learn", "rbms"])
 

@@ -5,14 +5,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inference.fit import FitResult, fit
 from ppl_models.base import check_count, to_tensor
+from ppl_models.monotone_dbm.pairwise import PairwiseModel, Query
 
-__all__ = ["TemperatureScaling", "expected_calibration_error"]
+__all__ = ["TemperatureScaling", "expected_calibration_error", "scale_temperatures"]
+
+_AT_ONCE = 1 << 13  # mean fields
+_NEVER = -1e4  # far below all other logits, for minus infinity, which a factor could not multiply
 
 
 class TemperatureScaling(nn.Module):
     """One factor on logits, as an objective for ``inference.fit`` (Guo, Pleiss, Sun and Weinberger, "On calibration of
-    modern neural networks", ICML 2017).
+    modern neural networks", ICML 2017), or on those of a mixture's weights.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -21,12 +26,55 @@ class TemperatureScaling(nn.Module):
 
     @staticmethod
     def finite(logits: Tensor) -> Tensor:
-        """Logits with a number far below all others for minus infinity, which a factor could not multiply."""
-        return logits.log_softmax(-1).clamp(min=-1e4)
+        """Normalised logits without minus infinity."""
+        return logits.log_softmax(-1).clamp(min=_NEVER)
 
-    def forward(self, logits: Tensor, states: Tensor) -> Tensor:
-        """Mean negative log-likelihood of ``states`` ``(n,)`` under scaled logits ``(n, K)``."""
-        return nn.functional.cross_entropy(logits * self.log_factor.exp(), states)
+    def forward(self, logits: Tensor, inside: Tensor) -> Tensor:
+        """Mean of ``-log sum_c softmax(f logits)_c exp(inside_c)``, both ``(n, K)``: what state c says of the truth."""
+        weights = (logits * self.log_factor.exp()).log_softmax(-1)
+        return -(weights + inside).logsumexp(-1).mean()
+
+
+def scale_temperatures(model: PairwiseModel, query: Query, truth: Tensor, chosen: Tensor, num_steps: int) -> FitResult:
+    """Fit one factor and multiply the model's temperatures by it.
+
+    Args:
+        model: its temperatures of the chosen groups change; if it sums over a group, that group's instead.
+        query: ``(B, G)``.
+        truth: states ``(B, G)``.
+        chosen: groups that are scored where they are hidden.
+        num_steps: of the fit.
+
+    Raises:
+        ValueError: nothing of it is hidden.
+    """
+    hidden = ~query.mask[:, chosen]
+    scaled = chosen if model.summed is None else chosen.new_tensor([model.summed])
+    if not bool(hidden.any()) or not bool((~query.mask[:, scaled]).any()):
+        raise ValueError("the mask shows every group that is to be calibrated: there is nothing to predict")
+    if model.summed is None:
+        logits = model.groups.padded(model.predictive_logits(query), fill=-torch.inf)[:, chosen][hidden]
+        inside = _certain(truth[:, chosen][hidden], logits)
+    else:
+        at_once = max(1, _AT_ONCE // model.groups.sizes[model.summed])
+        parts = []
+        for states, mask, true in zip(*(x.split(at_once) for x in (*query, truth)), strict=True):
+            tried, shares, log_p = model.predictive_cases(Query(states, mask))
+            told = model.groups.totals(log_p * model.groups.one_hot(true, log_p.dtype)[:, None]).transpose(1, 2)
+            own = torch.where(tried == true[:, model.summed, None], 0.0, _NEVER)[:, None].to(shares)
+            told = torch.where((chosen == model.summed)[:, None], own, told[:, chosen])
+            parts.append((shares[:, None].expand_as(told), told))
+        logits, inside = (torch.cat(part)[hidden] for part in zip(*parts, strict=True))
+    scaling = TemperatureScaling(logits.dtype, logits.device)
+    history = fit(scaling, (scaling.finite(logits), inside), num_steps=num_steps, lr=0.05, progress=False)
+    with torch.no_grad():
+        model.log_temperature[scaled] += scaling.log_factor.detach()
+    return history
+
+
+def _certain(states: Tensor, logits: Tensor) -> Tensor:
+    """Logarithms of one-hot ``states`` ``(n,)``, as ``logits`` ``(n, K)``."""
+    return torch.where(torch.arange(logits.shape[1], device=logits.device) == states[:, None], 0.0, _NEVER).to(logits)
 
 
 def expected_calibration_error(probabilities: Any, labels: Any, num_bins: int = 15) -> float:

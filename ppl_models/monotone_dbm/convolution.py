@@ -95,6 +95,7 @@ class ConvOperator(ScaledOperator):
         dense_limit: states up to which Phi is a matrix.
         seed_generator: of the initial weights.
         unbounded: as in the base class; the only group of its layer.
+        coupled: as in the dense operator.
 
     Raises:
         TypeError, ValueError: sizes that do not fit the strides, or a row that mixes kernels of different outputs.
@@ -110,6 +111,7 @@ class ConvOperator(ScaledOperator):
         dense_limit: int = _DENSE_LIMIT,
         seed_generator: torch.Generator | None = None,
         unbounded: int | None = None,
+        coupled: float = 1.0,
     ) -> None:
         super().__init__(layer_groups(layers), monotonicity, curvature, unbounded)
         self.layers, self.dense_limit = list(layers), dense_limit
@@ -124,7 +126,7 @@ class ConvOperator(ScaledOperator):
             shape = (outputs[edge.row], source.channels, edge.kernel, edge.kernel)
             # Every column of the noise has length START_NOISE, whatever the number of rows that it meets.
             taps = outputs[edge.row] * edge.kernel**2 / edge.stride**2 * sum(e.layer == edge.layer for e in self.edges)
-            weight = START_NOISE * torch.randn(shape, generator=seed_generator) / math.sqrt(max(taps, 1.0))
+            weight = coupled * START_NOISE * torch.randn(shape, generator=seed_generator) / math.sqrt(max(taps, 1.0))
             if edge.row == edge.layer and outputs[edge.row] == source.channels:
                 # As in the dense operator: A starts at a multiple of the identity, where Phi = 0.
                 middle = edge.kernel // 2
@@ -215,12 +217,6 @@ class ConvOperator(ScaledOperator):
         for layer, period, s in zip(self.layers, self.periods, scales, strict=True):
             root = s.sqrt().repeat_interleave(layer.states, 2).permute(2, 0, 1)
             roots.append(root.repeat(1, layer.height // period, layer.width // period))
-        if self.groups.num_states <= self.dense_limit:
-            root = self._join([r[None] for r in roots])[0]
-            eye = torch.diag(root)
-            rows = self._rows(self._split(eye), weights)
-            a = torch.cat([row.flatten(1) for row in rows], 1)  # (N, outputs): A^ transposed
-            return of_matrix(hollow(-(a @ a.T), self.groups), monotone=self.monotone)
 
         def apply(x: Tensor) -> Tensor:
             z = [root * part for root, part in zip(roots, self._split(x), strict=True)]
@@ -228,17 +224,38 @@ class ConvOperator(ScaledOperator):
             own = [self._own(tile, part, j) for j, (tile, part) in enumerate(zip(tiles, z, strict=True))]
             return self._join([root * (d - o) for root, d, o in zip(roots, own, out, strict=True)])
 
-        return PairwiseMap(apply, None, monotone=self.monotone)
+        if self.groups.num_states > self.dense_limit:
+            return PairwiseMap(apply, None, monotone=self.monotone)
+        with torch.no_grad():
+            matrix = self._matrix(roots, weights)
+        found = of_matrix(matrix, monotone=self.monotone)
+        # Gradients go through the convolutions of a batch, which cost less than those of the matrix.
+        return found._replace(apply=apply) if torch.is_grad_enabled() else found
+
+    def _matrix(self, roots: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+        """Phi, the sum of each row's part; a row's part is as large as the layers that it meets."""
+        count = self.groups.num_states
+        phi = roots[0].new_zeros(count, count)
+        starts = [0, *itertools.accumulate(layer.size for layer in self.layers)]
+        for i in sorted({edge.row for edge in self.edges}):
+            met = {e.layer: (e, w) for e, w in zip(self.edges, weights, strict=True) if e.row == i}
+            made: dict[int, Tensor] = {}  # the row's A^ transposed, (entries of the layer, outputs)
+            for j, (edge, weight) in met.items():
+                eye = torch.diag(roots[j].permute(1, 2, 0).flatten())
+                image = eye.unflatten(1, roots[j].permute(1, 2, 0).shape).permute(0, 3, 1, 2)
+                made[j] = _forward(edge, weight, image).flatten(1)
+            outputs = next(iter(made.values())).shape[1]
+            first, last = min(made), max(made)
+            a = torch.cat([made.get(j, phi.new_zeros(self.layers[j].size, outputs)) for j in range(first, last + 1)])
+            place = slice(starts[first], starts[last + 1])
+            phi[place, place] -= a @ a.T
+        return hollow(phi, self.groups)
 
     def _rows(self, z: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
         """A z, one image a row."""
         rows: dict[int, Tensor] = {}
         for edge, weight in zip(self.edges, weights, strict=True):
-            if edge.whole:
-                flat = z[edge.layer].permute(0, 2, 3, 1).flatten(1)
-                y = (flat @ weight.permute(0, 2, 3, 1).flatten(1).T)[:, :, None, None]
-            else:
-                y = conv2d(z[edge.layer], weight, stride=edge.stride, padding=edge.padding)
+            y = _forward(edge, weight, z[edge.layer])
             rows[edge.row] = rows[edge.row] + y if edge.row in rows else y
         return [rows[i] for i in sorted(rows)]
 
@@ -277,6 +294,14 @@ class ConvOperator(ScaledOperator):
         split = z.reshape(len(z), layer.groups, layer.states, down, period, right, period)
         made = torch.einsum("abgmn,zgnxayb->zgmxayb", tile, split)
         return made.reshape(z.shape)
+
+
+def _forward(edge: _Edge, weight: Tensor, x: Tensor) -> Tensor:
+    """The edge's part of A x, of images ``(B, C, H, W)``."""
+    if edge.whole:
+        flat = x.permute(0, 2, 3, 1).flatten(1)
+        return (flat @ weight.permute(0, 2, 3, 1).flatten(1).T)[:, :, None, None]
+    return conv2d(x, weight, stride=edge.stride, padding=edge.padding)
 
 
 def _edges(layers: Sequence[Layer], kernels: Sequence[Sequence[int]]) -> list[_Edge]:

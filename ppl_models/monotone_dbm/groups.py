@@ -121,6 +121,14 @@ class Groups(nn.Module):
         """The most probable state of each group, ``(..., G)``."""
         return torch.cat([part.argmax(-1) for part in self.parts(flat)], -1)
 
+    def entries(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Entries of some groups ``(n, k)``, k the largest of their sizes, and which of them there are; the others are
+        their group's first.
+        """
+        states = torch.arange(max(self.sizes[g] for g in groups.tolist()), device=groups.device)
+        inside = states < groups.new_tensor(self.sizes)[groups, None]
+        return self.offset.to(groups.device)[groups, None] + torch.where(inside, states, 0), inside
+
     def padded(self, flat: Tensor, fill: float = 0.0) -> Tensor:
         """``(..., G, K)`` with ``fill`` beyond a group's own states."""
         parts = self.parts(flat)

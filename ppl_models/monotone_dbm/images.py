@@ -28,7 +28,9 @@ __all__ = ["ConvMonotoneDBM"]
 
 _TEMPERATURE = 10.0  # of pixels at the start of a fit: the setting that matters most
 _LABEL_TEMPERATURE = 5.0  # of labels that are not summed over
-_STYLE_TEMPERATURE = 0.5  # of styles, whose pixels are not as independent as EM takes them to be
+_STYLE_TEMPERATURE = 0.5  # of styles of 64 pixels, which are not as independent as EM takes them to be
+_COUPLED = 0.1  # share of the usual random couplings at the start of styles
+_STYLES_SUMMED = 8  # at most
 _AT_ONCE = 512  # images solved at once, of each style
 _SMALL = 256  # pixels up to which a dense model is the default
 
@@ -61,10 +63,10 @@ class ConvMonotoneDBM(BoltzmannModel):
             hidden groups and label together.  A query then costs as much as one for each class.  The label's potentials
             need no bound, and what is seen decides among different pictures instead of one average: pixels and labels
             are both predicted better.  By default where the network is the default of small images.
-        styles: looks of each class; of a dense model, whose hidden groups are none by default then.  A hidden group of
-            ``num_classes * styles`` states is summed over instead of the label, which follows from it (see ``styles``).
-            A fit begins with a mixture of images for each class and goes on from there: the most accurate model of
-            small images, and a query costs as much as one for each style.
+        styles: looks of each class; other hidden groups are none by default then.  A hidden group of ``num_classes *
+            styles`` states is summed over instead of the label, which follows from it (see ``styles``): the 8 most
+            probable ones of each query.  A fit begins with a mixture of images for each class and goes on from there:
+            the most accurate model of images.
         monotonicity, curvature: as in :class:`MonotoneDBM`; the widest bound by default.
         seed: of the initial potentials.
 
@@ -102,10 +104,10 @@ class ConvMonotoneDBM(BoltzmannModel):
                 raise TypeError(f"{name} must be a list of lists of integers, got {table!r}")
         channels, height, width = shape
         small = rank is None and hidden is None and kernels is None and height * width <= _SMALL
-        if check_count("styles", styles, 0) and not (num_classes and (small or rank is not None) and not sum_labels):
+        if check_count("styles", styles, 0) and (not num_classes or sum_labels):
             raise ValueError(
-                f"styles={styles} needs labels, a dense model (a small image or a rank) and no sum_labels=True: the "
-                "label follows from the style that is summed over"
+                f"styles={styles} needs labels and no sum_labels=True: the label follows from the style that is summed "
+                "over"
             )
         if sum_labels is None:
             sum_labels = small and num_classes > 0 and not styles
@@ -116,6 +118,8 @@ class ConvMonotoneDBM(BoltzmannModel):
         if small:
             hidden = [] if styles else [(4 * 32, 32)]
             rank = channels * num_bins * height * width + 4 * 32 * len(hidden) + num_classes
+        elif hidden is None and styles:
+            hidden = []
         elif hidden is None and (rank is not None or height == width):
             hidden = [(4 * 32, 32)]
         elif hidden is None:
@@ -127,33 +131,35 @@ class ConvMonotoneDBM(BoltzmannModel):
         layers = check_layers([*given, (num_classes, 1)] if num_classes else given)
         random, label = generator(seed, "potentials"), len(layer_groups(layers).sizes) - 1
         summed = label if sum_labels else None
+        options: dict[str, Any] = {"unbounded": summed, "coupled": _COUPLED if styles else 1.0}
+        bounded: DenseOperator | ConvOperator
         if rank is not None:
             if kernels is not None:
                 raise ValueError("give kernels for convolutions or rank for a dense model, not both")
             check_count("rank", rank)
-            bounded = DenseOperator(layer_groups(layers), rank, monotonicity, curvature, random, summed)
-            if styles:
-                summed = label
-                others = bounded.groups.sizes
-                groups = Groups([*others[:label], num_classes * styles, *others[label:]])
-                super().__init__(StyledOperator(groups, bounded, label))
-            else:
-                super().__init__(bounded)
+            bounded = DenseOperator(layer_groups(layers), rank, monotonicity, curvature, random, **options)
         else:
-            sizes = _default_kernels(layers) if kernels is None else kernels
-            super().__init__(
-                ConvOperator(layers, sizes, None, monotonicity, curvature, seed_generator=random, unbounded=summed)
-            )
+            sizes = _default_kernels(layers, bool(styles)) if kernels is None else kernels
+            options["seed_generator"] = random
+            bounded = ConvOperator(layers, sizes, None, monotonicity, curvature, **options)
+        if styles:
+            summed = label
+            others = bounded.groups.sizes
+            groups = Groups([*others[:label], num_classes * styles, *others[label:]])
+            super().__init__(StyledOperator(groups, bounded, label))
+            self.most = _STYLES_SUMMED
+        else:
+            super().__init__(bounded)
         self.summed = summed
         self.image_shape, self.num_bins, self.num_classes, self.styles = shape, num_bins, num_classes, styles
         self.num_pixels = channels * height * width
         self.register_buffer("levels", torch.linspace(0, 1, num_bins))
         with torch.no_grad():
             if styles:  # the looks are sharp without temperatures, and too sure of themselves
-                self.log_temperature[label] = math.log(_STYLE_TEMPERATURE)
-            else:
+                self.log_temperature[label] = math.log(_STYLE_TEMPERATURE * math.sqrt(64 / self.num_pixels))
+            if not styles or rank is None:
                 self.log_temperature[: self.num_pixels] = math.log(_TEMPERATURE)
-                if num_classes and not sum_labels:
+                if num_classes and not sum_labels and not styles:
                     self.log_temperature[-1] = math.log(_LABEL_TEMPERATURE)
         self._config = {
             "image_shape": list(shape),
@@ -204,7 +210,8 @@ class ConvMonotoneDBM(BoltzmannModel):
             observed_fraction: share of the pixels that masked training shows; of a pair, drawn for each image.
             seed: same seed, same machine, same parameters to the bit.
             objective: ``"masked"``, ``"elbo"`` or ``"pcd"`` (see ``MonotoneDBM.fit``).
-            num_steps, lr: 1,000 and 0.02 by default; 100 and 0.001 with styles, of which EM has learned most before.
+            num_steps, lr: 1,000 and 0.02 by default.  With styles, of which EM has learned most before, 100 steps, at
+                0.1 if kernels join the pixels, whose few weights are all that is left to learn, else at 0.001.
             batch_size, annealed, num_chains, num_sweeps, progress, checkpoint: as there.
             label_weight: share of the label's loss in the whole.
             labels_shown: share of the images whose label masked training shows, which teaches how the classes look.
@@ -217,7 +224,8 @@ class ConvMonotoneDBM(BoltzmannModel):
             TypeError, ValueError: images or labels of other shapes or out of range.
         """
         num_steps = (100 if self.styles else 1000) if num_steps is None else num_steps
-        lr = (1e-3 if self.styles else 0.02) if lr is None else lr
+        if lr is None:
+            lr = 0.02 if not self.styles else 0.1 if self._config["rank"] is None else 1e-3
         pixels = self._check_images("images", images)
         if isinstance(images, Tensor):  # the model goes where its data are, and takes their precision, not below single
             self.to(device=images.device, dtype=torch.promote_types(pixels.dtype, torch.float32))
@@ -266,6 +274,28 @@ class ConvMonotoneDBM(BoltzmannModel):
             self._start_bias(states[:, : self.num_pixels])
         return self._run_fit(loss, objective, (states,), num_steps, batch_size, lr, seed, progress, checkpoint)
 
+    def calibrate(
+        self, observed: Any, mask: Any, truth: Any, *, groups: Sequence[int] | None = None, num_steps: int = 200
+    ) -> DBMFit:
+        """As of every pairwise model, of the queries that :meth:`image_query` makes.
+
+        Args:
+            observed, mask, truth, num_steps: as there.
+            groups: the label by default, if there is one, else the pixels.
+
+        Raises:
+            TypeError, ValueError: as there, or groups with the styles, of which nobody knows the truth.
+        """
+        last = self.groups.num_groups - 1
+        if groups is None:
+            groups = [last] if self.num_classes else range(self.num_pixels)
+        elif self.styles and self.summed in groups:
+            raise ValueError(
+                f"groups must not hold {self.summed}, the styles, whose truth is not known: groups=[{last}] scales "
+                "their temperature for the best likelihood of the label that follows from them"
+            )
+        return super().calibrate(observed, mask, truth, groups=list(groups), num_steps=num_steps)
+
     # ------------------------------------------------------------------ queries
     def classify(self, images: Any, mask: Any = None) -> Tensor:
         """Probabilities of the classes ``(N, num_classes)``, tempered, from the observed pixels.
@@ -280,7 +310,7 @@ class ConvMonotoneDBM(BoltzmannModel):
         if not self.num_classes:
             raise ValueError("the model has no labels (num_classes=0): there is nothing to classify")
         query = self.image_query(images, mask)
-        return torch.cat([self.predictive(*part)[:, -1, : self.num_classes] for part in self._chunks(query)])
+        return torch.cat([self._predicted(part)[:, -self.num_classes :] for part in self._chunks(query)])
 
     def complete(self, images: Any, mask: Any = None, labels: Any = None) -> Tensor:  # type: ignore[override]
         """Images whose unobserved pixels are their expected intensities, ``(N, C, H, W)``.
@@ -296,7 +326,7 @@ class ConvMonotoneDBM(BoltzmannModel):
         channels, height, width = self.image_shape
         made = []
         for part in self._chunks(query):
-            probabilities = self.predictive(*part)[:, : self.num_pixels, : self.num_bins]
+            probabilities = self._predicted_pixels(part)
             expected = (probabilities * self.levels.to(probabilities)).sum(-1)
             made.append(expected.reshape(-1, height, width, channels).permute(0, 3, 1, 2))
         given = self._check_images("images", images, self._pixel_mask(mask, images))
@@ -307,7 +337,7 @@ class ConvMonotoneDBM(BoltzmannModel):
         """Tempered probabilities of the bins of every pixel, ``(N, C, H, W, num_bins)``."""
         query = self.image_query(images, mask, labels)
         channels, height, width = self.image_shape
-        parts = [self.predictive(*part)[:, : self.num_pixels, : self.num_bins] for part in self._chunks(query)]
+        parts = [self._predicted_pixels(part) for part in self._chunks(query)]
         return torch.cat(parts).reshape(-1, height, width, channels, self.num_bins).permute(0, 3, 1, 2, 4)
 
     # ------------------------------------------------------------------ between images and states
@@ -332,8 +362,17 @@ class ConvMonotoneDBM(BoltzmannModel):
             states[:, -1], known[:, -1] = given.clamp(min=0), given >= 0
         return Query(states, known)
 
+    def _predicted(self, query: Query) -> Tensor:
+        """The predictive, ``(B, N)``."""
+        with torch.no_grad():
+            q = self.groups.softmax(self.predictive_logits(query))
+            return torch.where(self._free(query), q, self._clamped(query))
+
+    def _predicted_pixels(self, query: Query) -> Tensor:
+        return self._predicted(query)[:, : self.num_pixels * self.num_bins].unflatten(1, (-1, self.num_bins))
+
     def _chunks(self, query: Query) -> list[Query]:
-        at_once = max(1, _AT_ONCE // max(self.styles, 1))
+        at_once = _AT_ONCE if self.most is None else _AT_ONCE // 8
         return [Query(s, m) for s, m in zip(query.states.split(at_once), query.mask.split(at_once), strict=True)]
 
     def _check_images(self, name: str, images: Any, shown: Tensor | None = None) -> Tensor:
@@ -408,6 +447,7 @@ class ConvMonotoneDBM(BoltzmannModel):
             pixels, labels = states[:, : self.num_pixels], states[:, -1]
             looks, own, bias = class_styles(pixels, labels, self.num_bins, self.num_classes, self.styles, seed)
             operator.templates[: len(looks)], operator.templates[-len(own) :] = looks, own
+            operator.centres.copy_(operator.inner.groups.softmax(operator.templates.T).T)
             self.bias[operator.start : operator.start + len(bias)] = bias
 
     def _learn_levels(self, pixels: Tensor) -> None:
@@ -421,7 +461,9 @@ class ConvMonotoneDBM(BoltzmannModel):
         self.levels = torch.where(counts > 0, means, even).to(self.levels)
 
 
-def _default_kernels(layers: Sequence[Layer]) -> list[list[int]]:
+def _default_kernels(layers: Sequence[Layer], styles: bool) -> list[list[int]]:
+    if styles and len(layers) == 2:  # pixels, and a label that follows from the styles
+        return [[3, 0], [0, 1]]
     rows = []
     for i, layer in enumerate(layers):
         placed = not layer.height == layer.width == 1

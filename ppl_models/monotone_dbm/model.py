@@ -26,7 +26,7 @@ from inference.results.evidence import LogPartition
 from inference.runtime.generators import generator
 from ppl_models.base import check_batch_size, check_count, check_counts, to_tensor
 from ppl_models.monotone_dbm.beyond_mean_field import Correlations, correct, mixture
-from ppl_models.monotone_dbm.calibration import TemperatureScaling
+from ppl_models.monotone_dbm.calibration import scale_temperatures
 from ppl_models.monotone_dbm.energy import PairwiseEnergy
 from ppl_models.monotone_dbm.groups import Groups
 from ppl_models.monotone_dbm.mean_field import solve
@@ -135,12 +135,12 @@ class BoltzmannModel(PairwiseModel):
         cases = self.cases(query)
         with torch.no_grad():
             logits = self.solved_logits(cases)
-            problem = self.problem(self.operator.prepare(), cases)
+            problem, phi = self.problem(self.operator.prepare(), cases), self.phi_of(cases)
             found = correct(problem, self.operator.to_dense(), logits)
             if cases is query:
                 return found
-            plain = self.log_shares(query, problem.energy(problem.response(logits), logits - self.bias))
-            return mixture(found, self.groups, self.log_shares(query, -found.log_partition), plain)
+            plain = self.log_shares(query, cases, self.energies(phi, problem, logits))
+            return mixture(found, self.groups, self.log_shares(query, cases, -found.log_partition), plain)
 
     def exact_marginals(self, observed: Any = None, mask: Any = None) -> Tensor:
         """The model's own marginals ``(1, G, K)`` by enumeration of up to a million configurations; one query."""
@@ -347,13 +347,13 @@ class BoltzmannModel(PairwiseModel):
 
     def free_energy(self, query: Query) -> Tensor:
         """F at the fixed points ``(B,)``, with its whole gradient: by the envelope theorem the explicit one."""
-        phi = self.operator.prepare()
         cases = self.cases(query)
+        phi = self.phi_of(cases)
         problem = self.problem(phi.detach(), cases)
         with torch.no_grad():
             found = solve(problem, phi.detach(), tolerance=1e-4)
         energies = self.energies(phi, problem, found.value)
-        return energies if cases is query else -self.log_shares(query, energies).logsumexp(1)
+        return energies if cases is query else -self.log_shares(query, cases, energies).logsumexp(1)
 
     def log_conditionals(self, states: Tensor) -> Tensor:
         """log p(x_g | all others), ``(B, G)``, at states ``(B, G)``."""
@@ -370,8 +370,11 @@ class BoltzmannModel(PairwiseModel):
             observed, mask: queries ``(B, G)``.
             truth: the whole states ``(B, G)``.
             groups: which are scaled, and scored where the mask hides them; all by default.  Of a model that sums over a
-                group, that group alone.
+                group it is that group's temperature that is scaled, and these are mixtures over its states.
             num_steps: of Adam.
+
+        Raises:
+            TypeError, ValueError: bad arguments, or a mask that hides none of the groups.
         """
         query = self._query(observed, mask)
         states = self._check_states("truth", truth)
@@ -380,22 +383,8 @@ class BoltzmannModel(PairwiseModel):
         indices = tuple(range(self.groups.num_groups)) if groups is None else check_counts("groups", groups, 0)
         if not indices or len(set(indices)) < len(indices) or max(indices) >= self.groups.num_groups:
             raise ValueError(f"groups must be different numbers below {self.groups.num_groups}, got {indices}")
-        if self.summed is not None and indices != (self.summed,):
-            raise ValueError(
-                f"groups must be [{self.summed}]: the predictive of the others is a mixture over that group's states, "
-                "which one factor on logits does not scale"
-            )
         chosen = torch.tensor(indices, device=self.bias.device)
-        logits = self.groups.padded(self.predictive_logits(query), fill=-torch.inf)[:, chosen]
-        hidden = ~query.mask[:, chosen]
-        if not bool(hidden.any()):
-            raise ValueError("the mask shows every group that is to be calibrated: there is nothing to predict")
-        scaling = TemperatureScaling(logits.dtype, logits.device)
-        targets = (logits, states[:, chosen], hidden)
-        held = tuple(t[hidden] for t in targets[:2])
-        history = fit(scaling, (scaling.finite(held[0]), held[1]), num_steps=num_steps, lr=0.05, progress=False)
-        with torch.no_grad():
-            self.log_temperature[chosen] += scaling.log_factor.detach()
+        history = scale_temperatures(self, query, states, chosen, num_steps)
         return DBMFit(history, "calibration")
 
 

@@ -60,21 +60,27 @@ class PairwiseMap(NamedTuple):
 
     Attributes:
         apply: ``(B, N) -> (B, N)``, differentiable in the parameters.
-        matrix: Phi ``(N, N)``, or None where it would be too large.
+        matrix: Phi ``(N, N)``, or None where it would be too large; with its graph only where ``apply`` multiplies by
+            it.
         low_rank: Phi as diagonal blocks minus a low rank, without its graph, where that makes Newton steps cheap.
         monotone: whether mean field is known to have one fixed point.
+        field: what a group that every query holds adds to the logits, ``(B, N)``; ``apply`` leaves that group out.
+        sharp: the part of it that no bound flattens.
     """
 
     apply: Callable[[Tensor], Tensor]
     matrix: Tensor | None
     low_rank: LowRank | None = None
     monotone: bool = False
+    field: Tensor | None = None
+    sharp: Tensor | None = None
 
     def detach(self) -> "PairwiseMap":
         """The same numbers without their graph."""
+        field = None if self.field is None else self.field.detach()
         if self.matrix is None:
-            return self._replace(apply=_without_grad(self.apply))
-        return of_matrix(self.matrix.detach(), self.low_rank, self.monotone)
+            return self._replace(apply=_without_grad(self.apply), field=field)
+        return of_matrix(self.matrix.detach(), self.low_rank, self.monotone)._replace(field=field)
 
 
 def of_matrix(phi: Tensor, low_rank: LowRank | None = None, monotone: bool = False) -> PairwiseMap:
@@ -110,6 +116,20 @@ class PairwiseOperator(nn.Module):
         """Phi of the current parameters, with their graph where gradients are on."""
         raise NotImplementedError
 
+    def prepare_given(self, states: Tensor) -> PairwiseMap:
+        """The same for queries that hold the summed group at ``states`` ``(B,)``."""
+        return self.prepare()
+
+    def leanings(self, bias: Tensor, clamped: Tensor, free: Tensor) -> Tensor:
+        """Log weights ``(B, K)`` of the states of the summed group, up to a constant of each query, where the other
+        groups do not interact; arguments as in ``MeanFieldProblem``, bias ``(N,)``.
+        """
+        raise NotImplementedError
+
+    def learned_before(self) -> list[nn.Parameter]:
+        """Parameters that begin a fit near where they are to end."""
+        return []
+
     def colours(self, matrix: Tensor | None) -> list[Tensor]:
         """Groups that do not interact, colour by colour: greedy, in the order of the groups.
 
@@ -136,7 +156,7 @@ class PairwiseOperator(nn.Module):
     def to_dense(self) -> Tensor:
         """Phi ``(N, N)``, however large."""
         found = self.prepare()
-        if found.matrix is not None:
+        if found.matrix is not None and (found.matrix.requires_grad or not torch.is_grad_enabled()):
             return found.matrix
         some = next(self.parameters())
         return found.apply(torch.eye(self.groups.num_states, dtype=some.dtype, device=some.device))
@@ -187,6 +207,7 @@ class DenseOperator(ScaledOperator):
         seed_generator: of A's initial normals.  Their columns have length one on average; with a full rank they are
             small and beside a multiple of the identity, at which ``Phi = 0`` and which leaves Phi free to move in all
             directions.
+        coupled: factor on these normals.
     """
 
     def __init__(
@@ -197,9 +218,10 @@ class DenseOperator(ScaledOperator):
         curvature: Curvature,
         seed_generator: torch.Generator | None = None,
         unbounded: int | None = None,
+        coupled: float = 1.0,
     ) -> None:
         super().__init__(groups, monotonicity, curvature, unbounded)
-        normal = torch.randn(rank, groups.num_states, generator=seed_generator) / math.sqrt(rank)
+        normal = coupled * torch.randn(rank, groups.num_states, generator=seed_generator) / math.sqrt(rank)
         if rank >= groups.num_states:
             normal = START_NOISE * normal + identity_scale(self.bound) * torch.eye(rank, groups.num_states)
         self.weight = nn.Parameter(normal)

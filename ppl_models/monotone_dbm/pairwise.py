@@ -108,9 +108,12 @@ class PairwiseModel(Model):
             falls apart into a mean field for each state of c and ``q(c)`` proportional to ``exp(-F_c)``: one answer
             to every query if each has one, however strongly c couples to the others, and ``-F = log sum_c exp(-F_c)``
             is a bound of log Z that is never below that of plain mean field.
+        most: states of the summed group that are summed over at most, those which seem the most probable ones where
+            the other groups do not interact.  The others' share of the sum is dropped, and the bound holds.
     """
 
     summed: int | None = None
+    most: int | None = None
 
     papers: ClassVar[tuple[Paper, ...]] = (
         Paper(
@@ -188,11 +191,13 @@ class PairwiseModel(Model):
         with pyro.plate("batch", len(query.states)):
             if cases is not query and chosen is not None:
                 # The others are drawn given this one, which comes first.
-                q = dist.Categorical(logits=self.log_shares(query, found.free_energy))
+                tried = cases.states[:, chosen].view(len(query.states), -1)
+                q = dist.Categorical(logits=self._wide(self.log_shares(query, cases, found.free_energy), tried))
                 free = ~query.mask[:, chosen]
                 state = pyro.sample(f"x_{chosen}" + "_unobserved" * (not bool(free.all())), q.mask(free))
                 state = torch.where(free, state, query.states[:, chosen])
-                probabilities = probabilities.unflatten(0, (len(state), -1))[torch.arange(len(state)), state]
+                place = (tried == state[:, None]).long().argmax(1)
+                probabilities = probabilities.unflatten(0, tried.shape)[torch.arange(len(state)), place]
             for g, size in enumerate(self.groups.sizes):
                 free = ~query.mask[:, g]
                 q = dist.Categorical(probs=probabilities[:, g, :size])
@@ -241,7 +246,7 @@ class PairwiseModel(Model):
         cases = self.cases(query)
         each = len(cases.states) // len(query.states)
         with torch.set_grad_enabled(differentiable):
-            phi = self.operator.prepare()
+            phi = self.phi_of(cases)
             problem = self.problem(phi.detach(), cases)
             start = None
             if initial is not None:
@@ -265,7 +270,7 @@ class PairwiseModel(Model):
             energy = self.energies(phi, problem, logits)
             steps, residual, converged = found.iterations, found.residual, found.converged
             if each > 1:
-                shares = self.log_shares(query, energy)
+                shares = self.log_shares(query, cases, energy)
                 q = (shares.softmax(1)[:, :, None] * q.unflatten(0, (-1, each))).sum(1)
                 energy = -shares.logsumexp(1)
                 steps, residual = (x.view(-1, each).amax(1) for x in (steps, residual))
@@ -302,13 +307,15 @@ class PairwiseModel(Model):
         if cases is query:
             return self.tempered(logits)
         with torch.no_grad():
-            phi = self.operator.prepare()
-            return self.mixed(query, logits, self.energies(phi, self.problem(phi, cases), logits))
+            phi = self.phi_of(cases)
+            return self.mixed(query, cases, phi, logits, self.energies(phi, self.problem(phi, cases), logits))
 
     def solved_logits(self, query: Query, **options: Any) -> Tensor:
-        """``Phi q + b`` ``(B, N)`` at the fixed points of the groups that are not held, without gradients."""
+        """``Phi q + b`` ``(B, N)`` at the fixed points of the groups that are not held, without gradients; where there
+        is a group to sum over it must be held.
+        """
         with torch.no_grad():
-            phi = self.operator.prepare()
+            phi = self.phi_of(query)
             found = solve(self.problem(phi, query), phi, **options)
         if not bool(found.converged.all()):
             bad = int((~found.converged).sum())
@@ -318,14 +325,15 @@ class PairwiseModel(Model):
             )
         return found.value
 
-    def tempered(self, logits: Tensor) -> Tensor:
-        """Logits ``(B, N)`` times the temperature factor of their group."""
-        return logits * self.groups.spread(self.log_temperature.exp())
+    def tempered(self, logits: Tensor, sharp: Tensor | None = None) -> Tensor:
+        """Logits ``(B, N)`` times the temperature factor of their group, but for the part that no bound flattens."""
+        factor = self.groups.spread(self.log_temperature.exp())
+        return logits * factor if sharp is None else torch.addcmul(sharp, logits - sharp, factor)
 
     # ------------------------------------------------------------------ the group that is summed over
     def cases(self, query: Query) -> Query:
-        """The query with each of the k states of the summed group, ``(B k, G)``, query by query; the query itself where
-        there is nothing to sum over.
+        """The query with each of the k states of the summed group that are summed over, ``(B k, G)``, query by query;
+        the query itself where there is nothing to sum over.
         """
         if self.summed is None or bool(query.mask[:, self.summed].all()):
             return query
@@ -336,7 +344,15 @@ class PairwiseModel(Model):
         assert self.summed is not None
         rows, size, device = len(query.states), self.groups.sizes[self.summed], query.states.device
         column = torch.tensor([self.summed], device=device)
-        each = torch.arange(size, device=device).repeat(rows)[:, None]
+        if self.most is None or self.most >= size:
+            each = torch.arange(size, device=device).repeat(rows)[:, None]
+        else:
+            with torch.no_grad():
+                scores = self.operator.leanings(self.bias, self._clamped(query), self._free(query))
+            known, given = query.mask[:, self.summed, None], query.states[:, self.summed, None]
+            scores = scores.masked_fill(known & (given == torch.arange(size, device=device)), torch.inf)
+            each = scores.topk(self.most, dim=1).indices.view(-1, 1)
+            size = self.most
         states, mask = (x.repeat_interleave(size, 0) for x in query)
         return Query(states.index_copy(1, column, each), mask.index_fill(1, column, True))
 
@@ -345,32 +361,67 @@ class PairwiseModel(Model):
         of q does not change.
         """
         at = problem.response(logits).detach()
-        return replace(problem, bias=self.bias[None]).energy(at, phi.apply(at))
+        return replace(problem, bias=self._bias(phi)).energy(at, phi.apply(at))
 
-    def log_shares(self, query: Query, energies: Tensor) -> Tensor:
+    def log_shares(self, query: Query, cases: Query, energies: Tensor) -> Tensor:
         """``-F_c`` ``(B, k)`` of the cases' free energies ``(B k,)``; minus infinity where another is observed."""
         assert self.summed is not None
         made = -energies.view(len(query.states), -1)
         given, known = query.states[:, self.summed, None], query.mask[:, self.summed, None]
-        return made.masked_fill(known & (given != torch.arange(made.shape[1], device=made.device)), -torch.inf)
+        return made.masked_fill(known & (given != cases.states[:, self.summed].view(made.shape)), -torch.inf)
 
-    def mixed(self, query: Query, logits: Tensor, energies: Tensor) -> Tensor:
-        """Log-probabilities ``(B, N)`` of the tempered mixture over the cases: own temperatures inside, and that of
-        the summed group on ``-F_c``.
+    def _wide(self, shares: Tensor, tried: Tensor) -> Tensor:
+        """Logarithms of all states' shares from those of the states ``tried``, both ``(B, k)``."""
+        assert self.summed is not None
+        size = self.groups.sizes[self.summed]
+        if shares.shape[1] == size:
+            return shares
+        return shares.new_full((len(shares), size), -torch.inf).scatter(1, tried, shares)
+
+    def mixed(self, query: Query, cases: Query, phi: PairwiseMap, logits: Tensor, energies: Tensor) -> Tensor:
+        """Log-probabilities ``(B, N)`` of the tempered mixture over the cases."""
+        assert self.summed is not None
+        shares, inside = self._mixture(query, cases, phi, logits, energies)
+        made = (inside + shares[:, :, None]).logsumexp(1)
+        start, size = sum(self.groups.sizes[: self.summed]), self.groups.sizes[self.summed]
+        wide = self._wide(shares, cases.states[:, self.summed].view(shares.shape))
+        return torch.cat([made[:, :start], wide, made[:, start + size :]], 1)
+
+    def predictive_cases(self, query: Query) -> tuple[Tensor, Tensor, Tensor]:
+        """States of the summed group ``(B, k)``, their log-probabilities, and those of the other groups given each of
+        them ``(B, k, N)``, by the tempered predictive and without gradients.
         """
         assert self.summed is not None
-        g = self.summed
-        shares = self.log_shares(query, self.log_temperature[g].exp() * energies).log_softmax(1)
-        inside = self.groups.log_softmax(self.tempered(logits)).unflatten(0, shares.shape)
-        made = (inside + shares[:, :, None]).logsumexp(1)
-        start = sum(self.groups.sizes[:g])
-        return torch.cat([made[:, :start], shares, made[:, start + shares.shape[1] :]], 1)
+        cases = self.all_cases(query)
+        logits = self.solved_logits(cases)
+        with torch.no_grad():
+            phi = self.phi_of(cases)
+            energies = self.energies(phi, self.problem(phi, cases), logits)
+            shares, inside = self._mixture(query, cases, phi, logits, energies)
+            return cases.states[:, self.summed].view(shares.shape), shares, inside
+
+    def _mixture(
+        self, query: Query, cases: Query, phi: PairwiseMap, logits: Tensor, energies: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Own temperatures inside, and that of the summed group on ``-F_c``."""
+        assert self.summed is not None
+        shares = self.log_shares(query, cases, self.log_temperature[self.summed].exp() * energies).log_softmax(1)
+        return shares, self.groups.log_softmax(self.tempered(logits, phi.sharp)).unflatten(0, shares.shape)
 
     # ------------------------------------------------------------------ parts
+    def phi_of(self, cases: Query) -> PairwiseMap:
+        """Phi for queries that hold the summed group, if there is one."""
+        if self.summed is None:
+            return self.operator.prepare()
+        return self.operator.prepare_given(cases.states[:, self.summed])
+
     def problem(self, phi: PairwiseMap, query: Query) -> MeanFieldProblem:
         """The mean-field equations of a query."""
-        bias = self.bias.detach()[None]
+        bias = self._bias(phi).detach()
         return MeanFieldProblem(self.groups, phi.apply, bias, self._clamped(query), self._free(query))
+
+    def _bias(self, phi: PairwiseMap) -> Tensor:
+        return self.bias[None] if phi.field is None else self.bias + phi.field
 
     def attach(
         self,
@@ -384,7 +435,7 @@ class PairwiseModel(Model):
     ) -> Tensor:
         """The logits of the fixed point with their implicit gradient; options as in ``solve_adjoint``."""
         q = problem.response(found.value).detach()
-        explicit = phi.apply(q) + self.bias
+        explicit = phi.apply(q) + self._bias(phi)
         product = phi.detach().apply
         options: dict[str, Any] = {"max_iterations": max_iterations, "wait": wait}
         options["tolerance"] = _ADJOINT.get(q.dtype, 1e-4) if tolerance is None else tolerance

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from inference.latent_classes import LatentClasses
 from inference.runtime.generators import generator
 from ppl_models.monotone_dbm.groups import Groups
-from ppl_models.monotone_dbm.operators import DenseOperator, PairwiseMap, PairwiseOperator, identity_scale, of_matrix
+from ppl_models.monotone_dbm.operators import PairwiseMap, PairwiseOperator, ScaledOperator, of_matrix
 
 __all__ = ["StyledOperator", "class_styles"]
 
 _SURE = 40.0  # log-odds of a style's own class against each other one at the start: a known class excludes the rest
 _FEW = -15.0  # log weight of styles that EM had too few images for
-_ITERATIONS = 60
-_COUPLED = 0.1  # share of the usual random couplings at the start
+_ITERATIONS = 15
 
 
 class StyledOperator(PairwiseOperator):
@@ -36,25 +35,85 @@ class StyledOperator(PairwiseOperator):
         place: the number of the styles' group.
     """
 
-    def __init__(self, groups: Groups, inner: DenseOperator, place: int) -> None:
+    centres: Tensor
+
+    def __init__(self, groups: Groups, inner: ScaledOperator, place: int) -> None:
         super().__init__(groups)
-        self.inner, self.monotone = inner, inner.monotone
-        self.start = sum(groups.sizes[:place])
-        with torch.no_grad():  # nearly uncoupled
-            rows, columns = inner.weight.shape
-            inner.weight.lerp_(identity_scale(inner.bound) * torch.eye(rows, columns), 1 - _COUPLED)
+        self.inner, self.monotone, self.place = inner, inner.monotone, place
+        self.start, self.size = sum(groups.sizes[:place]), groups.sizes[place]
         # Between the states of the other groups and the styles, (N - K, K).
-        self.templates = nn.Parameter(torch.zeros(groups.num_states - groups.sizes[place], groups.sizes[place]))
+        self.templates = nn.Parameter(torch.zeros(groups.num_states - self.size, self.size))
+        self.register_buffer("centres", torch.zeros_like(self.templates))
+
+    def learned_before(self) -> list[nn.Parameter]:
+        """See the base class."""
+        return [self.templates]
+
+    def _others(self, x: Tensor) -> Tensor:
+        return torch.cat([x[..., : self.start], x[..., self.start + self.size :]], -1)
+
+    def _join(self, others: Tensor, own: Tensor) -> Tensor:
+        return torch.cat([others[..., : self.start], own, others[..., self.start :]], -1)
+
+    def _bordered(self, phi: Tensor, looks: Tensor) -> Tensor:
+        rows, own = self._join(phi, looks), self._join(looks.T, looks.new_zeros(self.size, self.size))
+        return torch.cat([rows[: self.start], own, rows[self.start :]])
+
+    def _looks(self, inner: PairwiseMap, states: Tensor | None = None) -> Tensor:
+        """Potentials of all styles, or of these, with the other groups ``(K, N - K)``: the couplings between those act
+        on what differs from a style's centre, ``(x - c) Phi (x - c) / 2``, whose part without x stands with the last
+        group.
+        """
+        looks, centres = self.templates.T, self.centres.T
+        if states is not None:
+            looks, centres = looks[states], centres[states]
+        towards = inner.apply(centres)
+        level = 0.5 * (towards * centres).sum(1, keepdim=True)
+        last = self.inner.groups.sizes[-1]
+        return looks - towards + torch.cat([torch.zeros_like(looks[:, :-last]), level.expand(-1, last)], 1)
 
     def prepare(self) -> PairwiseMap:
         """See the base class."""
         self.inner.share = self.share
-        phi, looks, cut = self.inner.to_dense(), self.templates, self.start
-        blank = looks.new_zeros(looks.shape[1], looks.shape[1])
-        above = torch.cat([phi[:cut, :cut], looks[:cut], phi[:cut, cut:]], 1)
-        middle = torch.cat([looks[:cut].T, blank, looks[cut:].T], 1)
-        below = torch.cat([phi[cut:, :cut], looks[cut:], phi[cut:, cut:]], 1)
-        return of_matrix(torch.cat([above, middle, below]), None, self.monotone)
+        inner = self.inner.prepare()
+        looks = self._looks(inner).T
+        if inner.matrix is not None:
+            return of_matrix(self._bordered(self.inner.to_dense(), looks), None, self.monotone)
+
+        def apply(x: Tensor) -> Tensor:
+            others, own = self._others(x), x[..., self.start : self.start + self.size]
+            return self._join(inner.apply(others) + own @ looks.T, others @ looks)
+
+        return PairwiseMap(apply, None, monotone=self.monotone)
+
+    def prepare_given(self, states: Tensor) -> PairwiseMap:
+        """See the base class."""
+        self.inner.share = self.share
+        inner, none = self.inner.prepare(), self.templates.new_zeros(len(states), self.size)
+        field, sharp = (self._join(x, none) for x in (self._looks(inner, states), self.templates.T[states]))
+        matrix = None if inner.matrix is None else self._bordered(inner.matrix, torch.zeros_like(self.templates))
+        if matrix is not None and (matrix.requires_grad or not torch.is_grad_enabled()):
+            return of_matrix(matrix, None, self.monotone)._replace(field=field, sharp=sharp)
+
+        def apply(x: Tensor) -> Tensor:
+            return self._join(inner.apply(self._others(x)), x.new_zeros(len(x), self.size))
+
+        return PairwiseMap(apply, matrix, None, self.monotone, field, sharp)
+
+    def leanings(self, bias: Tensor, clamped: Tensor, free: Tensor) -> Tensor:
+        """See the base class."""
+        groups, others = self.inner.groups, self._others(bias)
+        totals = [part.logsumexp(2) for part in groups.parts((self.templates + others[:, None]).T)]
+        open_groups = self._others(free)[:, groups.offset].to(bias.dtype)
+        own = bias[self.start : self.start + self.size]
+        return own + self._others(clamped) @ self.templates + open_groups @ torch.cat(totals, 1).T
+
+    def colours(self, matrix: Tensor | None) -> list[Tensor]:
+        """See the base class."""
+        if matrix is not None:
+            return super().colours(matrix)
+        found = [torch.where(c < self.place, c, c + 1) for c in self.inner.colours(None)]
+        return [*found, found[0].new_tensor([self.place])]
 
 
 def class_styles(

@@ -25,6 +25,7 @@ _LOOSE, _TIGHT = 3e-2, 3e-3  # residual that is asked of the solver at the start
 _ADJOINT = 1e-2  # relative residual of the gradient's linear system; the minibatch's noise is far above it
 _UPDATES = 10  # where the device is not waited for
 _STEPS, _INNER = 6, 12  # the same of Newton's method, and products in each step
+_FINE = 1e-3  # rate of parameters that EM has learned
 _BACK = 16  # products for the gradient there; 9 to 12 reach _ADJOINT
 
 
@@ -67,8 +68,8 @@ def to_query(model: PairwiseModel, visible: Tensor, states: Tensor, shown: Tenso
 
 def mean_field_logits(model: PairwiseModel, query: Query, progress: Tensor) -> Tensor:
     """Differentiable tempered logits ``(B, N)`` at a tolerance that tightens as the fit goes on."""
-    phi = model.operator.prepare()
     cases = query if model.summed is None else model.all_cases(query)
+    phi = model.phi_of(cases)
     problem = model.problem(phi.detach(), cases)
     waits = cheap_to_read(progress)
     with torch.no_grad():
@@ -84,7 +85,7 @@ def mean_field_logits(model: PairwiseModel, query: Query, progress: Tensor) -> T
     logits = model.attach(phi, problem, found, tolerance=_ADJOINT, wait=waits, max_iterations=400 if waits else _BACK)
     if cases is query:
         return model.tempered(logits)
-    return model.mixed(query, logits, model.energies(phi, problem, logits))
+    return model.mixed(query, cases, phi, logits, model.energies(phi, problem, logits))
 
 
 def conditional_of(
@@ -99,11 +100,14 @@ def conditional_of(
             first.
     """
 
+    entries, inside = model.groups.entries(visible)
+
     def conditional(states: Tensor, shown: Tensor, progress: Tensor) -> Tensor:
         if annealed:
             model.operator.share = (0.5 + 0.5 * progress / annealed).clamp(max=1.0)
         logits = mean_field_logits(model, to_query(model, visible, states, shown), progress)
-        return model.groups.padded(logits, fill=-torch.inf)[:, visible]
+        made = logits.index_select(1, entries.flatten()).unflatten(1, entries.shape)
+        return made.masked_fill(~inside, -torch.inf)
 
     return conditional
 
@@ -111,16 +115,19 @@ def conditional_of(
 def slow_temperatures(
     model: PairwiseModel, lr: float, rate: float = 0.25
 ) -> Callable[[Iterable[Parameter]], Optimizer]:
-    """Adam whose rate for the temperatures is ``rate`` times that of the rest."""
+    """Adam whose rate for the temperatures is ``rate`` times that of the rest, and for parameters that were learned
+    before at most ``_FINE``.
+    """
     slow = {id(model.log_temperature)}
+    fine = {id(p) for p in model.operator.learned_before()} if lr > _FINE else set()
 
     def make(parameters: Iterable[Parameter]) -> Optimizer:
         given = list(parameters)
-        rest = [p for p in given if id(p) not in slow]
+        rest = [p for p in given if id(p) not in slow | fine]
         groups: list[dict[str, Any]] = [{"params": rest, "lr": lr}]
-        kept = [p for p in given if id(p) in slow]
-        if kept:
-            groups.append({"params": kept, "lr": rate * lr})
+        for some, at in ((slow, rate * lr), (fine, _FINE)):
+            if kept := [p for p in given if id(p) in some]:
+                groups.append({"params": kept, "lr": at})
         return Adam(groups, betas=(0.9, 0.99))
 
     return make

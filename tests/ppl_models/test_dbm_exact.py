@@ -10,7 +10,7 @@ from pyro.infer import TraceEnum_ELBO, config_enumerate
 from torch import Tensor
 
 from inference.runtime.generators import scoped_seed
-from ppl_models import MonotoneDBM
+from ppl_models import ConvMonotoneDBM, MonotoneDBM
 from ppl_models.monotone_dbm import DeepBoltzmannMachine, prox_softmax
 from ppl_models.monotone_dbm.convolution import ConvOperator, check_layers
 from ppl_models.monotone_dbm.groups import Groups
@@ -328,6 +328,38 @@ def test_implicit_gradient(scale: float, curvature: int | str) -> None:
 
     loss(scale).backward()
     check_gradients(loss, (weight, dbm.bias), 10, rel=1e-5, abs=1e-7, scale=scale)
+
+
+@pytest.mark.parametrize("matrix", [True, False])
+def test_implicit_gradient_through_convolutions(matrix: bool) -> None:
+    """The same of kernels, whether products are made with a matrix or by convolutions; and Phi itself keeps a graph."""
+    kernels = [[3, 0, 0], [3, 3, 0], [0, 2, 1]]
+    net = ConvMonotoneDBM((1, 4, 4), 3, 2, hidden=[(4, 2, 2, 2)], kernels=kernels, monotonicity=0.1).double()
+    operator, noise = net.operator, torch.Generator().manual_seed(1)
+    assert isinstance(operator, ConvOperator)
+    operator.dense_limit = 1000 if matrix else 0
+    with torch.no_grad():
+        for weight in operator.weights:
+            weight.add_(0.5 * torch.randn(weight.shape, generator=noise, dtype=D))
+        net.bias.copy_(torch.randn(len(net.bias), generator=noise, dtype=D))
+    count = net.groups.num_groups
+    mask = torch.rand(2, count, generator=noise) < 0.3
+    observed = torch.randint(2, (2, count), generator=noise)
+    direction = torch.randn(2, count, 3, generator=noise, dtype=D)
+
+    def loss() -> Tensor:
+        found = net.marginals(observed, mask, differentiable=True, tolerance=1e-12)
+        return (found.probabilities * direction).sum() + 0.3 * found.free_energy.sum()
+
+    loss().backward()
+    check_gradients(loss, (operator.weights[0], operator.weights[2], net.bias), 6, rel=1e-5, abs=1e-7)
+
+    def entry() -> Tensor:
+        return operator.to_dense()[0, 5] + operator.to_dense()[7, 50]
+
+    net.zero_grad()
+    entry().backward()
+    check_gradients(entry, (operator.weights[0], operator.weights[1]), 6, rel=1e-5, abs=1e-7)
 
 
 # ---------------------------------------------------------------- Pyro

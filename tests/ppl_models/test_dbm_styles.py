@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ppl_models import ConvMonotoneDBM
+from ppl_models.monotone_dbm.convolution import ConvOperator
 from ppl_models.monotone_dbm.styles import StyledOperator, class_styles
-from tests.ppl_models.dbm_cases import D, random_starts
+from tests.ppl_models.dbm_cases import D, check_gradients, random_starts
 
 
 def small(coupled: float = 0.0) -> ConvMonotoneDBM:
@@ -76,6 +77,120 @@ def test_one_answer_beside_strong_styles() -> None:
     assert found.free_energy[0] >= -net.log_partition(method="exact").value
 
 
+def test_the_most_probable_styles_alone() -> None:
+    """Uncoupled pixels: the styles are chosen by their exact weights, and answers are the mixture of those chosen."""
+    net, noise = small(), torch.Generator().manual_seed(3)
+    operator = net.operator
+    assert isinstance(operator, StyledOperator)
+    with torch.no_grad():
+        operator.templates.copy_(2 * torch.randn(10, 4, generator=noise, dtype=D))
+        net.bias.copy_(torch.randn(14, generator=noise, dtype=D))
+    observed = torch.randint(2, (5, 6), generator=noise)
+    mask = torch.rand(5, 6, generator=noise) < 0.5
+    mask[:, 4] = False
+    whole, weights = net.marginals(observed, mask), net.marginals(observed, mask).probabilities[:, 4]
+    net.most = 2
+    kept = weights.topk(2).indices
+    query = net._query(observed, mask)
+    scores = operator.leanings(net.bias, net._clamped(query), net._free(query))
+    torch.testing.assert_close(scores.softmax(1), weights, rtol=0, atol=1e-9)
+    found = net.marginals(observed, mask)
+    shares = weights.gather(1, kept) / weights.gather(1, kept).sum(1, keepdim=True)
+    torch.testing.assert_close(found.probabilities[:, 4].gather(1, kept), shares, rtol=0, atol=1e-9)
+    dropped = -(weights.gather(1, kept).sum(1)).log()
+    torch.testing.assert_close(found.free_energy, whole.free_energy + dropped, rtol=0, atol=1e-9)
+    each = [_given_style(net, observed[b], mask[b], c) for b in range(5) for c in kept[b].tolist()]
+    pixels = torch.stack(each).unflatten(0, (5, 2))
+    mixed = (shares[:, :, None, None] * pixels).sum(1)
+    torch.testing.assert_close(found.probabilities, mixed, rtol=0, atol=1e-9)
+    # A style that is observed is summed over, whatever it is worth.
+    least = weights.argmin(1)
+    observed[0, 4], mask[0, 4] = least[0], True
+    assert net.marginals(observed, mask).probabilities[0, 4, least[0]] == 1
+    assert net.predictive(observed, mask)[0, 4, least[0]] == 1
+
+
+def _given_style(net: ConvMonotoneDBM, observed: Tensor, mask: Tensor, style: int) -> Tensor:
+    states, known = observed.clone(), mask.clone()
+    states[4], known[4] = style, True
+    return net.marginals(states, known).probabilities[0]
+
+
+@pytest.mark.parametrize("matrix", [True, False])
+def test_styles_beside_convolutions(matrix: bool) -> None:
+    """The density has the couplings of what differs from the centres, what held styles add is a field, and gradients
+    are those of central differences.
+    """
+    noise = torch.Generator().manual_seed(5)
+    net = ConvMonotoneDBM((1, 4, 4), 2, 2, styles=2, kernels=[[3, 0], [4, 1]]).double()
+    operator = net.operator
+    assert isinstance(operator, StyledOperator) and isinstance(operator.inner, ConvOperator)
+    operator.inner.dense_limit = 1000 if matrix else 0
+    with torch.no_grad():
+        for weight in (*operator.inner.weights, operator.templates, operator.centres, net.bias):
+            weight.add_(torch.randn(weight.shape, generator=noise, dtype=D))
+    net.most = 3
+    phi = net.potentials()
+    states = torch.randint(2, (7, net.groups.num_groups), generator=noise)
+    others = operator._others(net.groups.one_hot(states, D))
+    apart = others - operator.centres.T[states[:, 16]]
+    energy = ((0.5 * apart @ operator.inner.to_dense()) * apart).sum(1) + (
+        others * operator.templates.T[states[:, 16]]
+    ).sum(1)
+    energy = energy + (net.groups.one_hot(states, D) * net.bias).sum(1)
+    torch.testing.assert_close(net.log_density(states), energy, rtol=0, atol=1e-10)
+    x = torch.randn(3, len(phi), generator=noise, dtype=D)
+    torch.testing.assert_close(operator.prepare().apply(x), x @ phi, rtol=0, atol=1e-12)
+    x[:, 32:36] = torch.eye(4, dtype=D)[[0, 2, 3]]
+    given = operator.prepare_given(torch.tensor([0, 2, 3]))
+    assert given.field is not None and (given.matrix is None) != matrix
+    outside = torch.ones(len(phi), dtype=torch.bool)
+    outside[32:36] = False
+    torch.testing.assert_close((given.apply(x) + given.field)[:, outside], (x @ phi)[:, outside], rtol=0, atol=1e-12)
+    if not matrix:
+        colours = operator.colours(None)
+        assert sorted(torch.cat(colours).tolist()) == list(range(net.groups.num_groups))
+        for colour in colours:
+            chosen = torch.isin(net.groups.group_of, colour)
+            assert phi[chosen][:, chosen].abs().max() < 1e-14
+    observed = torch.randint(2, (2, net.groups.num_groups), generator=noise)
+    mask = torch.rand(2, net.groups.num_groups, generator=noise) < 0.3
+    mask[:, 16] = torch.tensor([False, True])
+    direction = torch.randn(2, net.groups.num_groups, 4, generator=noise, dtype=D)
+
+    def loss() -> Tensor:
+        found = net.marginals(observed, mask, differentiable=True, tolerance=1e-12)
+        return (found.probabilities * direction).sum() + 0.3 * found.free_energy.sum()
+
+    loss().backward()
+    check_gradients(loss, (operator.inner.weights[0], operator.templates, net.bias), 8, rel=1e-5, abs=1e-7)
+
+
+def test_calibrating_styles() -> None:
+    """Labels that follow from styles of half the logits: the factor on the styles is found again."""
+    net, noise = small(), torch.Generator().manual_seed(0)
+    operator, rows = net.operator, 4000
+    assert isinstance(operator, StyledOperator) and net.summed == 4
+    own = torch.tensor([[3.0, 0.5, -1.0, -4.0], [-2.0, -0.5, 0.0, 2.0]], dtype=D)
+    with torch.no_grad():
+        operator.templates[8:] = own
+        operator.templates[:8] = torch.randn(8, 4, generator=noise, dtype=D)
+        net.log_temperature.zero_()
+    mask = torch.tensor([True, True, True, True, False, False])
+    observed = torch.randint(2, (rows, 6), generator=noise)
+    shares = net.marginals(observed, mask).probabilities[:, 4]
+    styles = torch.multinomial((0.5 * shares.log()).softmax(1), 1, generator=noise)[:, 0]
+    given = (own - own.mean(0)).softmax(0).T  # given the style the label's logits are its potentials
+    truth = observed.clone()
+    truth[:, 5] = torch.multinomial(given[styles], 1, generator=noise)[:, 0]
+    with pytest.raises(ValueError, match=r"groups=\[5\]"):
+        net.calibrate(observed, mask, truth, groups=[4])
+    net.calibrate(observed, mask, truth)
+    found = net.log_temperature.detach().exp()
+    assert found[4].item() == pytest.approx(0.5, abs=0.06)
+    assert found[[0, 1, 2, 3, 5]].tolist() == [1.0] * 5
+
+
 def test_a_class_without_images_and_styles_without_enough() -> None:
     states, labels = rows()
     looks, own, bias = class_styles(states[:40], labels[:40], 2, 3, 4, seed=0)
@@ -119,8 +234,6 @@ def test_digits_in_styles(tmp_path: Path) -> None:
         {"styles": 2.5},
         {"styles": 2, "num_classes": 0},
         {"styles": 2, "sum_labels": True},
-        {"styles": 2, "image_shape": (1, 28, 28)},
-        {"styles": 2, "kernels": [[3]]},
     ],
 )
 def test_bad_styles(options: dict[str, Any]) -> None:
