@@ -62,7 +62,8 @@ class MarginalizationModel(Training):
 
     Args:
         cardinalities: number of values K_j of each variable; they may differ.
-        network: ``"mlp"`` (residual), ``"transformer"``, ``"unet"`` (images) or ``"lattice"`` (periodic convolutions).
+        network: ``"mlp"`` (residual), ``"transformer"`` (for sequences: it sees how far apart variables stand),
+            ``"unet"`` (images) or ``"lattice"`` (periodic convolutions).
         context_features: size C of a vector that the law is conditional on, in any units: the first fit standardises
             it; 0 for none.
         marginal: the network of f: ``"trunk"``, of its own, reading the features of the conditionals' network;
@@ -205,6 +206,7 @@ class MarginalizationModel(Training):
             )
             settings["description"] = "both networks"
             history, second = self._train(joint, data, held, num_steps, seed, path, **settings), None
+            self._look_up_small_sets()
             return self._result(history, second, *judged, seed)
         history = self._train(likelihood, data, held, num_steps, seed, path, description="conditionals", **settings)
         refit = None
@@ -240,6 +242,7 @@ class MarginalizationModel(Training):
         second = self._train(
             stage, present(pool, *paths, pool_c), held, steps, seed, second_path, description="marginals", **settings
         )
+        self._look_up_small_sets()
         return self._result(history, second, *judged, seed, refit)
 
     @staticmethod
