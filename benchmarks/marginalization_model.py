@@ -33,10 +33,11 @@ __all__ = ["digits", "emit", "half_observed", "main", "missing_scores", "moses",
 
 RUNS = {  # of `benchmarks.run`: name, title, arguments
     "mam-nltcs": ("Marginalization models: NLTCS", "nltcs --device cpu"),
+    "mam-nltcs-causal": ("Marginalization models: NLTCS, one pass normalised", "nltcs --marginal causal --device cpu"),
     "mam-digits": ("Marginalization models: digits", "digits --refit 30000 --pool 48000 --device cpu"),
     "mam-digits-causal": (
         "Marginalization models: digits, one pass normalised",
-        "digits --refit 30000 --pool 48000 --marginal causal --device cpu",
+        "digits --refit 30000 --pool 48000 --marginal causal --marginal-steps 2900 --device cpu",
     ),
     "mam-text": ("Marginalization models: text", "text --device cpu"),
     "mam-moses": ("Marginalization models: strings of molecules", "moses --device cpu"),
