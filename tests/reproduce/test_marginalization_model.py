@@ -1,11 +1,12 @@
 """Longer runs of marginalization models: mixtures, lattices and real tables, with their bounds."""
 
 import time
+from importlib.util import find_spec
 
 import pytest
 import torch
 
-from benchmarks.marginalization_model import enumerate_states, heat_bath, missing_scores
+from benchmarks.marginalization_model import enumerate_states, heat_bath, missing_scores, moses, string_bits, text
 from inference.objectives.reverse_kl import AutoregressiveKL
 from inference.runtime.generators import scoped_seed
 from ppl_models import MarginalizationModel
@@ -189,3 +190,21 @@ def test_digits_with_missing_pixels() -> None:
     found = told(**missing_scores(1000, 256, 3, 0.2, 0, torch.device("cpu")))
     assert found["accuracy"] >= 0.86
     assert found["pixel_log_score"] > found["pixel_log_score_of_latent_classes"]
+
+
+def told_of_bits(*parts: torch.Tensor, steps: int) -> float:
+    """Bits a symbol by five orders."""
+    found = string_bits(*parts, (steps, 128, 4, 0.0), num_test=100, batch_size=64, lr=3e-3, progress=False)
+    told(**{k: v for k, v in found.items() if k != "validation_bits"})
+    return float(found["five_orders"])
+
+
+def test_text() -> None:
+    """R3: in minutes below 3.3 bits a character, which bigrams have."""
+    assert told_of_bits(*text(), steps=600) < 3.3
+
+
+@pytest.mark.skipif(find_spec("moses") is None, reason="no MOSES strings: pip install --no-deps molsets==0.3.1")
+def test_strings_of_molecules() -> None:
+    """R2: at most 1.15 bits a symbol, below positional bigrams (1.26)."""
+    assert told_of_bits(*moses(50_000), steps=1500) <= 1.15
