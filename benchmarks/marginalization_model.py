@@ -29,15 +29,18 @@ from ppl_models.datasets import load_binary, load_digits
 from ppl_models.marginalization_model import LatticeIsing
 from ppl_models.marginalization_model.distribution import all_values
 
-__all__ = ["digits", "emit", "half_observed", "main", "missing_scores", "text"]
+__all__ = ["digits", "emit", "half_observed", "main", "missing_scores", "moses", "string_bits", "text"]
 
 RUNS = {  # of `benchmarks.run`: name, title, arguments
     "mam-nltcs": ("Marginalization models: NLTCS", "nltcs --device cpu"),
+    "mam-nltcs-causal": ("Marginalization models: NLTCS, one pass normalised", "nltcs --marginal causal --device cpu"),
     "mam-digits": ("Marginalization models: digits", "digits --refit 30000 --pool 48000 --device cpu"),
     "mam-digits-causal": (
         "Marginalization models: digits, one pass normalised",
-        "digits --refit 30000 --pool 48000 --marginal causal --device cpu",
+        "digits --refit 30000 --pool 48000 --marginal causal --marginal-steps 2900 --device cpu",
     ),
+    "mam-text": ("Marginalization models: text", "text --device cpu"),
+    "mam-moses": ("Marginalization models: strings of molecules", "moses --device cpu"),
     "mam-timing": ("Marginalization models: seconds of a query", "timing --device cpu"),
 }
 
@@ -50,8 +53,8 @@ SETTINGS: dict[str, tuple[int, int, int, float]] = {
     "jester": (2000, 384, 3, 0.2),
     "digits": (1500, 384, 3, 0.2),
     "missing": (1000, 256, 3, 0.2),
-    "moses": (6000, 256, 6, 0.0),
-    "text": (4000, 256, 6, 0.1),
+    "moses": (1500, 128, 4, 0.0),
+    "text": (2400, 128, 4, 0.0),
     "ising10": (2000, 16, 2, 0.0),
     "ising30": (2000, 16, 2, 0.0),
 }
@@ -122,28 +125,87 @@ def text(length: int = 64) -> tuple[Tensor, Tensor, Tensor]:
     codes = torch.tensor([ord(c) - 96 if c != " " else 0 for c in " ".join(letters.split())])
     cuts = [0, int(0.9 * len(codes)), int(0.95 * len(codes)), len(codes)]
     train, valid, test = (codes[a:b] for a, b in pairwise(cuts))
-    return train.unfold(0, length, 4), valid.unfold(0, length, length), test.unfold(0, length, length)
+    return train.unfold(0, length, 1), valid.unfold(0, length, length), test.unfold(0, length, length)
+
+
+def strings_task(options: argparse.Namespace, device: torch.device) -> None:
+    """R2 and R3 as JSON."""
+    steps, hidden, depth, dropout = settings_of(options)
+    rows = 2000 if options.quick else options.rows
+    if options.task == "moses" and find_spec("moses") is None:
+        emit(task="moses", what="not run", reason="no data: pip install --no-deps molsets==0.3.1")
+        raise SystemExit(1)
+    found = string_bits(
+        *(moses(rows) if options.task == "moses" else text()),
+        (steps, hidden, depth, dropout),
+        num_test=16 if options.quick else 256,
+        network=options.network or "transformer",
+        seed=options.seed,
+        device=device,
+        batch_size=options.batch or 64,
+        lr=options.lr or 3e-3,
+        weight_decay=options.weight_decay,
+        checkpoint=options.checkpoint,
+        progress=options.progress,
+    )
+    emit(task=options.task, device=str(device), seed=options.seed, steps=steps, hidden=hidden, depth=depth, **found)
+
+
+def string_bits(
+    train: Tensor,
+    valid: Tensor,
+    test: Tensor,
+    settings: tuple[int, int, int, float],
+    *,
+    num_test: int = 256,
+    network: str = "transformer",
+    seed: int = 0,
+    device: torch.device | None = None,
+    **training: Any,
+) -> dict[str, Any]:
+    """Bits a symbol of test strings out of 27 symbols, by the conditionals alone: f gets one update and is not asked.
+
+    Args:
+        train, valid, test: strings ``(N, D)``.
+        settings: updates, width, depth, dropout.
+        num_test: test strings that are scored, and the most validation strings.
+        network, seed, device: of the model.
+        training: further arguments of ``fit``.
+    """
+    steps, hidden, depth, dropout = settings
+    train, valid, test = (part.to(device) for part in (train, valid[:num_test], test[:num_test]))
+    size = train.shape[1]
+    mam = MarginalizationModel([27] * size, network, hidden=hidden, depth=depth, dropout=dropout, classes=1, seed=seed)
+    mam.to(train.device)
+    cpu = time.process_time()
+    result = mam.fit(train, valid, seed, num_steps=steps, marginal_steps=1, num_rows=2, **training)
+    cpu = time.process_time() - cpu
+    found = mam.log_prob_autoregressive(test, orders=5, seed=seed)
+    scale = -1 / (size * math.log(2))
+    ensemble = scale * found.ensemble
+    curve = result.conditionals.validation_losses[1:]
+    return {
+        "one_order": scale * float(found.mean.mean()),
+        "five_orders": float(ensemble.mean()),
+        "standard_error": float(ensemble.std()) / math.sqrt(len(test)),
+        "training_strings": len(train),
+        "training_seconds": result.conditionals.seconds,
+        "fit_processor_seconds": cpu,
+        "validation_bits": [round(-scale * float(v), 3) for v in curve[4::5]],
+    }
 
 
 def data_task(options: argparse.Namespace, device: torch.device) -> None:
     """Train on rows; the chain rule, the one pass, half-observed rows, speed."""
     name, (steps, hidden, depth, dropout) = options.task, settings_of(options)
-    levels, network = 2, options.network or "mlp"
-    if name in TABLES:
-        train, valid, test = load_binary(name)
-    elif name == "digits":
-        train, valid, test = digits()
-    else:
-        train, valid, test = moses(2000 if options.quick else options.rows) if name == "moses" else text()
-        levels, network = 27, options.network or "transformer"
+    network = options.network or "mlp"
+    train, valid, test = load_binary(name) if name in TABLES else digits()
     if options.quick:
         train, valid, test = train[:1000], valid[:100], test[:100]
-    if name in ("moses", "text"):
-        valid, test = valid[:500], test[:500]
     train, valid, test = (part.to(device) for part in (train, valid, test))
     size = train.shape[1]
     mam = MarginalizationModel(
-        [levels] * size,
+        [2] * size,
         network,
         hidden=hidden,
         depth=depth,
@@ -434,10 +496,9 @@ def main() -> None:
     torch.set_num_threads(1 if options.device == "cpu" else torch.get_num_threads())
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = (found or torch.device("cpu")) if options.device == "auto" else torch.device(options.device)
-    task = {"timing": timing_task, "missing": missing_task, "ising10": lattice_task, "ising30": lattice_task}.get(
-        options.task, data_task
-    )
-    task(options, device)
+    others = {"timing": timing_task, "missing": missing_task, "moses": strings_task, "text": strings_task}
+    others |= {"ising10": lattice_task, "ising30": lattice_task}
+    others.get(options.task, data_task)(options, device)
 
 
 if __name__ == "__main__":

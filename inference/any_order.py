@@ -26,6 +26,7 @@ __all__ = [
     "hide",
     "pick",
     "random_ranks",
+    "value_counts",
 ]
 
 MISSING = -1
@@ -61,6 +62,12 @@ class AncestralDraws(NamedTuple):
 def hide(values: Tensor, keep: Tensor) -> Tensor:
     """``values`` with those that are not in ``keep`` missing."""
     return values.masked_fill(~keep, MISSING)
+
+
+def value_counts(values: Tensor, levels: int) -> Tensor:
+    """How often each variable has each value: ``(N, D)`` to ``(D, levels)``; missing ones are not counted."""
+    counts = values.new_zeros(values.shape[1], levels + 1)
+    return counts.scatter_add_(1, values.mT + 1, torch.ones_like(values.mT))[:, 1:]
 
 
 def random_ranks(values: Tensor, generator: torch.Generator | None = None, missing_first: bool = False) -> Tensor:

@@ -14,6 +14,7 @@ from torch.nn import functional
 __all__ = ["LatentClasses", "before"]
 
 _PRIOR = 2.0  # observations that a class has beforehand of each variable
+_MOST = 1 << 27  # numbers in the one-hot rows: half a gigabyte
 _FLOOR = 1e-6  # of a probability: its logarithm and gradients stay of usual size in float32
 
 
@@ -83,10 +84,14 @@ class LatentClasses(nn.Module):
         """EM from random rows.
 
         Args:
-            values: ``(N, D)``, -1 where missing; a class needs 32 rows, so fewer rows make fewer classes.
+            values: ``(N, D)``, -1 where missing; a class needs 32 rows, so fewer rows make fewer classes.  Of more rows
+                than fit into half a gigabyte some are drawn.
             iterations: passes over the rows.
-            generator: of the first rows.
+            generator: of the first rows, and of those drawn.
         """
+        most = max(1, _MOST // self.possible.numel())
+        if len(values) > most:
+            values = values[torch.randperm(len(values), generator=generator, device=values.device)[:most]]
         hot = self._one_hot(values)
         base = (hot.sum(0).unflatten(0, self.possible.shape) + 0.5) * self.possible
         base = base / base.sum(1, keepdim=True)

@@ -18,6 +18,8 @@ from inference.objectives.small_sets import SingleConditions
 
 __all__ = ["MaskedCompletion", "completion_loss", "uniform_depth"]
 
+_SINGLES = 8  # at least; and for so many rows of an update one: they are not to cost as much as the rows
+
 
 def uniform_depth(count: Tensor) -> Tensor:
     """For each row a uniform number of variables to reveal, from 0 to ``count - 1``; ``(B,)``."""
@@ -63,5 +65,5 @@ class MaskedCompletion(nn.Module):
         revealed = random_ranks(values) < depth.unsqueeze(1)
         loss = completion_loss(self.conditionals(hide(values, revealed), context), values, revealed).mean()
         if self.singles is not None and self.training:
-            loss = loss + 2.0 * self.singles(self.conditionals)
+            loss = loss + 2.0 * self.singles(self.conditionals, max(_SINGLES, len(values) // _SINGLES))
         return loss

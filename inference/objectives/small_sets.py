@@ -8,12 +8,13 @@ targets fit into one ``(D K, D K)`` matrix: what data say of every pair, or what
 import torch
 from torch import Tensor, nn
 
-from inference.any_order import Conditionals, Marginals
+from inference.any_order import Conditionals, Marginals, value_counts
 
 __all__ = ["PairMarginals", "SingleConditions", "pair_frequencies", "pair_products"]
 
 _MOST = 2048  # D K: the matrix stays under 16 MiB
 _AT_ONCE = 1 << 14  # rows of a product
+_MOST_PRODUCTS = 1 << 37  # in counting pairs: some seconds on a core
 _PRIOR = 0.5  # observations of each pair of values beforehand
 
 
@@ -35,7 +36,7 @@ def _single_rows(cardinalities: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def pair_frequencies(values: Tensor, cardinalities: Tensor) -> Tensor | None:
     """``p(x_j = b | x_i = a)`` in rows that have both, ``(M, D, K)`` for the M pairs (i, a), shrunk to ``p(x_j = b)``.
 
-    None where D K is above 2048.
+    None where D K is above 2048.  Of very many rows, they are counted at a stride.
 
     Args:
         values: ``(N, D)``, -1 where missing.
@@ -48,6 +49,7 @@ def pair_frequencies(values: Tensor, cardinalities: Tensor) -> Tensor | None:
     chosen = variable * levels + value
     size = len(cardinalities) * levels
     counts = torch.zeros(size, size, device=values.device)
+    values = values[:: -(-len(values) * size**2 // _MOST_PRODUCTS)]
     for part in values.split(_AT_ONCE):
         hot = _one_hot(part, levels).float()
         counts += hot.mT @ hot
@@ -61,7 +63,7 @@ def pair_frequencies(values: Tensor, cardinalities: Tensor) -> Tensor | None:
 class SingleConditions(nn.Module):
     """Cross-entropy of ``p(x_j | nothing)`` and of all ``p(x_j | x_i)`` from data's own frequencies, per variable j.
 
-    Of many rows that show one variable, 64 are drawn for an update.
+    Of many rows that show one variable, some are drawn for an update.
 
     Args:
         frequencies: ``pair_frequencies`` of the data.
@@ -72,13 +74,12 @@ class SingleConditions(nn.Module):
     rows: Tensor
     weights: Tensor
     targets: Tensor
-    few = 64
 
     def __init__(self, frequencies: Tensor, values: Tensor, cardinalities: Tensor) -> None:
         super().__init__()
         variable, value, rows = _single_rows(cardinalities)
         levels = frequencies.shape[2]
-        alone = _one_hot(values, levels).sum(0).unflatten(0, (-1, levels)) + _PRIOR
+        alone = value_counts(values, levels) + _PRIOR
         alone = alone * (torch.arange(levels, device=values.device) < cardinalities.unsqueeze(1))
         alone = alone / alone.sum(1, keepdim=True)
         empty = torch.full_like(rows[:1], -1)
@@ -86,11 +87,11 @@ class SingleConditions(nn.Module):
         self.register_buffer("weights", alone[variable, value], persistent=False)
         self.register_buffer("targets", torch.cat([frequencies, alone.unsqueeze(0)]), persistent=False)
 
-    def forward(self, conditionals: Conditionals) -> Tensor:
-        """Nats a variable."""
+    def forward(self, conditionals: Conditionals, few: int = 64) -> Tensor:
+        """Nats a variable, from ``few`` of the rows if there are more than twice as many."""
         rows, targets, weights = self.rows, self.targets, self.weights
-        if len(weights) > 2 * self.few:
-            chosen = torch.multinomial(weights, self.few)
+        if len(weights) > 2 * few:
+            chosen = torch.multinomial(weights, few)
             keep = torch.cat([chosen, chosen.new_tensor([len(rows) - 1])])
             rows, targets, weights = rows[keep], targets[keep], torch.ones_like(weights[chosen])
         weights = torch.cat([weights / weights.sum(), weights.new_ones(1)])  # all single rows count as the empty one

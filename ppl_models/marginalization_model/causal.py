@@ -30,7 +30,15 @@ class CausalMarginals(nn.Module):
         base: the mixture m, whose tensors stay its own.
         width, depth: of the residual layers.
         context: features C of a vector that the law is conditional on.
+
+    Attributes:
+        small: log-probabilities of single values and of pairs ``(M, M)``, M the values of all variables in turn
+            (``inference.objectives.small_sets.pair_products``), which take the chain rule's place; None while it
+            learns.
     """
+
+    small: Tensor | None
+    first: Tensor
 
     def __init__(self, base: LatentClasses, width: int, depth: int, context: int = 0) -> None:
         super().__init__()
@@ -45,11 +53,22 @@ class CausalMarginals(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.heads = nn.Parameter(torch.zeros(size, levels, width))
         self.biases = nn.Parameter(torch.zeros(size, levels))
+        counts = base.possible.sum(1)
+        self.register_buffer("first", counts.cumsum(0) - counts, persistent=False)
+        self.register_buffer("small", None, persistent=False)  # the model's file carries it, if there is one
 
     def forward(self, values: Tensor, context: Tensor | None = None) -> Tensor:
         """``log p(x_S)`` of values ``(B, D)``, -1 where missing, given context ``(B, C)``; ``(B,)``."""
         log_p = self.steps(values, context).gather(2, values.clamp(min=0).unsqueeze(2)).squeeze(2)
-        return torch.where(values >= 0, log_p, torch.zeros_like(log_p)).sum(1)
+        seen = values >= 0
+        log_p = torch.where(seen, log_p, torch.zeros_like(log_p)).sum(1)
+        if self.small is None:
+            return log_p
+        place, most = self.first + values, len(self.small) - 1
+        one = place.masked_fill(~seen, most).amin(1)
+        other = place.masked_fill(~seen, 0).amax(1)
+        count = seen.sum(1)
+        return torch.where((count == 1) | (count == 2), self.small[one, other], log_p)
 
     def steps(self, values: Tensor, context: Tensor | None = None) -> Tensor:
         """``log p(x_i = k | x_{S, <i})`` of every variable ``(B, D, K)``."""

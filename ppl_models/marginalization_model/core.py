@@ -275,13 +275,20 @@ class MarginalizationNetworks(Model):
 
     # ------------------------------------------------------------------ files
     def _extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return self.marginals.pairwise.terms(), {"kind": self.marginals.kind, "level": self._level}
+        tensors, causal = self.marginals.pairwise.terms(), self.marginals.causal
+        if causal is not None and causal.small is not None:
+            tensors["small"] = causal.small
+        return tensors, {"kind": self.marginals.kind, "level": self._level}
 
     def _restore_extra(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         if meta["kind"] not in ("data", "pairwise", "energy", "none"):
             raise ValueError(f"unknown kind {meta['kind']!r}")
         self.marginals.kind, self._level = meta["kind"], float(meta.get("level", 0.0))
-        self.marginals.pairwise.set_terms(**tensors)
+        terms = dict(tensors)
+        small = terms.pop("small", None)
+        self.marginals.pairwise.set_terms(**terms)
+        if self.marginals.causal is not None and small is not None:
+            self.marginals.causal.small = small.to(self._weight)
 
 
 def _sides(sides: tuple[int, ...] | None, size: int) -> tuple[int, int]:

@@ -40,9 +40,9 @@ _BATCH = 512
 _AVERAGED = 0.3  # of the second stage's updates
 _FEWEST_TO_SPLIT, _MOST_SET_ASIDE = 20, 1000
 _MASKS = 500  # at least, of held-out rows: few rows are looked at behind many
-_SETS = 128  # of one and two variables in an update; a free network, whose passes are cheap, takes four times as many
 # A normalised law has no level to carry from set to set, and complete rows are what it is asked most.
-_NORMALISED = {"direct": 1.0, "whole": 0.5}
+_NORMALISED: dict[str, Any] = {"direct": 1.0, "whole": 0.5}
+_FASTER, _SMALLER = 4.0, 2  # its rate and its batches: each row teaches every step of the chain rule
 _LEVEL_DRAWS = 1024  # for the level of f after a fit by divergence
 _SWEEPS = 8  # of Metropolis blocks, from resampled draws to draws of the target
 
@@ -62,7 +62,8 @@ class MarginalizationModel(Training):
 
     Args:
         cardinalities: number of values K_j of each variable; they may differ.
-        network: ``"mlp"`` (residual), ``"transformer"``, ``"unet"`` (images) or ``"lattice"`` (periodic convolutions).
+        network: ``"mlp"`` (residual), ``"transformer"`` (for sequences: it sees how far apart variables stand),
+            ``"unet"`` (images) or ``"lattice"`` (periodic convolutions).
         context_features: size C of a vector that the law is conditional on, in any units: the first fit standardises
             it; 0 for none.
         marginal: the network of f: ``"trunk"``, of its own, reading the features of the conditionals' network;
@@ -130,7 +131,8 @@ class MarginalizationModel(Training):
             num_steps: updates of the first stage (or the joint one).
             marginal_steps: updates of the second; half as many by default.
             batch_size: rows of an update; None for all. The default is all rows where there are fewer.
-            lr: of AdamW, decaying to zero by a cosine.
+            lr: of AdamW, decaying to zero by a cosine (a Transformer's rises first).  With ``marginal="causal"`` the
+                second stage takes four times this rate and half of the rows.
             weight_decay: of AdamW.
             rows: where consistency is asked: ``"data"``, ``"model"`` (draws), ``"mixture"`` (rows of the data in which
                 a random share of the variables is drawn anew), ``"uniform"`` values, or rows of your own ``(M, D)``.
@@ -205,6 +207,7 @@ class MarginalizationModel(Training):
             )
             settings["description"] = "both networks"
             history, second = self._train(joint, data, held, num_steps, seed, path, **settings), None
+            self._look_up_small_sets()
             return self._result(history, second, *judged, seed)
         history = self._train(likelihood, data, held, num_steps, seed, path, description="conditionals", **settings)
         refit = None
@@ -227,19 +230,21 @@ class MarginalizationModel(Training):
         if drawn:  # the model's own law, without the accidents of the data
             self.marginals.base.learn(pool, generator=generator(seed, "classes", device=pool.device))
         stage: nn.Module = self._consistency(kind, depth, children, False)
-        if paths:
-            products = None if self.context_features else pair_products(self.conditionals, self.cardinalities)
-            normalised = self.marginals.normalised
-            sets, shares = (_SETS, _NORMALISED) if normalised else (4 * _SETS, {})
-            pairs = None if products is None else PairMarginals(products, self.cardinalities, sets)
-            stage = PathConsistency(self.marginals, pairs=pairs, **shares)
         second_path = None if path is None else path.with_name(path.name + ".marginals")
         settings["batch"] = min(size, len(pool))
+        if paths and self.marginals.normalised:  # small sets are looked up
+            stage = PathConsistency(self.marginals, **_NORMALISED)
+            settings |= {"batch": max(1, settings["batch"] // _SMALLER), "lr": _FASTER * lr}
+        elif paths:
+            products = None if self.context_features else pair_products(self.conditionals, self.cardinalities)
+            pairs = None if products is None else PairMarginals(products, self.cardinalities)
+            stage = PathConsistency(self.marginals, pairs=pairs)
         if patience is None:
             settings["average_last"] = _AVERAGED
         second = self._train(
             stage, present(pool, *paths, pool_c), held, steps, seed, second_path, description="marginals", **settings
         )
+        self._look_up_small_sets()
         return self._result(history, second, *judged, seed, refit)
 
     @staticmethod

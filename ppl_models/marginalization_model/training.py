@@ -1,5 +1,6 @@
 """How a marginalization model is trained: rows and orders of stage two, the shared loop, the check at the end."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,14 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 
 from inference.any_order import ancestral, as_proposal, chain_rule, hide, random_ranks
 from inference.fit import FitResult, fit
 from inference.objectives.masked_completion import MaskedCompletion
 from inference.objectives.persistent_chains import PersistentChains, uniform_values
 from inference.objectives.self_consistency import Penalised, SelfConsistency
-from inference.objectives.small_sets import SingleConditions, pair_frequencies
+from inference.objectives.small_sets import SingleConditions, pair_frequencies, pair_products
 from inference.runtime import distributed
 from inference.runtime.generators import derive_seed, generator
 from inference.runtime.progress import Progress as Bar
@@ -27,6 +29,7 @@ __all__ = ["CHECK_ORDERS", "Progress", "Training", "present"]
 
 CHECK_ORDERS = 5
 _SAVE_EVERY = 250  # updates between two saves of a checkpoint
+_WARM_UP = 0.1  # of the updates
 _CHECK_ROWS = 256  # fewer where a row costs more
 _CHECK_VARIABLES = 1 << 13
 
@@ -58,6 +61,14 @@ class Training(Queries):
         self.marginals.kind = kind
         self._target, self._level = target, 0.0
         self.marginals.freeze_trunk = True
+        if self.marginals.causal is not None:
+            self.marginals.causal.small = None
+
+    @torch.no_grad()
+    def _look_up_small_sets(self) -> None:
+        """A normalised f answers for one and two variables as the conditionals do, the mean of both ways round."""
+        if self.marginals.causal is not None and not self.context_features:
+            self.marginals.causal.small = pair_products(self.conditionals, self.cardinalities)
 
     def _likelihood(self, values: Tensor) -> MaskedCompletion:
         frequencies = None if self.context_features else pair_frequencies(values, self.cardinalities)
@@ -198,7 +209,7 @@ class Training(Queries):
                 num_steps=num_steps,
                 batch_size=batch,
                 optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay),
-                scheduler=lambda optimizer: CosineAnnealingLR(optimizer, num_steps),
+                scheduler=self._schedule(num_steps),
                 validation=held_out or None,
                 patience=(num_steps if patience is None else patience) if keep_best else None,
                 average_last=average_last,
@@ -211,6 +222,16 @@ class Training(Queries):
         finally:
             self.eval()
             self.marginals.freeze_trunk = True
+
+    def _schedule(self, num_steps: int) -> Callable[[Optimizer], LRScheduler]:
+        """A cosine down to zero; attention, which at first looks anywhere, is warmed up to its rate."""
+        if self._config["network"] != "transformer":
+            return lambda optimizer: CosineAnnealingLR(optimizer, num_steps)
+
+        def factor(step: int) -> float:
+            return min(1.0, (step + 1) / (_WARM_UP * num_steps)) * (1 + math.cos(math.pi * step / num_steps)) / 2
+
+        return lambda optimizer: LambdaLR(optimizer, factor)
 
     def _check_count(self) -> int:
         return max(8, min(_CHECK_ROWS, _CHECK_VARIABLES // self.num_variables))

@@ -15,6 +15,7 @@ from inference.any_order import (
     from_marginals,
     hide,
     random_ranks,
+    value_counts,
 )
 from inference.objectives.masked_completion import MaskedCompletion, completion_loss, uniform_depth
 from inference.objectives.persistent_chains import PersistentChains, uniform_values
@@ -191,3 +192,8 @@ def test_chains_restart_when_they_disagree_and_not_otherwise() -> None:
     with scoped_seed(0):
         drawn = uniform_values(torch.tensor(MIXED), 4000)
     assert chisquare(torch.bincount(drawn[:, 3])).pvalue > 1e-3 and drawn.max(0).values.tolist() == [1, 2, 1, 3]
+
+
+def test_value_counts_of_what_is_there() -> None:
+    rows = torch.tensor([[0, 2], [-1, 2], [1, 0], [1, -1]])
+    assert value_counts(rows, 3).tolist() == [[1, 2, 0], [1, 0, 2]]

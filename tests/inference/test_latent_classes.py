@@ -2,8 +2,10 @@
 
 import math
 
+import pytest
 import torch
 
+from inference import latent_classes
 from inference.latent_classes import LatentClasses
 from tests.inference.tabular import states
 from tests.ppl_models.marginalization_cases import BernoulliMixture, hide_some
@@ -69,3 +71,13 @@ def test_more_iterations_are_no_worse_and_few_rows_make_few_classes() -> None:
     mixture.learn(x[:5])
     assert int(torch.isfinite(mixture.log_weights).sum()) == 1
     assert bool(torch.isfinite(mixture(states(MIXED))).all())
+
+
+def test_rows_that_do_not_fit_into_memory_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latent_classes, "_MOST", 300 * 16)
+    x = torch.arange(1000).remainder(4).unsqueeze(1) // torch.tensor([1, 1, 4, 1])
+    x = torch.cat([x[:, :1].clamp(max=1), x[:, 1:2].clamp(max=2), x[:, 2:3], x[:, 3:]], 1)
+    mixture = LatentClasses(MIXED, 1)
+    mixture.learn(x, generator=torch.Generator().manual_seed(0))
+    drawn = mixture.log_theta.exp().squeeze(2)[3] * (300 + 0.5 * 4) - 0.5
+    assert abs(float(drawn.sum()) - 300) < 1e-2 and 5 < float((drawn - 75).abs().max()) < 40

@@ -49,6 +49,32 @@ def test_the_law_of_every_subset_sums_to_one(mam: MarginalizationModel) -> None:
             assert abs(float(total) - 1) < 1e-13, seen
 
 
+def test_sets_of_one_and_two_are_looked_up_and_every_law_still_sums_to_one(tmp_path: Path) -> None:
+    """Random weights: the conditionals' two ways round differ, and the chain rule is neither nor their mean."""
+    with scoped_seed(0):
+        mam = MarginalizationModel(SIZES, marginal="causal", hidden=16, depth=2, classes=3).double()
+        for parameter in mam.parameters():
+            torch.nn.init.normal_(parameter)
+        chain = mam.log_prob(_rows(60, missing=True))
+        mam._look_up_small_sets()
+    rows = _rows(60, missing=True)
+    count = (rows >= 0).sum(1)
+    few = (count == 1) | (count == 2)
+    with torch.no_grad():
+        ahead, behind = (mam.distribution(order=order).log_prob(rows) for order in (range(4), range(3, -1, -1)))
+    found = mam.log_prob(rows)
+    torch.testing.assert_close(found[few].exp(), (ahead.exp() + behind.exp())[few] / 2, rtol=0, atol=1e-14)
+    assert float((ahead - behind)[count == 2].abs().max()) > 0.1, "the ways round differ"
+    assert float((found - chain)[few].abs().max()) > 0.1 and torch.equal(found[~few], chain[~few])
+    assert bool((count == 0).any()) and bool((found[count == 0] == 0).all())
+    states = all_values(mam.cardinalities)
+    for seen in itertools.product([False, True], repeat=len(SIZES)):
+        values = states.masked_fill(~torch.tensor(seen), -1).unique(dim=0)
+        assert abs(float(mam.log_prob(values).exp().sum()) - 1) < 1e-13, seen
+    mam.save(tmp_path / "model")
+    assert torch.equal(MarginalizationModel.load(tmp_path / "model").log_prob(rows), found)
+
+
 def test_a_step_sees_what_is_before_it_and_nothing_else(mam: MarginalizationModel) -> None:
     """To the bit: neither its own value nor a later one has an influence; each value before it has."""
     rows, context = _rows(40, missing=True), torch.ones(40, 2).double()
@@ -102,5 +128,7 @@ def test_the_result_says_whether_one_pass_is_normalised() -> None:
         result = mam.fit(_rows(30)[:, :2] % 2, num_steps=2, num_rows=20, progress=False)
         assert result.check is not None and result.check.normalised == (marginal == "causal")
         assert ("not a likelihood" in result.summary()) == (marginal == "trunk")
+        law = mam.marginals.causal
+        assert law is None or law.small is not None, "sets of one and two variables are looked up"
         mam.fit_energy(lambda x: x.sum(1).float(), num_steps=2, batch_size=8, progress=False)
         assert not mam.marginals.normalised, "an energy's f is no law of subsets by structure"
