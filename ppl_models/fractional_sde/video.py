@@ -19,7 +19,7 @@ _WAVES = (0.25, 0.5, 1.0)  # half periods of the decoder's waves in a unit of th
 
 
 class _ConvEncoder(nn.Module):
-    """Halves the image to some 8 pixels by (convolution, GroupNorm, SiLU), one more that does not, dense to ``features``.
+    """Halves the image to some 8 pixels by (convolution, GroupNorm, SiLU), one more that does not; dense to features.
 
     The first convolution is 5x5 and strides too: one of all pixels, with a pool after it, takes four times as long.
     """
