@@ -17,6 +17,7 @@ from ppl_models.fractional_sde.networks import check_sizes
 __all__ = ["SpriteDecoder"]
 
 _OFF = 1e-3  # of the logits' ends, which a sigmoid never reaches
+_EDGE = 2.0  # states start as standard normal
 _FRAMES = 1000  # of which the ground starts as the median
 
 
@@ -24,7 +25,7 @@ class SpriteDecoder(nn.Module):
     """``(M, W + D)`` -> logits of frames ``(M, C, H, W)``: D / 2 sprites over a ground that is still.
 
     Sprite j, an opacity a_j and colours c_j of ``side`` x ``side`` pixels, is made by one network, the same for all,
-    from the j-th part of the content.  Its middle is at the state's components 2 j and 2 j + 1, between -1 and 1 from
+    from the j-th part of the content.  Its middle is at the state's components 2 j and 2 j + 1, between -2 and 2 from
     one edge of the frame to the other; beyond, a place is reflected, so that a path that goes straight on bounces.
     Layers are laid over each other, frame <- (1 - a_j) frame + a_j c_j, from the ground up.
 
@@ -73,7 +74,7 @@ class SpriteDecoder(nn.Module):
         drawn = torch.sigmoid(self.net(content.unflatten(-1, (self.sprites, -1))))  # (M, J, 1 + C, side, side)
         opacity = drawn[:, :, :1]
         layers = torch.cat([opacity, opacity * drawn[:, :, 1:]], 2)
-        places = reflected(state.unflatten(-1, (self.sprites, 2)))
+        places = reflected(state.unflatten(-1, (self.sprites, 2)) / _EDGE)
         down, across = self._put(places[..., 0], self.rows), self._put(places[..., 1], self.columns)
         layers = down.unsqueeze(2) @ layers @ across.unsqueeze(2).mT  # (M, J, 1 + C, H, W)
         frame = torch.sigmoid(self.ground)

@@ -45,7 +45,7 @@ def test_whole_pixels_are_pasted() -> None:
     """Sprites whose middle is a pixel's; they overlap, and one leaves the frame."""
     made, w = decoder(), torch.tensor([0.3, -1.2, 0.8, 0.5])
     for (p, q), (r, s) in (((1, 1), (1, 2)), ((-3, 0), (4, -2)), ((0, 0), (0, 0))):
-        z = torch.cat([w, torch.tensor([p / 4, q / 3, r / 4, s / 3])])
+        z = torch.cat([w, 2 * torch.tensor([p / 4, q / 3, r / 4, s / 3])])
         found = torch.sigmoid(made(z.unsqueeze(0)))[0]
         expected = pasted(made, z, [(4 + p - 1, 3 + q - 1), (4 + r - 1, 3 + s - 1)])
         torch.testing.assert_close(found, 1e-3 + (1 - 2e-3) * expected, atol=1e-5, rtol=0)
@@ -57,7 +57,7 @@ def test_between_pixels_opacity_is_shared() -> None:
         made = SpriteDecoder(2, 2, (1, 9, 9), side=3, hidden=8)
     with torch.no_grad():
         made.ground.fill_(-50.0)
-    at = torch.tensor([[0.0, 0.0], [0.25, 0.0], [0.1, 0.0]])  # a pixel is a quarter
+    at = torch.tensor([[0.0, 0.0], [0.5, 0.0], [0.2, 0.0]])  # a pixel is a half
     here, there, between = torch.sigmoid(made(torch.cat([torch.ones(3, 2), at], -1)))
     torch.testing.assert_close(between, 0.6 * here + 0.4 * there, atol=1e-5, rtol=0)
 
@@ -66,7 +66,7 @@ def test_a_path_that_goes_straight_on_bounces() -> None:
     made, w = decoder(), torch.randn(4, generator=torch.Generator().manual_seed(0))
 
     def shown(*state: float) -> Tensor:
-        return made(torch.cat([w, torch.tensor(state)]).unsqueeze(0))
+        return made(torch.cat([w, 2 * torch.tensor(state)]).unsqueeze(0))
 
     inside = shown(0.7, -0.9, 0.2, 1.0)
     for same in ((1.3, -1.1, 0.2, 1.0), (0.7 + 4, -0.9 - 4, 1.8, 5.0), (-2.7, 2.9, -2.2, -3.0)):
