@@ -64,7 +64,7 @@ def energy(frames: Tensor) -> float:
 
 
 def build(arm: str, seed: int) -> LatentFractionalSDE:
-    return LatentFractionalSDE((1, SIDE, SIDE), 4, 16, noise=arm, decoder="sprites", num_processes=5, seed=seed)
+    return LatentFractionalSDE((1, SIDE, SIDE), 4, 32, noise=arm, decoder="sprites", num_processes=5, seed=seed)
 
 
 def held_out_bounds(model: LatentFractionalSDE, test: Tensor) -> Tensor:
