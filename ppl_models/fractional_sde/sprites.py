@@ -40,6 +40,10 @@ class SpriteDecoder(nn.Module):
         ValueError: sizes at odds with each other.
     """
 
+    rows: Tensor
+    columns: Tensor
+    cells: Tensor
+
     def __init__(
         self, content_size: int, state_size: int, shape: Sequence[int], side: int | None = None, hidden: int = 64
     ) -> None:
@@ -64,9 +68,11 @@ class SpriteDecoder(nn.Module):
         for name, size in (("rows", self.shape[1]), ("columns", self.shape[2])):
             self.register_buffer(name, torch.arange(size).float(), persistent=False)
         self.register_buffer("cells", torch.arange(self.side).float() - (self.side - 1) / 2, persistent=False)
+        last = self.net[-2]
+        assert isinstance(last, nn.Linear)
         with torch.no_grad():  # a blob: places are learned from what overlaps, shapes from places
             across = torch.linspace(-1, 1, self.side).square()
-            self.net[-2].bias[: self.side**2].copy_((1 - 3 * (across.unsqueeze(-1) + across)).flatten())
+            last.bias[: self.side**2].copy_((1 - 3 * (across.unsqueeze(-1) + across)).flatten())
 
     def forward(self, z: Tensor) -> Tensor:
         """Content and state ``(M, W + D)`` -> logits of frames ``(M, C, H, W)``."""
