@@ -78,10 +78,10 @@ def held_out_bounds(model: LatentFractionalSDE, test: Tensor) -> Tensor:
     return torch.stack([bound for bound, _ in each])
 
 
-def steps_of(seconds: float, arm: str, seed: int, times: Tensor, train: Tensor, kept: Path, **settings: Any) -> int:
+def steps_of(seconds: float, arm: str, times: Tensor, train: Tensor, settings: dict[str, Any], kept: Path) -> int:
     """Steps that take ``seconds`` of the processor, by those of a pilot; what was found before is ``kept``."""
     if not kept.exists():
-        model = build(arm, seed)
+        model = build(arm, settings["seed"])
         model.fit(times, train[:SIDE], num_steps=2, progress=False, **settings)  # what is loaded at the first call
         begin = time.process_time()
         model.fit(times, train, num_steps=PILOT, progress=False, **settings)
@@ -98,7 +98,7 @@ def run(data: str, arm: str, seconds: float, seed: int, out: Path) -> tuple[dict
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     name = f"{stem(data, arm, seed)}_{seconds:g}"
-    steps = steps_of(seconds, arm, seed, times, train, out / f"{name}.steps", **settings)
+    steps = steps_of(seconds, arm, times, train, settings, out / f"{name}.steps")
     model, spent = build(arm, seed), time.process_time()
     result = model.fit(
         times, train, num_steps=steps, checkpoint=out / f"{name}.checkpoint",
