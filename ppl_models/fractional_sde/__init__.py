@@ -8,5 +8,13 @@ Daems, Opper, Crevecoeur and Birdal, "Variational Inference for SDEs Driven by F
 from ppl_models.fractional_sde.latent import LatentFractionalSDE
 from ppl_models.fractional_sde.model import FractionalSDE
 from ppl_models.fractional_sde.results import FractionalSDEResult, LatentResult, PathPrediction
+from ppl_models.fractional_sde.sprites import SpriteDecoder
 
-__all__ = ["FractionalSDE", "FractionalSDEResult", "LatentFractionalSDE", "LatentResult", "PathPrediction"]
+__all__ = [
+    "FractionalSDE",
+    "FractionalSDEResult",
+    "LatentFractionalSDE",
+    "LatentResult",
+    "PathPrediction",
+    "SpriteDecoder",
+]

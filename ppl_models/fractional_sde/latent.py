@@ -31,6 +31,7 @@ from ppl_models.fractional_sde.paths import PathModel
 from ppl_models.fractional_sde.posterior import Draws, Evidence, PathPosterior, SolverGrid, start_state
 from ppl_models.fractional_sde.pyro_form import ControlledPath, PriorPath
 from ppl_models.fractional_sde.results import LatentResult, PathPrediction
+from ppl_models.fractional_sde.sprites import SpriteDecoder
 from ppl_models.fractional_sde.system import FractionalSystem, HurstNoise
 from ppl_models.fractional_sde.video import (
     Content,
@@ -73,7 +74,9 @@ class LatentFractionalSDE(PathModel):
         squash: whether the Gaussian mean passes a sigmoid; by default for images.
         encoder: module ``(M, *data_shape) -> (M, features)`` of frames in the data's units; by default convolutions or
             dense layers, of standardised frames unless they are squashed or Bernoulli.
-        decoder: module ``(M, content_size + state_size) -> (M, *data_shape)``, in the data's units as well.
+        decoder: module ``(M, content_size + state_size) -> (M, *data_shape)``, in the data's units as well; by default
+            convolutions or dense layers. ``"sprites"`` for images of things that keep their look and move: each two
+            dimensions of the state are the place of one, see ``SpriteDecoder``.
         features: of a frame.
         context_size: C, of the context g(t).
         width: channels of the first convolution.
@@ -114,7 +117,7 @@ class LatentFractionalSDE(PathModel):
         likelihood: str = "gaussian",
         squash: bool | None = None,
         encoder: nn.Module | None = None,
-        decoder: nn.Module | None = None,
+        decoder: str | nn.Module | None = None,
         features: int = 64,
         context_size: int = 16,
         width: int = 16,
@@ -149,6 +152,11 @@ class LatentFractionalSDE(PathModel):
             "max_speed": max_speed, "kind": kind, "normalisation": normalisation, "grid": grid, "start": start,
         }  # fmt: skip
         self.squash = len(shape) == 3 if squash is None else squash
+        if isinstance(decoder, str):
+            if decoder != "sprites":
+                raise ValueError(f"decoder must be 'sprites', a torch module or None, got {decoder!r}")
+            if not self.squash and likelihood != "bernoulli":
+                raise ValueError("decoder='sprites' draws frames between 0 and 1: it needs squash=True")
         self._config = {
             "data_shape": list(shape), "state_size": state_size, "content_size": content_size, "drift": drift,
             "diffusion": diffusion, "noise": noise, "hurst": hurst, "likelihood": likelihood, "squash": self.squash,
@@ -172,6 +180,8 @@ class LatentFractionalSDE(PathModel):
             self.decoder: nn.Module = (
                 frame_decoder(content_size, state_size, shape, width)
                 if decoder is None
+                else SpriteDecoder(content_size, state_size, shape)
+                if isinstance(decoder, str)
                 else check_network("decoder", decoder, (inputs,), shape)
             )
             self.content = Content(features, content_size) if content_size else None
@@ -189,7 +199,7 @@ class LatentFractionalSDE(PathModel):
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, as plain data."""
         for name in ("encoder", "decoder"):
-            if self._config[name] is not None:
+            if isinstance(self._config[name], nn.Module):
                 raise TypeError(f"a model with its own {name} has no file form: save its state_dict() instead")
         return self._plain(self._config)
 
@@ -222,7 +232,7 @@ class LatentFractionalSDE(PathModel):
     def _raw(self, content: Tensor, x: Tensor) -> Tensor:
         joined = torch.cat([content.expand(*x.shape[:-1], -1), x], -1)
         out: Tensor = self.decoder(joined.flatten(0, -2)).unflatten(0, joined.shape[:-1])
-        return out if self._config["decoder"] is not None else self.frame_centre + self.frame_spread * out
+        return out if isinstance(self._config["decoder"], nn.Module) else self.frame_centre + self.frame_spread * out
 
     def _log_prob(self, raw: Tensor, frames: Tensor) -> Tensor:
         """Of each pixel."""
@@ -405,6 +415,8 @@ class LatentFractionalSDE(PathModel):
                 spread = (((data.values - centre) ** 2 * here).sum() / here.sum()).sqrt()
                 self.frame_centre.copy_(centre)
                 self.frame_spread.copy_(torch.where(spread > 1e-12 * centre.abs().max(), spread, 1.0))
+            if isinstance(self.decoder, SpriteDecoder):
+                self.decoder.start_from(data.values[data.mask.flatten(2).all(-1)])
             jump = torch.full_like(self.system.start_mean, span**-0.5 * len(times) ** 0.25)
             self.posterior.drift.set_units(times, jump, torch.zeros_like(jump))
             self.system.set_units(times, jump, torch.zeros_like(jump))

@@ -19,17 +19,24 @@ _WAVES = (0.25, 0.5, 1.0)  # half periods of the decoder's waves in a unit of th
 
 
 class _ConvEncoder(nn.Module):
-    """Halves the image until 4 pixels are left: (conv 3x3, GroupNorm, SiLU, pool), then dense to ``features``."""
+    """Halves the image to some 8 pixels by (convolution, GroupNorm, SiLU), one more that does not; dense to features.
+
+    The first convolution is 5x5 and strides too: one of all pixels, with a pool after it, takes four times as long.
+    """
 
     def __init__(self, shape: tuple[int, ...], width: int, features: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        channels = shape[0]
-        for i in range(_halvings(shape)):
-            out = width * 2 ** min(i, 2)
-            layers += [nn.Conv2d(channels, out, 3, padding=1), nn.GroupNorm(_GROUPS, out), nn.SiLU(), nn.MaxPool2d(2)]
+        channels, depth = shape[0], max(_halvings(shape) - 1, 1)
+        for i in range(depth + 1):
+            out, kernel = width * 2 ** min(i, 2), 3 if i else 5
+            layers += [
+                nn.Conv2d(channels, out, kernel, stride=2 if i < depth else 1, padding=kernel // 2),
+                nn.GroupNorm(_GROUPS, out),
+                nn.SiLU(),
+            ]
             channels = out
-        sides = [side // 2 ** _halvings(shape) for side in shape[1:]]
+        sides = [side // 2**depth for side in shape[1:]]
         self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * math.prod(sides), features))
 
     def forward(self, frames: Tensor) -> Tensor:
