@@ -1,13 +1,13 @@
-"""Videos by a latent SDE: learned Hurst index against Brownian noise, the same network and equal seconds.
+"""Videos by a latent SDE: learned Hurst index against Brownian noise, the same network and the same steps.
 
     python -m benchmarks.fractional_sde_video                         both arms, then their figure
     python -m benchmarks.fractional_sde_video --arm brownian          one
     python -m benchmarks.fractional_sde_video --data pendulum
 
 Two of scikit-learn's 8x8 digits that move and bounce on a 32x32 canvas, 15 frames, or a simulated double pendulum on
-the same, 20 frames; 2,000 series, 4 latent dimensions, one solver step a frame.  Each arm has ``--seconds`` of one
-core: a few steps on a model that is thrown away say how many that is, which is kept, so that an arm that was stopped
-goes on from its checkpoint by the same schedule.  Printed: peak signal-to-noise ratio of reconstructions of held-out
+the same, 20 frames; 2,000 series, 4 latent dimensions, one solver step a frame.  The fractional arm has ``--seconds``
+of one core, and the other as many steps: a few steps on a model that is thrown away say how many that is, which is
+kept, so that an arm that was stopped goes on from its checkpoint by the same schedule.  Printed: peak signal-to-noise ratio of reconstructions of held-out
 series (and of each series' mean frame), the bound of held-out series in nats, the energy of frame differences of
 reconstructions and of prior samples over that of the data, H.  The figure shows held-out series, their reconstructions
 and prior samples.
@@ -78,10 +78,10 @@ def held_out_bounds(model: LatentFractionalSDE, test: Tensor) -> Tensor:
     return torch.stack([bound for bound, _ in each])
 
 
-def steps_of(seconds: float, arm: str, times: Tensor, train: Tensor, settings: dict[str, Any], kept: Path) -> int:
-    """Steps that take ``seconds`` of the processor, by those of a pilot; what was found before is ``kept``."""
+def steps_of(seconds: float, times: Tensor, train: Tensor, settings: dict[str, Any], kept: Path) -> int:
+    """Steps that take ``seconds`` of the processor with fractional noise, by those of a pilot; the number is ``kept``."""
     if not kept.exists():
-        model = build(arm, settings["seed"])
+        model = build("fractional", settings["seed"])
         model.fit(times, train[:SIDE], num_steps=2, progress=False, **settings)  # what is loaded at the first call
         begin = time.process_time()
         model.fit(times, train, num_steps=PILOT, progress=False, **settings)
@@ -98,7 +98,7 @@ def run(data: str, arm: str, seconds: float, seed: int, out: Path) -> tuple[dict
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     name = f"{stem(data, arm, seed)}_{seconds:g}"
-    steps = steps_of(seconds, arm, times, train, settings, out / f"{name}.steps")
+    steps = steps_of(seconds, times, train, settings, out / f"{stem(data, 'both', seed)}_{seconds:g}.steps")
     model, spent = build(arm, seed), time.process_time()
     result = model.fit(
         times, train, num_steps=steps, checkpoint=out / f"{name}.checkpoint",
@@ -160,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=("digits", "pendulum"), default="digits")
     parser.add_argument("--arm", choices=ARMS, help="one alone, without the figure")
-    parser.add_argument("--seconds", type=float, default=600.0, help="of one core, an arm")
+    parser.add_argument("--seconds", type=float, default=600.0, help="of one core, the fractional arm")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out"))
     given = parser.parse_args()
