@@ -7,10 +7,10 @@
 Two of scikit-learn's 8x8 digits that move and bounce on a 32x32 canvas, 15 frames, or a simulated double pendulum on
 the same, 20 frames; 2,000 series, 4 latent dimensions, one solver step a frame.  The fractional arm has ``--seconds``
 of one core, and the other as many steps: a few steps on a model that is thrown away say how many that is, which is
-kept, so that an arm that was stopped goes on from its checkpoint by the same schedule.  Printed: peak signal-to-noise ratio of reconstructions of held-out
-series (and of each series' mean frame), the bound of held-out series in nats, the energy of frame differences of
-reconstructions and of prior samples over that of the data, H.  The figure shows held-out series, their reconstructions
-and prior samples.
+kept, so that an arm that was stopped goes on from its checkpoint by the same schedule.  Printed: peak signal-to-noise
+ratio of reconstructions of held-out series (and of each series' mean frame), the bound of held-out series in nats, the
+energy of frame differences of reconstructions and of prior samples over that of the data, H.  The figure shows held-out
+series, their reconstructions and prior samples.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def held_out_bounds(model: LatentFractionalSDE, test: Tensor) -> Tensor:
 
 
 def steps_of(seconds: float, times: Tensor, train: Tensor, settings: dict[str, Any], kept: Path) -> int:
-    """Steps that take ``seconds`` of the processor with fractional noise, by those of a pilot; the number is ``kept``."""
+    """Steps that take ``seconds`` of the processor with fractional noise, by a pilot; the number is ``kept``."""
     if not kept.exists():
         model = build("fractional", settings["seed"])
         model.fit(times, train[:SIDE], num_steps=2, progress=False, **settings)  # what is loaded at the first call
