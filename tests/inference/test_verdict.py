@@ -29,7 +29,7 @@ def draws(chains, number, scalars, seed=0):
 
 
 def test_separate_modes_are_reported_at_the_end_of_the_run():
-    mcmc = MCMC(NUTS(two_modes), 100, 60, num_chains=2, initial_params=starts(), progress=False)
+    mcmc = MCMC(NUTS(two_modes), 400, 100, num_chains=2, initial_params=starts(), progress=False)
     with pytest.warns(SamplerWarning, match=rf"{NOT_MIXED}: .* 1 of 2 scalars and .* at x, scalar 1") as caught:
         mcmc.run()
     assert caught[0].filename == __file__

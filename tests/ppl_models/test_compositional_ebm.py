@@ -82,20 +82,6 @@ def fitted() -> EnergyModel:
 
 
 # ---------------------------------------------------------------- the density
-@pytest.mark.parametrize(("rows", "within"), [(60, 0.25), (300, 0.15)])
-def test_few_rows_are_not_learned_by_heart(rows: int, within: float) -> None:
-    """Before rows were set aside the default fit scored -2.5 with 300 rows and ended in an error with 60."""
-    draw = torch.randn(rows + 4000, 1, generator=torch.Generator().manual_seed(0))
-    ebm = EnergyModel(event_shape=(1,))
-    result = ebm.fit(draw[:rows], progress=False)
-    entropy = 0.5 * math.log(2 * math.pi * math.e)
-    assert float(ebm.log_prob(draw[rows:]).mean()) > -entropy - within
-    steps = len(result.history["loss"])
-    assert steps < 2000 and all(len(result.history[n]) == steps for n in ("log_partition", "ess"))
-    averaged = EnergyModel(event_shape=(1,)).fit(draw[:rows], num_steps=10, average_last=0.5, progress=False)
-    assert "validation_loss" not in averaged.history and len(averaged.history["loss"]) == 10
-
-
 def test_a_fitted_density_is_near_the_truth_and_never_above(fitted: EnergyModel) -> None:
     """8 Gaussians: the normal that is tilted scores -4.6; the truth is never passed by a right normaliser."""
     x = eight_gaussians(2000, 2)
@@ -380,24 +366,6 @@ def test_classifier(classifier: tuple[EnergyClassifier, Tensor, Tensor]) -> None
     with torch.no_grad():
         ratio = clf._law(clf.log_z).log_prob(z) - wide.log_prob(z)
     assert float(ratio.exp().mean()) == pytest.approx(1.0, abs=0.05)
-
-
-@pytest.mark.parametrize("normaliser", ["table", "joint"])
-def test_conditional_energies_of_few_rows_are_not_learned_by_heart(normaliser: str) -> None:
-    """60 pairs of a sine scored -8.0 by the table, the truth 0.19; held-out pairs that are given choose as well."""
-    draw = generator(2, "few pairs")
-    x = torch.rand(1060, generator=draw) * 6 - 3
-    y = x.sin() + 0.2 * torch.randn(1060, generator=draw)
-    model = ConditionalEnergyModel(normaliser=normaliser)
-    result = model.fit(x[:60], y[:60], noise_samples=16, num_steps=1000, progress=False)
-    assert float(model.log_prob(y[60:], x[60:]).mean()) > -0.8
-    assert len(result.history["validation_loss"]) and len(result.history["log_partition"]) == len(
-        result.history["loss"]
-    )
-    given = model.fit(x[:50], y[:50], valid=(x[50:60], y[50:60]), noise_samples=4, num_steps=20, progress=False)
-    assert len(given.history["loss"]) == 20 and len(given.history["validation_loss"]) == 5
-    with pytest.raises(ValueError, match="valid"):
-        model.fit(x[:50], y[:50], valid=(x[50:60], y[50:59]), progress=False)
 
 
 @pytest.mark.parametrize("normaliser", ["table", "network", "minibatch", "joint"])
