@@ -309,8 +309,8 @@ def test_moving_digits(tmp_path: Path) -> None:
     """Two digits on 32x32, 2,000 series, ten minutes of a core (R4): held-out reconstruction at least 2 dB above each
     series' mean frame; prior samples move as reconstructions do, their frame differences having their energy.
 
-    Frozen there.  Asked was the data's energy within 30 %; measured are 0.50 for prior samples and for reconstructions
-    alike: places are right, and strokes, of which the content tells little, are blurred in both.
+    Frozen there.  Asked was the data's energy within 30 %; measured are 0.50 of it for prior samples as reconstructions
+    (Brownian 0.60, 0.50): places are right, and all digits look the same in both, as the content tells little.
     """
     rows, gap, error = compare("digits", 600.0, 0, tmp_path)
     for row in rows:
