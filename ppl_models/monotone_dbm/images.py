@@ -372,7 +372,7 @@ class ConvMonotoneDBM(BoltzmannModel):
         return self._predicted(query)[:, : self.num_pixels * self.num_bins].unflatten(1, (-1, self.num_bins))
 
     def _chunks(self, query: Query) -> list[Query]:
-        at_once = _AT_ONCE if self.most is None else _AT_ONCE // 8
+        at_once = _AT_ONCE // (self.most or 1)
         return [Query(s, m) for s, m in zip(query.states.split(at_once), query.mask.split(at_once), strict=True)]
 
     def _check_images(self, name: str, images: Any, shown: Tensor | None = None) -> Tensor:

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from inference.runtime.generators import generator
+from inference import CompositionalLikelihood
+from inference.objectives.unnormalised.noise import GaussianNoise
+from inference.runtime.generators import generator, scoped_seed
 from ppl_models import ConditionalEnergyModel, EnergyModel
 
 
@@ -39,3 +41,26 @@ def test_conditional_energies_of_few_rows_are_not_learned_by_heart(normaliser: s
     assert len(given.history["loss"]) == 20 and len(given.history["validation_loss"]) == 5
     with pytest.raises(ValueError, match="valid"):
         model.fit(x[:50], y[:50], valid=(x[50:60], y[50:59]), progress=False)
+
+
+def test_chunks_of_held_out_rows_share_one_estimate_until_a_parameter_changes() -> None:
+    x = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+    ebm = EnergyModel(event_shape=(2,))
+    ebm.fit(x, num_steps=5, progress=False)
+    objective = CompositionalLikelihood(ebm, GaussianNoise.fit(x), 16)
+    calls: list[int] = []
+    fresh = objective._fresh_log_weights
+
+    def counted(num_samples: int, seed: int, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        calls.append(num_samples)
+        return fresh(num_samples, seed, batch)
+
+    objective._fresh_log_weights = counted  # type: ignore[method-assign]
+    objective.eval()
+    with torch.no_grad(), scoped_seed(0):
+        first = [float(objective(part)) for part in x.split(16)]
+        assert len(calls) == 1
+        for p in objective.parameters():
+            p.mul_(1.5)
+        second = [float(objective(part)) for part in x.split(16)]
+    assert len(calls) == 2 and first != second

@@ -161,16 +161,14 @@ class CompositionalLikelihood(UnnormalisedObjective):
         self.register_buffer("log_u", torch.zeros((), dtype=torch.float64))
         self.register_buffer("share", torch.ones((), dtype=torch.float64))
         self.refreshed: LogPartition | None = None
+        self._judged: tuple[list[int], Tensor] | None = None
         self._refuse_no_average()
 
     def forward(self, *batch: Tensor) -> Tensor:
         """The loss on a batch, a scalar; in training it advances u, and held-out rows are judged by fresh noise."""
         self._prepare(batch)
         if not self._advances():
-            # u follows draws of some steps, which a density that has learned its rows by heart may have slipped past.
-            log_weights = self._fresh_log_weights(_VALIDATION_DRAWS, 0, batch)
-            log_z = torch.logsumexp(log_weights, 0) - math.log(len(log_weights))
-            return log_z - self.log_density(*batch).mean() + self._penalty(batch)
+            return self._fresh_log_z(batch) - self.log_density(*batch).mean() + self._penalty(batch)
         draws = self.pair.draw(self.noise_samples, batch, record=True)
         at_data, at_noise = self._joined(batch, draws)
         a = (at_noise.detach() - draws.log_q).double()
@@ -189,6 +187,16 @@ class CompositionalLikelihood(UnnormalisedObjective):
         self._write(log_u, log_g, share, beta)
         value = log_u.to(surrogate.dtype) - at_data.detach().mean()
         return value + surrogate - surrogate.detach() + self._penalty(batch)
+
+    def _fresh_log_z(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """log Z by noise of its own: u follows draws of some steps, which a density that has learned its rows by heart
+        may have slipped past.  Held-out rows come in chunks, and share one estimate while nothing has changed.
+        """
+        key = [t._version for t in (*self.parameters(), *self.buffers())]
+        if self._judged is None or self._judged[0] != key or self.pair.covariates(batch):
+            log_weights = self._fresh_log_weights(_VALIDATION_DRAWS, 0, batch)
+            self._judged = key, torch.logsumexp(log_weights, 0) - math.log(len(log_weights))
+        return self._judged[1]
 
     def _penalty(self, batch: tuple[Tensor, ...]) -> Tensor | float:
         """``-log prior / num_data`` where the model has priors."""
