@@ -239,8 +239,7 @@ class ConditionalEnergyModel(Model):
         if isinstance(self.energy, PairEnergy):
             self.energy.network.units.learn(torch.cat([x, y], 1))
         self.noise, self.result = found, None
-        many = _BY_HEART * sum(p.numel() for p in self.energy.parameters())
-        split = None if held is not None else split_of_few(len(x), many, seed, _MOST_ASIDE)
+        split = None if held is not None else split_of_few(len(x), self.energy, seed, _MOST_ASIDE, _BY_HEART)
         if split is not None:
             held = y[split.aside], x[split.aside]
             x, y = x[split.kept], y[split.kept]
@@ -253,7 +252,7 @@ class ConditionalEnergyModel(Model):
             objective,
             data,
             valid=held,
-            early=split is not None,
+            early=split is not None and split.early,
             num_steps=num_steps,
             batch_size=None if size is None else min(size, len(x)),
             lr=lr,

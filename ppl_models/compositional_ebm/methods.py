@@ -66,6 +66,7 @@ _LIKELIHOODS = (CompositionalLikelihood, SelfNormalisedLikelihood)
 _RATE, _RATE_IN_SPACE = 5e-3, 1e-3  # the latter of chains and scores, which run away at more
 _VALIDATIONS = 80  # in a fit
 _FEWEST_ASIDE, _MOST_ASIDE, _DECAY, _PATIENCE = 30, 1000, 1000.0, 200  # of fits to few rows; steps
+_BY_HEART, _SOON = 0.25, 0.1  # rows for each parameter, below which they are learned by heart
 _WITHOUT_NOISE = (ContrastiveDivergence, DenoisingScoreMatching, SlicedScoreMatching)
 
 
@@ -353,23 +354,30 @@ class Split(NamedTuple):
     Attributes:
         kept, aside: indices of the rows that are learned from, and of those that choose the parameters, on the CPU.
         weight_decay: of AdamW.
+        early: whether the run ends when they do no better.  With more rows its rate must first fall: what it reaches
+            at the first one is not its best.
     """
 
     kept: Tensor
     aside: Tensor
     weight_decay: float
+    early: bool
 
 
-def split_of_few(count: int, many: float, seed: int, most: int = _MOST_ASIDE) -> Split | None:
-    """How to fit ``count`` rows that the energy could learn by heart; None where there are ``many``.
+def split_of_few(
+    count: int, energy: nn.Module, seed: int, most: int = _MOST_ASIDE, by_heart: float = _BY_HEART
+) -> Split | None:
+    """How to fit ``count`` rows that the energy could learn by heart; None where there are more than ``by_heart`` for
+    each of its parameters.
 
     A tenth is set aside, from 30 to ``most`` rows and never more than a third; of fewer than 30 rows none.
     """
-    if not _FEWEST_ASIDE <= count < many:
+    parameters = sum(p.numel() for p in energy.parameters())
+    if not _FEWEST_ASIDE <= count < by_heart * parameters:
         return None
     order = torch.randperm(count, generator=generator(seed, "held-out rows"))
     aside = min(max(count // 10, _FEWEST_ASIDE), count // 3, most)
-    return Split(order[aside:], order[:aside], _DECAY / count)
+    return Split(order[aside:], order[:aside], _DECAY / count, count < _SOON * parameters)
 
 
 def check_schedule(lr: Any, weight_decay: Any, average_last: Any) -> None:

@@ -196,9 +196,9 @@ class EnergyModel(Model):
             num_steps: steps of the optimiser.
             valid: held-out data. Their loss is in the history, and the parameters that were best on them are kept
                 (not of contrastive divergence, whose loss tells nothing, nor with ``average_last``).  Without them,
-                where the energy has more parameters than there are rows, a tenth of them is set aside for it, from 30
-                to 1,000 rows, and the fit ends when they do no better: few rows are learned by heart in the default
-                number of steps.
+                where the energy has more than four parameters for each row, a tenth of the rows is set aside for it,
+                from 30 to 1,000: few rows are learned by heart in the default number of steps.  With more than ten
+                the fit also ends when they do no better.
             seed: same seed, same machine, same result to the bit.
             lr: Adam's first rate; a cosine brings it to zero. None: 5e-3, or 1e-3 of contrastive divergence and score
                 matching. In many dimensions more may serve: try it on ``valid``.
@@ -247,9 +247,9 @@ class EnergyModel(Model):
         self._start(x, found, seed, frozen=options.get("adapt", "none") != "none")
         rows, early, decay = x, False, weight_decay or 0.0
         if held_out is None and not average_last and judged_by_loss(method):
-            split = split_of_few(len(x), sum(p.numel() for p in self.energy.parameters()), seed)
+            split = split_of_few(len(x), self.energy, seed)
             if split is not None:
-                rows, held_out, early = x[split.kept], x[split.aside], True
+                rows, held_out, early = x[split.kept], x[split.aside], split.early
                 decay = split.weight_decay if weight_decay is None else weight_decay
         data: tuple[Tensor, ...] = (rows,)
         held: tuple[Tensor, ...] | None = None if held_out is None else (held_out,)

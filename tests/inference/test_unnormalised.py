@@ -70,6 +70,25 @@ def test_a_step_is_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
         assert abs(float(model.theta.grad - (-x.mean() + (weights * z).sum()))) < 1e-12
 
 
+def test_a_constant_of_the_density_has_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default; and where u is e^2 off, the gradient is g / u times the self-normalised one."""
+    model, z = Tilted(0.3), torch.tensor([-1.0, 0.5, 2.0, 0.1], dtype=DOUBLE)
+    model.gauge = torch.nn.Parameter(torch.tensor(0.7, dtype=DOUBLE))
+    x = torch.tensor([0.2, 1.4, -0.6], dtype=DOUBLE)
+    objective = CompositionalLikelihood(model, normal_noise(0.0, 1.5), 4, beta=0.25, warmup_steps=0)
+    objective(x)
+    fixed = Draws({"x": z}, dist.Normal(0.0, 1.5).log_prob(z))
+    monkeypatch.setattr(objective.pair, "draw", lambda *a, **k: fixed)
+    a = 0.3 * z - z**2 / 2 + 0.7 - fixed.log_q
+    objective.log_u.copy_(torch.logsumexp(a.detach(), 0) - math.log(4) + 2)
+    model.zero_grad()
+    objective(x).backward()
+    share = (torch.logsumexp(a, 0) - math.log(4) - objective.log_u).exp()
+    assert share < 0.2
+    assert abs(float(model.gauge.grad)) < 1e-15
+    assert abs(float(model.theta.grad - share * (-x.mean() + (a.softmax(0) * z).sum()))) < 1e-12
+
+
 def test_weights_never_exceed_one_over_beta() -> None:
     """sum_j w_j <= 1 / beta as u contains its own batch, for weights spread over e^{-400} to e^{400}."""
     draw = generator(0, "weights")
