@@ -248,33 +248,29 @@ class PathConsistency(nn.Module):
     """Self-consistency with the chain rule along given orders, whose values are known beforehand.
 
     The conditionals are frozen, so the chain rule of each row along an order is computed once (``complete``).  Each
-    update takes a segment of the order, from S to T: from the empty set with probability ``direct``, else from a random
-    place, where ``f(x_S)`` as it stands is taken for known.  One or two evaluations of f, none of the conditionals.
+    update compares ``f`` with it at one place T of the order: one evaluation of f, none of the conditionals.
 
-    With ``u = f(x_S) + log p(x_T | x_S, order) - f(x_T)`` the loss is ``exp(u) - u - 1``, continued by its tangent
+    With ``u = f(nothing) + log p(x_T | order) - f(x_T)`` the loss is ``exp(u) - u - 1``, continued by its tangent
     above ``u = 1.5``.  Where orders disagree its minimum is the log of the mean of their densities, which is a
     normalised law over x_T for each T; that of the squared residual is the mean of their logs, whose exponentials add
     up to less than one.
 
-    Half of the segments end at a uniform depth, half at one whose density falls from the empty set: there are few
-    small sets, they are asked often, and f must bend most between them.
+    A share of the places is the end of the order, all that is observed: it is asked most, and densities differ most
+    there.  Of the rest half are uniform, half of a density that falls from the empty set: there are few small sets,
+    they are asked often, and f must bend most between them.
 
     Args:
-        marginals: module ``(values, context) -> (B,)``; its parameters are learned.
-        direct: share of segments that start at the empty set.
-        whole: share of segments that end with all that is observed, whatever else is drawn.
+        marginals: module ``(values, context) -> (B,)``; its parameters are learned.  At the empty set it is taken as it
+            stands.
+        whole: share of the rows at which all that is observed is compared, whatever else is drawn.
         pairs: exact targets of sets of one and two variables, whose loss is added in training.
     """
 
-    def __init__(
-        self, marginals: nn.Module, direct: float = 0.5, whole: float = 0.0, pairs: PairMarginals | None = None
-    ) -> None:
+    def __init__(self, marginals: nn.Module, whole: float = 0.5, pairs: PairMarginals | None = None) -> None:
         super().__init__()
-        for name, share in (("direct", direct), ("whole", whole)):
-            if not 0 <= share <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {share!r}")
-        self.marginals = marginals
-        self.direct, self.whole, self.pairs = direct, whole, pairs
+        if not 0 <= whole <= 1:
+            raise ValueError(f"whole must be between 0 and 1, got {whole!r}")
+        self.marginals, self.whole, self.pairs = marginals, whole, pairs
 
     def forward(self, values: Tensor, ranks: Tensor, path: Tensor, context: Tensor | None = None) -> Tensor:
         """Mean loss.
@@ -289,22 +285,12 @@ class PathConsistency(nn.Module):
         u = torch.rand(count.shape, device=count.device)
         skewed = torch.rand(count.shape, device=count.device) < 0.5
         stop = torch.minimum((torch.where(skewed, u.square(), u) * count).long() + 1, count)
-        if self.whole:
-            stop = torch.where(torch.rand(count.shape, device=count.device) < self.whole, count, stop)
-        start = uniform_depth(stop)
-        # The first rows of a batch start at the empty set; batches are shuffled, so these are no special rows.
-        from_nothing = math.ceil(self.direct * len(values))
-        start = torch.where(torch.arange(len(values), device=values.device) < from_nothing, 0, start)
-        gain = path.gather(1, torch.stack([start, stop], 1))
+        stop = torch.where(torch.rand(count.shape, device=count.device) < self.whole, count, stop)
         empty = values.new_full((1, values.shape[1]), -1)
-        if context is not None:  # f(nothing | context): its own row each
-            empty = empty.expand(from_nothing, -1)
-        before = torch.cat([empty, hide(values, ranks < start.unsqueeze(1))[from_nothing:]])
-        with torch.no_grad():
-            f = self.marginals(before, context)
-        known = torch.cat([f[: len(empty)].expand(from_nothing), f[len(empty) :]])
+        with torch.no_grad():  # f(nothing | context): its own row each
+            level = self.marginals(empty if context is None else empty.expand(len(values), -1), context)
         after = self.marginals(hide(values, ranks < stop.unsqueeze(1)), context)
-        loss = _log_mean_loss(known + gain[:, 1] - gain[:, 0] - after).mean()
+        loss = _log_mean_loss(level + path.gather(1, stop.unsqueeze(1))[:, 0] - after).mean()
         if self.pairs is not None and self.training:
             loss = loss + _PAIRS * self.pairs(self.marginals)
         return loss

@@ -40,8 +40,6 @@ _BATCH = 512
 _AVERAGED = 0.3  # of the second stage's updates
 _FEWEST_TO_SPLIT, _MOST_SET_ASIDE = 20, 1000
 _MASKS = 500  # at least, of held-out rows: few rows are looked at behind many
-# A normalised law has no level to carry from set to set, and complete rows are what it is asked most.
-_NORMALISED: dict[str, Any] = {"direct": 1.0, "whole": 0.5}
 _FASTER, _SMALLER = 4.0, 2  # its rate and its batches: each row teaches every step of the chain rule
 _LEVEL_DRAWS = 1024  # for the level of f after a fit by divergence
 _SWEEPS = 8  # of Metropolis blocks, from resampled draws to draws of the target
@@ -233,7 +231,7 @@ class MarginalizationModel(Training):
         second_path = None if path is None else path.with_name(path.name + ".marginals")
         settings["batch"] = min(size, len(pool))
         if paths and self.marginals.normalised:  # small sets are looked up
-            stage = PathConsistency(self.marginals, **_NORMALISED)
+            stage = PathConsistency(self.marginals)
             settings |= {"batch": max(1, settings["batch"] // _SMALLER), "lr": _FASTER * lr}
         elif paths:
             products = None if self.context_features else pair_products(self.conditionals, self.cardinalities)

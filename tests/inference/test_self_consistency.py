@@ -100,16 +100,15 @@ def test_missing_entries_stay_out_of_the_residuals() -> None:
             assert SelfConsistency(f, g, torch.tensor(MIXED), loss=loss, children=2)(rows) < 1e-22
         ranks = random_ranks(rows)
         assert PathConsistency(f)(rows, ranks, chain_rule(g, rows, ranks)) < 1e-22
-    zero = PathConsistency(f, direct=1.0)
     moved = TableMarginals(MIXED, law)
     with torch.no_grad(), scoped_seed(0):
-        moved.table[1:] += 0.5  # all but the empty row: residuals of half a nat if they start there, else none
-        shifted = float(PathConsistency(moved, direct=1.0)(rows, ranks, chain_rule(g, rows, ranks)))
+        moved.table[1:] += 0.5  # all but the empty row
+        shifted = float(PathConsistency(moved)(rows, ranks, chain_rule(g, rows, ranks)))
         assert abs(shifted - (math.exp(-0.5) + 0.5 - 1)) < 1e-12
-        assert zero(rows, ranks, chain_rule(g, rows, ranks)) < 1e-22
+        assert PathConsistency(f)(rows, ranks, chain_rule(g, rows, ranks)) < 1e-22
 
 
-def test_a_share_of_the_segments_ends_with_all_that_is_observed() -> None:
+def test_a_share_of_the_places_is_all_that_is_observed() -> None:
     """f is moved by half a nat at complete rows, and nowhere else."""
     law = random_law(MIXED)
     f, g, rows = TableMarginals(MIXED, law), TableConditionals(MIXED, law), states(MIXED).repeat(200, 1)
@@ -117,9 +116,7 @@ def test_a_share_of_the_segments_ends_with_all_that_is_observed() -> None:
     f.table.data[ends] += 0.5
     with torch.no_grad(), scoped_seed(0):
         ranks = random_ranks(rows)
-        found = [
-            float(PathConsistency(f, direct=1.0, whole=w)(rows, ranks, chain_rule(g, rows, ranks))) for w in (1.0, 0.5)
-        ]
+        found = [float(PathConsistency(f, whole=w)(rows, ranks, chain_rule(g, rows, ranks))) for w in (1.0, 0.5)]
     moved = math.exp(-0.5) + 0.5 - 1
     assert abs(found[0] - moved) < 1e-12
     # by chance: a quarter of uniform depths, 1 - sqrt(3)/2 of those whose root is uniform
@@ -143,10 +140,10 @@ def test_where_orders_disagree_the_marginal_is_the_log_of_the_mean() -> None:
     # a thousand copies, so that each row's both orders are met at full depth equally often
     copies = [part.repeat(1000, *[1] * (part.ndim - 1)) for part in (rows, ranks, path)]
     with scoped_seed(0):
-        gradient = torch.autograd.grad(PathConsistency(f, direct=1.0)(*copies), f.table)[0][complete]
+        gradient = torch.autograd.grad(PathConsistency(f)(*copies), f.table)[0][complete]
     f.table.data[complete] = both.mean(0)
     with scoped_seed(0):
-        of_mean = torch.autograd.grad(PathConsistency(f, direct=1.0)(*copies), f.table)[0][complete]
+        of_mean = torch.autograd.grad(PathConsistency(f)(*copies), f.table)[0][complete]
     assert gradient.abs().max() < 0.1 * of_mean.abs().max()
 
 
@@ -157,7 +154,7 @@ def test_a_row_that_f_misses_by_far_pulls_no_harder() -> None:
     for gap in (1.0, 2.0, 50.0):
         path = torch.stack([f.table[0] * 0, f.table[1] - f.table[0] + gap]).unsqueeze(0).detach()
         with scoped_seed(0):
-            loss = PathConsistency(f, direct=1.0)(rows, ranks, path)
+            loss = PathConsistency(f)(rows, ranks, path)
         pulls.append(-float(torch.autograd.grad(loss, f.table)[0][1]))
     assert abs(pulls[0] - math.expm1(1.0)) < 1e-9
     assert abs(pulls[1] - math.expm1(1.5)) < 1e-9 and abs(pulls[2] - pulls[1]) < 1e-9
@@ -332,8 +329,6 @@ def test_bad_settings(options: dict, message: str) -> None:
 def test_bad_shares() -> None:
     law = random_law(MIXED)
     f, g = TableMarginals(MIXED, law), TableConditionals(MIXED, law)
-    with pytest.raises(ValueError, match="direct"):
-        PathConsistency(f, direct=1.5)
     with pytest.raises(ValueError, match="whole"):
         PathConsistency(f, whole=-0.1)
     with pytest.raises(ValueError, match="uniform"):

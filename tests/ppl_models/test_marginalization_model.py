@@ -197,13 +197,13 @@ def test_a_fit_starts_at_independent_variables() -> None:
 
 
 def test_few_held_out_rows_do_not_undo_the_second_stage() -> None:
-    """Of one row f is best where it starts; what f has learned since counts all the same."""
+    """Of one row f is best where it starts (then 0.10 off); what f has learned since counts all the same."""
     mam = MarginalizationModel([2] * 8, hidden=64, depth=2, classes=2)
     settings: dict[str, Any] = {"lr": 4e-3, "batch_size": 256, "num_rows": 2000, "progress": False}
-    result = mam.fit(ROWS, HELD_OUT[3:4], num_steps=300, marginal_steps=400, **settings)
+    result = mam.fit(ROWS, HELD_OUT[5:6], num_steps=300, marginal_steps=400, **settings)
     assert result.marginals is not None and result.marginals.best_step == 0
     rows = hide_some(MIXTURE.sample(2000))
-    assert (mam.log_prob(rows) - mam.log_prob_autoregressive(rows).ensemble).abs().mean() < 0.3
+    assert (mam.log_prob(rows) - mam.log_prob_autoregressive(rows).ensemble).abs().mean() < 0.07
 
 
 def test_joint_training_and_the_other_losses_learn() -> None:

@@ -173,16 +173,10 @@ def by_default(name: str, network: dict[str, Any] | None = None, **settings: Any
     return told_of_pass(mam.evaluate(table.test[:1500]))
 
 
-DEFAULT = pytest.mark.xfail(reason="MAE 0.925, Pearson 0.982: the likelihoods hold, as FINDINGS.md says", strict=True)
 LARGER: dict[str, Any] = {"network": {"hidden": 384, "depth": 3}, "num_steps": 2000, "marginal_steps": 2500}
 
 
-CLOSE = pytest.mark.xfail(reason="Pearson 0.984, as FINDINGS.md says; the other three hold", strict=True)
-
-
-@pytest.mark.parametrize(
-    "settings", [pytest.param({}, marks=DEFAULT, id="default"), pytest.param(LARGER, marks=CLOSE, id="larger")]
-)
+@pytest.mark.parametrize("settings", [pytest.param({}, id="default"), pytest.param(LARGER, id="larger")])
 def test_plants(data_dir: object, settings: dict[str, Any]) -> None:
     """R5 and R6, by default settings and by a larger network with more updates of f."""
     found = by_default("plants", **settings)
