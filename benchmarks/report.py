@@ -9,9 +9,10 @@ them out, after the goals that ``goals.md`` compares them with.  ``FINDINGS.md``
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import distributions
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -119,16 +120,31 @@ def _checks(tests: Mapping[str, Mapping[str, Any]]) -> list[str]:
         rows = [
             {
                 "check": f"`{name}`: {row['doc']}" if row["doc"] else f"`{name}`",
-                "printed": "; ".join(row["printed"]).replace("|", "\\|") or "-",
+                "printed": "; ".join(_flat(row["printed"])).replace("|", "\\|") or "-",
                 "bounds": {"passed": "held", "failed": "**missed**"}.get(row["outcome"], f"**{row['outcome']}**"),
                 "seconds": f"{row['seconds']:,.0f}",
-                "date, commit": f"{row['date']}, {row['commit']}",
+                "date, commit, machine": f"{row['date']}, {row['commit']}, {row['machine'].split(', load')[0]}",
             }
             for name, row in mine.items()
         ]
-        machines = "; ".join(dict.fromkeys(row["machine"].split(", load")[0] for row in mine.values()))
-        shown += [f"### {file}", f"On {machines}.", markdown_table(rows)]
+        shown += [f"### {file}", markdown_table(rows)]
     return shown
+
+
+def _flat(printed: Sequence[str]) -> list[str]:
+    """Lines for one cell: of a Markdown table a line for each row, its cells after their columns' names."""
+    lines: list[str] = []
+    columns: list[str] = []
+    for line, after in zip_longest(printed, printed[1:], fillvalue=""):
+        cells = [cell.strip() for cell in line.strip()[1:-1].split("|")]
+        if not line.startswith("|"):
+            lines.append(line)
+        elif after.startswith("|-"):
+            columns = cells
+        elif not line.startswith("|-"):
+            named = [f"{name} {cell}" for name, cell in zip(columns[1:], cells[1:], strict=True) if cell]
+            lines.append(f"{cells[0]}: {', '.join(named)}")
+    return lines
 
 
 if __name__ == "__main__":

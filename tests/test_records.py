@@ -83,6 +83,12 @@ def test_slow_tests_leave_what_they_printed(folder: Path, monkeypatch: pytest.Mo
     records.pytest_sessionfinish(session)
     shown = (folder / "RESULTS.md").read_text()
     assert "missed" not in shown and "now 2" in shown and "3 nats" in shown  # the other row stays
+    printed = "of two\n| set | RMSE | NLL |\n|-----|------|-----|\n| a   | 2.8  |     |\n| b   |      | 2.4 |\n" * 2
+    records.pytest_runtest_logreport(of_a_test(a, capstdout=printed))
+    records.pytest_sessionfinish(session)
+    row = next(line for line in (folder / "RESULTS.md").read_text().splitlines() if "`test_a`" in line)
+    assert "of two; a: RMSE 2.8; b: NLL 2.4; of two; a: RMSE 2.8; b: NLL 2.4" in row and row.count("| ") == 5
+    assert f"{report.provenance()['commit']}, {report.provenance()['machine'].split(', load')[0]}" in row
 
 
 def test_a_command_is_run_and_kept(folder: Path) -> None:
