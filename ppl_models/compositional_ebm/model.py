@@ -196,9 +196,9 @@ class EnergyModel(Model):
             num_steps: steps of the optimiser.
             valid: held-out data. Their loss is in the history, and the parameters that were best on them are kept
                 (not of contrastive divergence, whose loss tells nothing, nor with ``average_last``).  Without them,
-                where the energy has more than four parameters for each row, a tenth of the rows is set aside for it,
-                from 30 to 1,000: few rows are learned by heart in the default number of steps.  With more than ten
-                the fit also ends when they do no better.
+                where there are fewer than four rows for each of the energy's parameters, a tenth of them is set aside
+                for it, from 30 to 1,000: they are learned by heart in the default number of steps.  With more than
+                ten parameters for each row the fit also ends when they do no better.
             seed: same seed, same machine, same result to the bit.
             lr: Adam's first rate; a cosine brings it to zero. None: 5e-3, or 1e-3 of contrastive divergence and score
                 matching. In many dimensions more may serve: try it on ``valid``.

@@ -26,9 +26,9 @@ def test_few_rows_are_not_learned_by_heart(rows: int, within: float) -> None:
     assert "validation_loss" not in averaged.history and len(averaged.history["loss"]) == 10
 
 
-def test_ten_thousand_rows_are_all_learned_from_and_log_z_does_not_wander() -> None:
-    """Eight modes in two dimensions: with a tenth set aside and stopped early this fit collapsed at its first rate;
-    with the paper's gradient log Z rose to 28 and back, at other seeds for good.
+def test_log_z_does_not_wander_and_no_fit_stops_before_its_rate_has_fallen() -> None:
+    """Eight modes in two dimensions, 10,000 rows: stopped early this fit collapsed at its first rate; with the paper's
+    gradient log Z rose to 28 and back, at other seeds for good.
     """
 
     def draw(seed: int) -> torch.Tensor:
@@ -39,11 +39,25 @@ def test_ten_thousand_rows_are_all_learned_from_and_log_z_does_not_wander() -> N
 
     ebm, x, angles = EnergyModel(event_shape=(2,), seed=2), draw(5), torch.arange(8) * math.pi / 4
     result = ebm.fit(draw(4), seed=2, progress=False)
-    assert "validation_loss" not in result.history
+    assert len(result.history["loss"]) == 2000 and len(result.history["validation_loss"]) == 81
     assert float(result.history["log_partition"].abs().max()) < 10
     centres = math.sqrt(8) * torch.stack([angles.cos(), angles.sin()], 1)
     truth = (-4 * torch.cdist(x, centres).square()).logsumexp(1).mean() + math.log(4 / (8 * math.pi))
     assert float(truth - ebm.log_prob(x).mean()) < 0.03
+
+
+def test_thousands_of_rows_are_not_learned_by_heart() -> None:
+    """5,000 rows of a normal in three dimensions were 1.8 nats below the truth on new ones."""
+    law = torch.distributions.MultivariateNormal(torch.zeros(3), torch.eye(3) + 0.5)
+    with scoped_seed(0):
+        x, new = law.sample((5000,)), law.sample((4000,))
+    ebm = EnergyModel(event_shape=(3,))
+    ebm.fit(x, progress=False)
+    assert float((law.log_prob(new) - ebm.log_prob(new)).mean()) < 0.1
+    small = EnergyModel(
+        event_shape=(3,), energy=torch.nn.Sequential(torch.nn.Linear(3, 1, bias=False), torch.nn.Flatten(0))
+    )
+    assert "validation_loss" not in small.fit(x, num_steps=10, progress=False).history  # three parameters
 
 
 @pytest.mark.parametrize("normaliser", ["table", "joint"])
