@@ -35,10 +35,13 @@ def told_of_pass(found: Evaluation) -> Evaluation:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_every_marginal_of_a_mixture(seed: int) -> None:
-    """S1 and S4; 100,000 rows stand for fresh ones."""
+    """S1 and S4; a million rows stand for two million fresh ones.
+
+    100,000 do not tell the law to S1's bound: of seed 2 the conditionals were then 0.077 off, and f 0.068.
+    """
     mixture = BernoulliMixture(10, seed)
     mam = MarginalizationModel([2] * 10, hidden=128, depth=3)
-    mam.fit(mixture.sample(100_000), num_steps=4000, marginal_steps=6000, num_rows=30_000, seed=seed, progress=False)
+    mam.fit(mixture.sample(1_000_000), num_steps=4000, marginal_steps=6000, num_rows=30_000, seed=seed, progress=False)
     rows = hide_some(mixture.sample(4000), seed)
     error = mam.log_prob(rows) - mixture.log_prob(rows)
     off = told(mae=float(error.abs().mean()), rms=float(error.square().mean().sqrt()))
