@@ -64,7 +64,7 @@ METHODS: dict[str, tuple[type[UnnormalisedObjective], dict[str, Any]]] = {
 }
 _LIKELIHOODS = (CompositionalLikelihood, SelfNormalisedLikelihood)
 _RATE, _RATE_IN_SPACE = 5e-3, 1e-3  # the latter of chains and scores, which run away at more
-_VALIDATIONS = 80  # in a fit
+_VALIDATIONS, _VALIDATIONS_EARLY = 20, 80  # in a fit, and in one that they may end
 _FEWEST_ASIDE, _MOST_ASIDE, _DECAY, _PATIENCE = 30, 1000, 1000.0, 200  # of fits to few rows; steps
 # Rows a parameter below which they are learned by heart: p parameters fit n rows p / 2n nats better than new ones.
 _BY_HEART, _SOON = 4.0, 0.1
@@ -309,7 +309,7 @@ def optimise(
     """
     inner = objective if density is None else density
     assert isinstance(inner, UnnormalisedObjective)
-    every = max(5, num_steps // _VALIDATIONS)
+    every = max(5, num_steps // (_VALIDATIONS_EARLY if early else _VALIDATIONS))
     best = valid is not None and not average_last and not isinstance(inner, ContrastiveDivergence)
 
     def make(parameters: Any) -> Any:
