@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from inference.runtime.generators import scoped_seed
 from ppl_models import FractionalSDE
 from ppl_models.fractional_sde.bound import PathBound
-from sde import FractionalBrownianMotion, LinearSDE, fractional_gaussian_noise, kalman_filter
+from sde import (
+    FractionalBrownianMotion,
+    FractionalOrnsteinUhlenbeck,
+    LinearSDE,
+    fractional_gaussian_noise,
+    kalman_filter,
+)
 
 QUIET: dict[str, Any] = {"num_steps": 1, "lr": 1e-9, "progress": False}
 GAP, TIMES = 0.02, 100  # a tenth of what the wells take to pull X back
@@ -171,3 +177,21 @@ def test_a_diffusion_starts_from_what_the_drift_leaves() -> None:
         found = model.system.field(torch.zeros(()), at) / scale(at)
     print(found.flatten().tolist())
     torch.testing.assert_close(found, torch.ones_like(found), atol=0.15, rtol=0)
+
+
+class Reversion(nn.Module):
+    def forward(self, time: Tensor, x: Tensor) -> Tensor:
+        return -x
+
+
+@pytest.mark.parametrize("hurst", [0.3, 0.9])
+def test_a_module_that_is_linear_starts_at_the_exact_posterior(hurst: float) -> None:
+    """A bridge over twice its memory; at H = 0.9 the posterior that sees all drift in straight lines is 12 % off."""
+    bridge = FractionalSDE(1, Reversion(), 1.0, hurst=hurst, initial=(0.0, 0.0), horizon=2.0)
+    bridge.fit([2.0], torch.zeros(1, 1, 1), noise_std=0.1, max_step=0.04, num_particles=4, **QUIET)
+    times = torch.linspace(0.1, 1.9, 10)
+    grid = torch.cat([times.double(), torch.tensor([2.0], dtype=torch.float64)])
+    covariance = FractionalOrnsteinUhlenbeck(hurst, 1.0).covariance(grid)
+    exact = (covariance.diagonal()[:-1] - covariance[:-1, -1] ** 2 / (covariance[-1, -1] + 0.1**2)).sqrt()
+    found = bridge.predict(times, num_samples=4000).std.flatten()
+    assert float((found / exact - 1).abs().max()) < 0.05  # 4 standard errors, and steps of 0.04
