@@ -1,4 +1,4 @@
-"""Long checks of the library as a whole: fifty kills over a long fit and a long run, memory of a streamed run."""
+"""Long checks of the library as a whole: fifty kills, memory of a streamed run, calibration, tutorials in full."""
 
 import os
 import random
@@ -126,3 +126,14 @@ def test_models_are_calibrated(name: str) -> None:
         for quantity, share in coverage(found, level).items():
             error = (level * (1 - level) / 500) ** 0.5  # of one scalar; the mean over several has no more
             assert abs(share - level) < 4 * error, f"{quantity}: {share:.3f} of {level:.0%} intervals"
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "tutorials").glob("*.py"))])
+def test_a_tutorial_in_full(name: str, tmp_path: Path) -> None:
+    """Its figures and the bounds that it ends in, of which the shortened run of each test leaves out most."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg", "PPL_MODELS_OUT": str(tmp_path)}
+    environment.pop("PPL_MODELS_SMOKE", None)
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tutorials" / f"{name}.py")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert list((tmp_path / "tutorial").glob("*.png"))
