@@ -38,7 +38,7 @@ _OBJECTIVES = ("consistency", "kl", "fm", "arm", "arm_mc")
 _PARTITIONS = ("importance", "bridge", "network")
 _BATCH = 512
 _AVERAGED = 0.3  # of the second stage's updates
-_FEWEST_TO_SPLIT, _MOST_SET_ASIDE = 20, 1000
+_FEWEST_TO_SPLIT, _MOST_SET_ASIDE = 20, 10_000
 _MASKS = 500  # at least, of held-out rows: few rows are looked at behind many
 _FASTER, _SMALLER = 4.0, 2  # its rate and its batches: each row teaches every step of the chain rule
 _LEVEL_DRAWS = 1024  # for the level of f after a fit by divergence
@@ -121,7 +121,7 @@ class MarginalizationModel(Training):
             x: ``(N, D)`` integers, -1 where missing (at random); each row has an observed variable.
             valid: held-out rows; the first stage keeps the parameters that were best on them. The second, whose rows
                 are drawn and whose loss on few rows is mostly their orders', averages its last ones.  Without them a
-                tenth of 20 or more rows, at most 1,000, is set aside for it: few rows are learned by heart in the
+                tenth of 20 or more rows, at most 10,000, is set aside for it: few rows are learned by heart in the
                 default number of updates.
             seed: same seed, same machine, same result to the bit.
             context, valid_context: ``(N, C)`` of a model with context.
