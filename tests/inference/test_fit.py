@@ -507,7 +507,7 @@ def test_device_follows_the_objective_or_is_the_one_asked_for():
         ({"validation": (torch.ones(3, 3) * math.nan, torch.ones(3))}, ValueError, "validation holds NaN"),
         ({"objective": lambda x, y: x}, TypeError, r"objective must be a torch\.nn\.Module"),
     ],
-    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_bad_arguments_are_refused_before_any_work(change, error, message):
     objective = LeastSquares()
