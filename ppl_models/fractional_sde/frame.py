@@ -5,11 +5,11 @@ observation y' to the next, y, both are made to need the same noise n:
 
     z = (z' + c r) / (1 + theta r) + n,   y = y' + B + n (s(y') + s(y)) / 2,
 
-B what the drift moves X by and r what makes the stand-in lead as far as X is followed.  Where s does not depend on the
-state, B is what the stand-in's drift moves X by, and the rest of b by the solver's own rule from its values at y' and
-y, so that a drift that is the stand-in's leaves Z = X; else all of b goes by that rule.  Between observations a state x
-is shown as the Z that needs the noise that leads from x to y.  Where noise alone moves X this is the Lamperti transform
-by Heun's scheme.
+B what the drift moves X by, by the solver's own rule from its values at y' and y, and r what makes the stand-in lead
+as far as X is followed.  Where s does not depend on the state, the stand-in's part of b, c - theta x, is taken at y' in
+both places: r knows how it changes on the way, and a drift that is the stand-in's leaves Z = X.  Between observations a
+state x is shown as the Z that needs the noise that leads from x to y.  Where noise alone moves X this is the Lamperti
+transform by Heun's scheme.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -48,7 +48,8 @@ class Frame(NamedTuple):
     Attributes:
         z, noise_std: observations and their errors as the linear part sees them.
         scale: s at them, None where it is one.
-        span, rest: the model's drift b(x) moves X by span b(x) + rest until the coming observation.
+        span, rest, keep: the model's drift b(x) moves X by span b(x) + rest + (1 - keep) (y - x) until the coming
+            observation y.
         reach: r.
         coming_x, coming_z, coming_scale: of the coming observation, x from the centre.
     """
@@ -58,6 +59,7 @@ class Frame(NamedTuple):
     scale: Tensor | None
     span: Tensor
     rest: Tensor
+    keep: Tensor
     reach: Tensor
     coming_x: Tensor
     coming_z: Tensor
@@ -66,24 +68,14 @@ class Frame(NamedTuple):
 
 def shown(own: StandIn, x: Tensor, drift: Tensor, scale: Tensor | None, towards: tuple[Tensor | None, ...]) -> Tensor:
     """Z of states ``(B, D)`` with the model's drift and scale there; ``towards`` are one step's ``span`` and so on."""
-    span, rest, reach, coming_x, coming_z, coming_scale = towards
-    assert span is not None and rest is not None and reach is not None and coming_x is not None and coming_z is not None
-    left = coming_x - rest - _led(own, x - own.centre, drift, span, reach, scale is None)
+    span, rest, keep, reach, coming_x, coming_z, coming_scale = towards
+    assert span is not None and rest is not None and keep is not None
+    assert reach is not None and coming_x is not None and coming_z is not None
+    left = keep * (coming_x - (x - own.centre)) - rest - span * drift
     if scale is not None and coming_scale is not None:
         left = left * 2 / torch.maximum(scale + coming_scale, coming_scale)
     z = coming_z - left
     return z + reach * (own.theta * z - own.constant)
-
-
-def _beside(own: StandIn, x: Tensor, drift: Tensor, additive: bool) -> Tensor:
-    """The model's drift at x from the centre; where Z is in its units, what the stand-in's lacks of it."""
-    return drift - (own.constant - own.theta * x) if additive else drift
-
-
-def _led(own: StandIn, x: Tensor, drift: Tensor, span: Tensor, reach: Tensor, additive: bool) -> Tensor:
-    """Where x from the centre is led without noise, but for the drift at the observation."""
-    alone = (x + own.constant * reach) / (1 + own.theta * reach) if additive else x
-    return torch.addcmul(alone, _beside(own, x, drift, additive), span)
 
 
 def _follow(own: StandIn, due: Tensor, h: Tensor, additive: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,8 +139,8 @@ def frame_of(
         near = torch.cat([scale[:1], scale[1:] - scale.diff(dim=0) / (2 * count)])
         noise_std = noise_std / near
     early, late, reach = _follow(own, due[:, None, None], steps[place[1:] - 1], system.additive)
-    beside = _beside(own, x, b, system.additive)
-    noise = x[1:] - _led(own, x[:-1], b[:-1], early, reach, system.additive) - late * beside[1:]
+    followed = own.theta if system.additive else 0 * own.theta
+    noise = (1 - late * followed) * x.diff(dim=0) - early * b[:-1] - late * b[1:]
     noise = noise if mean_scale is None else noise / mean_scale
     z = [x[0] if scale is None else x[0] / scale[0]]
     for n, r in zip(noise, reach.expand_as(noise), strict=True):
@@ -160,6 +152,6 @@ def frame_of(
     early, late, reach = _follow(own, share * clock[-1].to(share), steps, system.additive)
     every = torch.stack(z)
     return Frame(
-        every, noise_std, scale, early, late * at_steps(beside), reach, at_steps(x), at_steps(every),
+        every, noise_std, scale, early, late * at_steps(b), 1 - late * followed, reach, at_steps(x), at_steps(every),
         None if scale is None else at_steps(scale),
     )  # fmt: skip
