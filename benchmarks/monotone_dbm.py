@@ -23,8 +23,8 @@ from torch import Tensor
 
 from benchmarks.record import markdown_table, save
 from ppl_models import ConvMonotoneDBM, MonotoneDBM
+from ppl_models.monotone_dbm.boltzmann import BoltzmannModel
 from ppl_models.monotone_dbm.mean_field import SOLVERS, MeanFieldProblem, solve
-from ppl_models.monotone_dbm.model import BoltzmannModel
 from ppl_models.monotone_dbm.operators import PairwiseMap
 from ppl_models.monotone_dbm.prox import prox_softmax
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from inference.objectives.masked import Head
 from inference.runtime.generators import generator
 from ppl_models.base import check_batch_size, check_count, check_counts, from_array, to_tensor
+from ppl_models.monotone_dbm.boltzmann import BoltzmannModel
 from ppl_models.monotone_dbm.convolution import ConvOperator, Layer, check_layers, layer_groups
 from ppl_models.monotone_dbm.groups import Groups
 from ppl_models.monotone_dbm.jitter import jittered
-from ppl_models.monotone_dbm.model import BoltzmannModel
 from ppl_models.monotone_dbm.operators import Curvature, DenseOperator, check_bound
 from ppl_models.monotone_dbm.pairwise import Query, to_mask
 from ppl_models.monotone_dbm.styles import StyledOperator, class_styles
