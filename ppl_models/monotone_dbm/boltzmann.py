@@ -18,13 +18,13 @@ from inference.objectives.mean_field_contrast import FreeEnergyContrast
 from inference.objectives.pseudo_likelihood import PseudoLikelihood
 from inference.results.evidence import LogPartition
 from inference.runtime.generators import generator
-from ppl_models.base import check_batch_size, check_count, check_counts, to_tensor
+from ppl_models.base import check_count, check_counts, to_tensor
 from ppl_models.monotone_dbm.beyond_mean_field import Correlations, correct, mixture
 from ppl_models.monotone_dbm.calibration import scale_temperatures
 from ppl_models.monotone_dbm.energy import PairwiseEnergy
 from ppl_models.monotone_dbm.mean_field import solve
 from ppl_models.monotone_dbm.pairwise import PairwiseModel, Query
-from ppl_models.monotone_dbm.training import DBMFit, conditional_of, one_cycle, slow_temperatures, to_query
+from ppl_models.monotone_dbm.training import DBMFit, check_run, conditional_of, one_cycle, slow_temperatures, to_query
 
 __all__ = ["BoltzmannModel"]
 
@@ -171,7 +171,7 @@ class BoltzmannModel(PairwiseModel):
         labels: Sequence[int] = (),
         label_weight: float = 0.5,
         labels_shown: float = 0.0,
-        num_steps: int = 1000,
+        num_steps: int | None = None,
         batch_size: int | None = 96,
         lr: float = 0.02,
         annealed: float = 0.0,
@@ -195,7 +195,8 @@ class BoltzmannModel(PairwiseModel):
             label_weight: share of their loss in the whole.
             labels_shown: share of the rows in which ``"masked"`` shows them, so that the others learn from them.
             batch_size: rows in a step; None for all. The default is all rows where there are fewer.
-            num_steps, lr: of Adam with one cycle of rates; temperatures learn at a quarter of ``lr``.
+            num_steps, lr: of Adam with one cycle of rates; temperatures learn at a quarter of ``lr``.  1,000 steps by
+                default; 300 with styles, which EM has learned before.
             annealed: share of the fit over which the bound on Phi is widened from half to the whole of it.
             num_chains, num_sweeps: persistent chains, and their sweeps before an update.
             seed, progress, checkpoint: as in ``inference.fit``.
@@ -208,6 +209,7 @@ class BoltzmannModel(PairwiseModel):
         """
         if objective not in _OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(_OBJECTIVES)}, got {objective!r}")
+        num_steps = (300 if self.styled else 1000) if num_steps is None else num_steps
         states = to_tensor("observed", observed)
         self.to(states.device)
         query = self._query(states, mask)
@@ -220,6 +222,7 @@ class BoltzmannModel(PairwiseModel):
             if objective != "masked":
                 raise ValueError(f"objective={objective!r} needs the same groups in every row; 'masked' does not")
             data = (query.states[:, visible], query.mask[:, visible])
+        batch_size = check_run(len(query.states), batch_size, lr)
         scored = self._heads(visible, labels, label_weight, labels_shown)
         loss = self._objective(
             objective,
@@ -233,7 +236,11 @@ class BoltzmannModel(PairwiseModel):
             num_sweeps=num_sweeps,
             seed=seed,
         )
+        self._begin(query, seed)
         return self._run_fit(loss, objective, data, num_steps, batch_size, lr, seed, progress, checkpoint)
+
+    def _begin(self, data: Query, seed: int) -> None:
+        """What a fit starts with, once all is known to be right."""
 
     @staticmethod
     def _heads(visible: Tensor, labels: Sequence[int], weight: float, shown: float) -> list[Head]:
@@ -309,16 +316,12 @@ class BoltzmannModel(PairwiseModel):
         progress: bool | Callable[[dict[str, Any]], None],
         checkpoint: str | Path | None,
     ) -> DBMFit:
-        rows = len(data[0])
-        size = check_batch_size(batch_size, rows, 96)
-        if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 < lr < math.inf:
-            raise ValueError(f"lr must be positive and finite, got {lr!r}")
         try:
             history = fit(
                 loss,
                 data,
                 num_steps=num_steps,
-                batch_size=size,
+                batch_size=batch_size,
                 optimizer=slow_temperatures(self, lr),
                 scheduler=one_cycle(num_steps),
                 seed=seed,
@@ -353,20 +356,22 @@ class BoltzmannModel(PairwiseModel):
         Args:
             observed, mask: queries ``(B, G)``.
             truth: the whole states ``(B, G)``.
-            groups: which are scaled, and scored where the mask hides them; all by default.  Of a model that sums over a
-                group it is that group's temperature that is scaled, and these are mixtures over its states.
+            groups: which are scaled, and scored where the mask hides them; all by default, but styles, whose truth
+                nobody knows.  Of a model that sums over a group it is that group's temperature that is scaled, and
+                these are mixtures over its states.
             num_steps: of Adam.
 
         Raises:
             TypeError, ValueError: bad arguments, or a mask that hides none of the groups.
         """
         query = self._query(observed, mask)
-        states = self._check_states("truth", truth)
+        states = self._check_states("truth", self._with_styles(to_tensor("truth", truth)))
         if states.shape != query.states.shape:
             raise ValueError(f"truth must be {tuple(query.states.shape)}, as the queries, got {tuple(states.shape)}")
-        indices = tuple(range(self.groups.num_groups)) if groups is None else check_counts("groups", groups, 0)
-        if not indices or len(set(indices)) < len(indices) or max(indices) >= self.groups.num_groups:
-            raise ValueError(f"groups must be different numbers below {self.groups.num_groups}, got {indices}")
+        count = self.groups.num_groups - self.styled
+        indices = tuple(range(count)) if groups is None else check_counts("groups", groups, 0)
+        if not indices or len(set(indices)) < len(indices) or max(indices) >= count:
+            raise ValueError(f"groups must be different numbers below {count}, got {indices}")
         chosen = torch.tensor(indices, device=self.bias.device)
         history = scale_temperatures(self, query, states, chosen, num_steps)
         return DBMFit(history, "calibration")

@@ -14,22 +14,21 @@ from torch import Tensor
 
 from inference.objectives.masked import Head
 from inference.runtime.generators import generator
-from ppl_models.base import check_batch_size, check_count, check_counts, from_array, to_tensor
+from ppl_models.base import check_count, check_counts, from_array, to_tensor
 from ppl_models.monotone_dbm.boltzmann import BoltzmannModel
 from ppl_models.monotone_dbm.convolution import ConvOperator, Layer, check_layers, layer_groups
 from ppl_models.monotone_dbm.groups import Groups
 from ppl_models.monotone_dbm.jitter import jittered
 from ppl_models.monotone_dbm.operators import Curvature, DenseOperator, check_bound
 from ppl_models.monotone_dbm.pairwise import Query, to_mask
-from ppl_models.monotone_dbm.styles import StyledOperator, class_styles
-from ppl_models.monotone_dbm.training import DBMFit
+from ppl_models.monotone_dbm.styles import COUPLED, StyledOperator, class_styles
+from ppl_models.monotone_dbm.training import DBMFit, check_run
 
 __all__ = ["ConvMonotoneDBM"]
 
 _TEMPERATURE = 10.0  # of pixels at the start of a fit: the setting that matters most
 _LABEL_TEMPERATURE = 5.0  # of labels that are not summed over
 _STYLE_TEMPERATURE = 0.5  # of styles of 64 pixels, which are not as independent as EM takes them to be
-_COUPLED = 0.1  # share of the usual random couplings at the start of styles
 _STYLES_SUMMED = 8  # at most
 _AT_ONCE = 512  # images solved at once, of each style
 _SMALL = 256  # pixels up to which a dense model is the default
@@ -131,7 +130,7 @@ class ConvMonotoneDBM(BoltzmannModel):
         layers = check_layers([*given, (num_classes, 1)] if num_classes else given)
         random, label = generator(seed, "potentials"), len(layer_groups(layers).sizes) - 1
         summed = label if sum_labels else None
-        options: dict[str, Any] = {"unbounded": summed, "coupled": _COUPLED if styles else 1.0}
+        options: dict[str, Any] = {"unbounded": summed, "coupled": COUPLED if styles else 1.0}
         bounded: DenseOperator | ConvOperator
         if rank is not None:
             if kernels is not None:
@@ -254,7 +253,7 @@ class ConvMonotoneDBM(BoltzmannModel):
             raise ValueError("labels were given and the model has none (num_classes=0)")
         if objective not in ("masked", "elbo", "pcd"):
             raise ValueError(f"objective must be one of masked, elbo, pcd, got {objective!r}")
-        check_batch_size(batch_size, len(states), 96)
+        batch_size = check_run(len(states), batch_size, lr)
         loss = self._objective(
             objective,
             visible,
@@ -441,13 +440,13 @@ class ConvMonotoneDBM(BoltzmannModel):
         """A mixture for each class, where the fit is the model's first; states of pixels and label."""
         operator = self.operator
         assert isinstance(operator, StyledOperator)
+        if operator.begun:
+            return
+        pixels, labels = states[:, : self.num_pixels], states[:, -1]
+        looks, own, bias = class_styles(pixels, labels, self.num_bins, self.num_classes, self.styles, seed)
+        between = looks.new_zeros(len(operator.templates) - len(looks) - len(own), looks.shape[1])
+        operator.begin(torch.cat([looks, between, own]))
         with torch.no_grad():
-            if bool((operator.templates != 0).any()):
-                return
-            pixels, labels = states[:, : self.num_pixels], states[:, -1]
-            looks, own, bias = class_styles(pixels, labels, self.num_bins, self.num_classes, self.styles, seed)
-            operator.templates[: len(looks)], operator.templates[-len(own) :] = looks, own
-            operator.centres.copy_(operator.inner.groups.softmax(operator.templates.T).T)
             self.bias[operator.start : operator.start + len(bias)] = bias
 
     def _learn_levels(self, pixels: Tensor) -> None:

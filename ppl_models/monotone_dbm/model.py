@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inference.latent_classes import LatentClasses
 from inference.runtime.generators import generator
 from ppl_models.base import check_count, to_tensor
 from ppl_models.monotone_dbm.boltzmann import BoltzmannModel
@@ -25,8 +26,13 @@ from ppl_models.monotone_dbm.operators import (
     factor_of,
     hollow,
 )
+from ppl_models.monotone_dbm.pairwise import Query
+from ppl_models.monotone_dbm.styles import COUPLED, StyledOperator, styles_of
 
 __all__ = ["DeepBoltzmannMachine", "MonotoneDBM"]
+
+_STYLES_SUMMED = 16  # at most
+_ITERATIONS = 50
 
 
 class MonotoneDBM(BoltzmannModel):
@@ -46,6 +52,10 @@ class MonotoneDBM(BoltzmannModel):
             the columns of A within a group (see ``operators``) and allows all that 2 does.
         summed: a group that is summed over exactly instead of by mean field, k queries for one; see
             :class:`~ppl_models.monotone_dbm.pairwise.PairwiseModel`.  Its potentials need no bound and have none.
+        styles: states of a hidden group behind the others that is summed over, the 16 most probable ones of each query.
+            A fit begins with a mixture of as many products of categoricals, learned by EM, and goes on from there (see
+            ``styles``): the most accurate model of tables whose variables depend on each other strongly, which the
+            bound forbids to Phi.  Rows and masks leave the group out; answers for all groups have it last.
         seed: of the initial potentials.
 
     Attributes:
@@ -74,6 +84,7 @@ class MonotoneDBM(BoltzmannModel):
         curvature: Curvature = 1,
         *,
         summed: int | None = None,
+        styles: int = 0,
         seed: int = 0,
     ) -> None:
         check_bound(monotonicity, curvature)
@@ -81,21 +92,42 @@ class MonotoneDBM(BoltzmannModel):
         groups = Groups(group_sizes)
         if summed is not None and check_count("summed", summed, 0) >= groups.num_groups:
             raise ValueError(f"summed must be the number of a group below {groups.num_groups}, got {summed}")
+        if check_count("styles", styles, 0) and (styles == 1 or summed is not None):
+            raise ValueError(f"styles={styles}: they are at least two, and the group that is summed over (summed=None)")
         random = generator(seed, "potentials")
-        super().__init__(DenseOperator(groups, rank, monotonicity, curvature, random, summed))
-        self.summed = summed
+        inner = DenseOperator(groups, rank, monotonicity, curvature, random, summed, coupled=COUPLED if styles else 1.0)
+        if styles:
+            super().__init__(StyledOperator(Groups([*groups.sizes, styles]), inner, groups.num_groups))
+            self.summed, self.most, self.styled = groups.num_groups, _STYLES_SUMMED, True
+        else:
+            super().__init__(inner)
+            self.summed = summed
         self._config = {
             "group_sizes": list(groups.sizes),
             "rank": rank,
             "monotonicity": float(monotonicity),
             "curvature": curvature if isinstance(curvature, str) else int(curvature),
             "summed": summed,
+            "styles": styles,
             "seed": seed,
         }
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""
         return dict(self._config)
+
+    def _begin(self, data: Query, seed: int) -> None:
+        """A mixture, where the fit is the first of a model with styles."""
+        operator = self.operator
+        if not isinstance(operator, StyledOperator) or operator.begun:
+            return
+        mixture = LatentClasses(list(operator.inner.groups.sizes), operator.size).to(self.bias.device)
+        values = torch.where(data.mask, data.states, -1)[:, :-1]
+        mixture.learn(values, iterations=_ITERATIONS, generator=generator(seed, "styles", device=values.device))
+        potentials, bias = styles_of(mixture)
+        operator.begin(potentials)
+        with torch.no_grad():
+            self.bias[operator.start :] = bias
 
     @classmethod
     def from_potentials(

@@ -110,10 +110,12 @@ class PairwiseModel(Model):
             is a bound of log Z that is never below that of plain mean field.
         most: states of the summed group that are summed over at most, those which seem the most probable ones where
             the other groups do not interact.  The others' share of the sum is dropped, and the bound holds.
+        styled: whether the last group is one of styles, which rows and masks may leave out.
     """
 
     summed: int | None = None
     most: int | None = None
+    styled: bool = False
 
     papers: ClassVar[tuple[Paper, ...]] = (
         Paper(
@@ -295,10 +297,12 @@ class PairwiseModel(Model):
             return self.groups.padded(torch.where(self._free(query), q, self._clamped(query)))
 
     def complete(self, observed: Any = None, mask: Any = None) -> Tensor:
-        """The observed states, and the most probable state of each other group by the predictive, ``(B, G)``."""
+        """The observed states, and the most probable state of each other group by the predictive, ``(B, G)``, without
+        styles.
+        """
         query = self._query(observed, mask)
         guess = self.predictive(observed, mask).argmax(-1)
-        return torch.where(query.mask, query.states, guess)
+        return torch.where(query.mask, query.states, guess)[:, : self.groups.num_groups - self.styled]
 
     def predictive_logits(self, query: Query, **options: Any) -> Tensor:
         """Tempered logits ``(B, N)`` of the predictive, without gradients."""
@@ -480,10 +484,9 @@ class PairwiseModel(Model):
             zeros = torch.zeros(rows, count, dtype=torch.long, device=device)
             return Query(zeros, zeros.bool())
         states = _shown(observed, mask).to(device)
-        if states.dim() == 1:
-            states = states[None]
         known = torch.ones(states.shape, dtype=torch.bool) if mask is None else to_mask(mask)
-        known = (known[None] if known.dim() == 1 else known).to(device)
+        states, known = self._with_styles(states), self._with_styles(known).to(device)
+        states, known = (x[None] if x.dim() == 1 else x for x in (states, known))
         if states.dim() != 2 or states.shape[1] != count:
             raise ValueError(f"observed must be (B, {count}), a state for each group, got {tuple(states.shape)}")
         if known.dim() != 2 or known.shape[1] != count or len({len(known), len(states)} - {1}) > 1:
@@ -492,6 +495,12 @@ class PairwiseModel(Model):
         states, known = states.expand(rows, -1), known.expand(rows, -1)
         kept = torch.where(known, states, torch.zeros_like(states))
         return Query(self._check_states("observed", kept), known)
+
+    def _with_styles(self, rows: Tensor) -> Tensor:
+        """Rows or masks ``(..., G)`` with a column of zeros for the styles, if they leave it out."""
+        if self.styled and rows.dim() and rows.shape[-1] == self.groups.num_groups - 1:
+            return nn.functional.pad(rows, (0, 1))
+        return rows
 
     def _check_states(self, name: str, states: Any) -> Tensor:
         """State numbers ``(..., G)`` as checked integers."""

@@ -2,8 +2,8 @@
 
 Mean field under a bound answers with one flat average where several pictures are possible.  A group that is summed over
 (see :class:`~ppl_models.monotone_dbm.pairwise.PairwiseModel`) chooses between pictures and needs no bound.  Here it has
-several states for each class: with the other groups uncoupled the model is a mixture of products of categoricals, which
-EM learns class by class (``inference.latent_classes``), and from which the training of the whole goes on.
+several states, in images for each class: with the other groups uncoupled the model is a mixture of products of
+categoricals, which EM learns (``inference.latent_classes``), and from which the training of the whole goes on.
 
 A component ``p(x | z) = prod_g theta_zg(x_g)`` of weight w is exact in a pairwise model: ``Phi_gz = log theta_zg`` less
 its mean over the states of g, which only moves unaries, and ``b_z = log w`` plus these means.
@@ -19,8 +19,9 @@ from inference.runtime.generators import generator
 from ppl_models.monotone_dbm.groups import Groups
 from ppl_models.monotone_dbm.operators import PairwiseMap, PairwiseOperator, ScaledOperator, of_matrix
 
-__all__ = ["StyledOperator", "class_styles"]
+__all__ = ["COUPLED", "StyledOperator", "class_styles", "styles_of"]
 
+COUPLED = 0.1  # share of the usual random couplings at the start of styles
 _SURE = 40.0  # log-odds of a style's own class against each other one at the start: a known class excludes the rest
 _FEW = -15.0  # log weight of styles that EM had too few images for
 _ITERATIONS = 15
@@ -44,6 +45,17 @@ class StyledOperator(PairwiseOperator):
         # Between the states of the other groups and the styles, (N - K, K).
         self.templates = nn.Parameter(torch.zeros(groups.num_states - self.size, self.size))
         self.register_buffer("centres", torch.zeros_like(self.templates))
+
+    @property
+    def begun(self) -> bool:
+        """Whether the styles are known: before that all are alike."""
+        return bool((self.templates != 0).any())
+
+    @torch.no_grad()
+    def begin(self, potentials: Tensor) -> None:
+        """Start from these potentials between the states of the other groups and the styles, ``(N - K, K)``."""
+        self.templates.copy_(potentials)
+        self.centres.copy_(self.inner.groups.softmax(self.templates.T).T)
 
     def learned_before(self) -> list[nn.Parameter]:
         """See the base class."""
@@ -116,6 +128,14 @@ class StyledOperator(PairwiseOperator):
         return [*found, found[0].new_tensor([self.place])]
 
 
+def styles_of(mixture: LatentClasses) -> tuple[Tensor, Tensor]:
+    """Potentials ``(N, K)`` between states of a mixture's variables and its components, and their biases ``(K,)``."""
+    known, possible = mixture.log_weights > -torch.inf, mixture.possible[..., None]
+    theta = torch.where(known, mixture.log_theta, mixture.log_theta[..., :1]).masked_fill(~possible, 0.0)
+    mean = theta.sum(1, keepdim=True) / possible.sum(1, keepdim=True)
+    return (theta - mean)[mixture.possible], mixture.log_weights.clamp(min=_FEW) + mean.sum((0, 1))
+
+
 def class_styles(
     states: Tensor, labels: Tensor, levels: int, num_classes: int, styles: int, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,10 +160,8 @@ def class_styles(
         if len(rows):
             random = generator(seed, f"styles of class {label}", device=states.device)
             mixture.learn(rows, iterations=_ITERATIONS, generator=random)
-        known = mixture.log_weights > -torch.inf
-        theta = torch.where(known, mixture.log_theta, mixture.log_theta[..., :1])
-        mean = theta.mean(1, keepdim=True)
-        looks.append((theta - mean).flatten(0, 1))
-        weights.append(mixture.log_weights.clamp(min=_FEW) + share + mean.sum((0, 1)))
+        look, weight = styles_of(mixture)
+        looks.append(look)
+        weights.append(weight + share)
     own = torch.eye(num_classes, device=states.device).repeat_interleave(styles, 1)
     return torch.cat(looks, 1), _SURE * (own - 1 / num_classes), torch.cat(weights)

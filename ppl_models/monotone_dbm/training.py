@@ -1,5 +1,6 @@
 """What a fit of a pairwise model is made of: its conditionals as a function of the progress, and its optimiser."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,12 @@ from inference.fixed_point import cheap_to_read
 from inference.newton_cg import newton_cg
 from inference.results.brief import brief
 from inference.results.export import to_arviz
+from ppl_models.base import check_batch_size
 from ppl_models.monotone_dbm.batch_newton import fits, solve_batch
 from ppl_models.monotone_dbm.mean_field import solve
 from ppl_models.monotone_dbm.pairwise import PairwiseModel, Query
 
-__all__ = ["DBMFit", "conditional_of", "slow_temperatures", "to_query"]
+__all__ = ["DBMFit", "check_run", "conditional_of", "slow_temperatures", "to_query"]
 
 _LOOSE, _TIGHT = 3e-2, 3e-3  # residual that is asked of the solver at the start of a fit, and at its end
 _ADJOINT = 1e-2  # relative residual of the gradient's linear system; the minibatch's noise is far above it
@@ -55,6 +57,17 @@ class DBMFit:
         """The history as ArviZ's sample_stats: ``loss`` and ``learning_rate``, one chain, a draw an update."""
         stats = {"loss": self.history.losses[None], "learning_rate": self.history.learning_rates[None]}
         return to_arviz(sample_stats=stats, attrs={"objective": self.objective})
+
+
+def check_run(rows: int, batch_size: int | None, lr: object) -> int | None:
+    """The rows in a step, None for all.
+
+    Raises:
+        TypeError, ValueError: more of them than there are, or a bad rate.
+    """
+    if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 < lr < math.inf:
+        raise ValueError(f"lr must be positive and finite, got {lr!r}")
+    return check_batch_size(batch_size, rows, 96)
 
 
 def to_query(model: PairwiseModel, visible: Tensor, states: Tensor, shown: Tensor) -> Query:

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppl_models import ConvMonotoneDBM
+from inference.latent_classes import LatentClasses
+from inference.runtime.generators import generator
+from ppl_models import ConvMonotoneDBM, MonotoneDBM
 from ppl_models.monotone_dbm.convolution import ConvOperator
 from ppl_models.monotone_dbm.styles import StyledOperator, class_styles
 from tests.ppl_models.dbm_cases import D, check_gradients, random_starts
@@ -239,3 +241,128 @@ def test_digits_in_styles(tmp_path: Path) -> None:
 def test_bad_styles(options: dict[str, Any]) -> None:
     with pytest.raises((TypeError, ValueError), match="styles"):
         ConvMonotoneDBM(**{"image_shape": (1, 8, 8), **options})
+
+
+SIZES = [2, 3, 2, 4]
+
+
+def table(num_rows: int = 400, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Rows of three kinds, a tenth of the values drawn anew, and a mask that hides a fifth of them."""
+    noise = torch.Generator().manual_seed(seed)
+    kinds = torch.tensor([[0, 2, 1, 3], [1, 0, 1, 0], [0, 1, 0, 2]])
+    kind = torch.randint(3, (num_rows,), generator=noise)
+    drawn = (torch.rand(num_rows, 4, generator=noise) * torch.tensor(SIZES)).long()
+    values = torch.where(torch.rand(num_rows, 4, generator=noise) < 0.1, drawn, kinds[kind])
+    return values, torch.rand(num_rows, 4, generator=noise) < 0.8
+
+
+def begun() -> tuple[MonotoneDBM, LatentClasses]:
+    """A machine of uncoupled variables of different sizes at the start of its fit, and the mixture behind it."""
+    values, mask = table()
+    dbm = MonotoneDBM(SIZES, styles=3).double()
+    operator = dbm.operator
+    assert isinstance(operator, StyledOperator)
+    with torch.no_grad():
+        operator.inner.weight.copy_(torch.eye(*operator.inner.weight.shape, dtype=D))  # type: ignore[operator, arg-type]
+    dbm._begin(dbm._query(values, mask), seed=3)
+    mixture = LatentClasses(SIZES, 3)
+    mixture.learn(torch.where(mask, values, -1), iterations=50, generator=generator(3, "styles"))
+    return dbm, mixture.double()
+
+
+def test_tables_begin_with_a_mixture() -> None:
+    """Any answer is that of latent classes, whatever the sizes of the variables, and missing values take no part."""
+    dbm, mixture = begun()
+    configurations = torch.cartesian_prod(*[torch.arange(k) for k in SIZES])
+    styles = torch.cartesian_prod(*[torch.arange(k) for k in [*SIZES, 3]])
+    log_p = dbm.log_density(styles).view(-1, 3).logsumexp(1)
+    expected = mixture(configurations)
+    torch.testing.assert_close(log_p - log_p.logsumexp(0), expected - expected.logsumexp(0), rtol=0, atol=1e-6)
+    observed, mask = table(6, seed=2)
+    found = dbm.marginals(observed, mask).probabilities
+    assert found.shape == (6, 5, 4)
+    for row, known, q in zip(observed, mask, found, strict=True):
+        agrees = ((configurations == row) | ~known).all(1)
+        weights = expected[agrees].softmax(0)
+        for g, size in enumerate(SIZES):
+            right = torch.zeros(size, dtype=D).index_add(0, configurations[agrees, g], weights)
+            if not known[g]:
+                torch.testing.assert_close(q[g, :size], right, rtol=0, atol=1e-6)
+
+
+def test_rows_leave_the_styles_out() -> None:
+    """Rows, masks and truths with and without a column for them are one query; completions are rows."""
+    dbm, _ = begun()
+    observed, mask = table(6, seed=2)
+    wide, known = torch.nn.functional.pad(observed, (0, 1)), torch.nn.functional.pad(mask, (0, 1))
+    assert torch.equal(dbm.predictive(observed, mask), dbm.predictive(wide, known))
+    assert torch.equal(dbm.predictive(observed[0], mask[0]), dbm.predictive(wide[:1], known[:1]))
+    assert torch.equal(dbm.predictive(observed.double(), mask), dbm.predictive(observed, mask))
+    completed = dbm.complete(observed, mask)
+    assert completed.shape == observed.shape and torch.equal(completed[mask], observed[mask])
+    assert dbm.sample(3, 2, observed[0], mask[0]).shape == (3, 2, 5)
+    with pytest.raises(ValueError, match=r"observed must be \(B, 5\)"):
+        dbm.predictive(observed[:, :3], mask[:, :3])
+
+
+def test_calibrating_tables_with_styles() -> None:
+    """The styles' temperature, by the likelihood of what is known: the truth of a style nobody knows."""
+    dbm, _ = begun()
+    values, _ = table(2000, seed=5)
+    mask = torch.rand(2000, 4, generator=torch.Generator().manual_seed(6)) < 0.5
+
+    def loss(moved: float) -> float:
+        with torch.no_grad():
+            dbm.log_temperature[4] += moved
+            told = dbm.predictive(values, mask)[:, :4].gather(2, values[..., None])[..., 0]
+            dbm.log_temperature[4] -= moved
+        return -float(told[~mask].log().mean())
+
+    with torch.no_grad():
+        dbm.log_temperature[4] = 1.0
+    before = loss(0.0)
+    dbm.calibrate(values, mask, values)
+    assert loss(0.0) < min(before, loss(0.1), loss(-0.1))
+    assert dbm.log_temperature[:4].tolist() == [0.0] * 4
+    with pytest.raises(ValueError, match="below 4"):
+        dbm.calibrate(values, mask, values, groups=[4])
+
+
+def test_a_table_of_several_kinds() -> None:
+    """Sixteen answers of eight kinds of people: pairs of answers do not tell the kinds apart, styles do."""
+    noise = torch.Generator().manual_seed(0)
+    kinds = torch.randint(2, (8, 16), generator=noise)
+    own = kinds[torch.randint(8, (3000,), generator=noise)]
+    values = torch.where(torch.rand(3000, 16, generator=noise) < 0.05, 1 - own, own)
+    mask = torch.rand(1000, 16, generator=noise) < 0.4
+    train, test = values[:2000], values[2000:]
+
+    def loss(one: Tensor) -> float:
+        told = torch.where(test == 1, one, 1 - one)
+        return -float(told[~mask].log().mean())
+
+    chances = 0.05 + 0.9 * kinds.double()
+    agree = torch.where(test[:, None] == 1, chances, 1 - chances).log() * mask[:, None]
+    truth = loss(agree.sum(2).softmax(1) @ chances)
+    beyond = {}
+    for styles in (0, 8):
+        dbm = MonotoneDBM([2] * 16, curvature=2, styles=styles)
+        dbm.fit(train, num_steps=50 if styles else 300, progress=False)
+        beyond[styles] = loss(dbm.predictive(test, mask)[:, :16, 1]) - truth
+    assert beyond[8] < 0.02
+    assert beyond[0] > 0.04
+
+
+def test_a_bad_rate_changes_nothing() -> None:
+    values, mask = table()
+    dbm = MonotoneDBM(SIZES, styles=3)
+    before = {name: value.clone() for name, value in dbm.state_dict().items()}
+    with pytest.raises(ValueError, match="lr must be positive"):
+        dbm.fit(values, mask, lr=-1.0, progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in dbm.state_dict().items())
+
+
+@pytest.mark.parametrize("options", [{"styles": -1}, {"styles": 1}, {"styles": 2.5}, {"styles": 2, "summed": 0}])
+def test_bad_styles_of_tables(options: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError), match="styles"):
+        MonotoneDBM(SIZES, **options)

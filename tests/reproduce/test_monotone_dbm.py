@@ -1,13 +1,15 @@
 """Digits and MNIST with the bounds that monotone Boltzmann machines must meet; minutes each."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from ppl_models import ConvMonotoneDBM
+from inference.latent_classes import LatentClasses
+from ppl_models import ConvMonotoneDBM, MonotoneDBM
 from ppl_models.monotone_dbm import expected_calibration_error
 
 pytestmark = pytest.mark.slow
@@ -148,3 +150,42 @@ def test_mnist_of_five_thousand(
     found = measure(net, images[4000:], labels[4000:], 0.4)
     assert found["accuracy"] >= accuracy and found["nll"] <= nll and found["mse"] <= mse
     assert spent < 600
+
+
+@pytest.mark.parametrize(("name", "styles"), [("nltcs", 32), ("plants", 64)])
+def test_answers_of_tables(name: str, styles: int, data_dir: Path) -> None:
+    """Styles in tables, two fifths of the answers seen: nats for each hidden answer, beside the plain machine and as
+    many latent classes alone.
+    """
+    from ppl_models.datasets import load_binary
+
+    table = load_binary(name)
+    train, test = table.train.long(), table.test.long()[:2000]
+    mask = torch.rand(test.shape, generator=torch.Generator().manual_seed(0)) < 0.4
+
+    def nats(one: Tensor) -> float:
+        return -float(torch.where(test == 1, one, 1 - one).clamp_min(1e-6).log()[~mask].mean())
+
+    found = {}
+    for count in (0, styles):
+        started = time.process_time()
+        dbm = MonotoneDBM([2] * train.shape[1], curvature=2, styles=count)
+        dbm.fit(train, progress=False)
+        found[count] = nats(
+            torch.cat(
+                [
+                    dbm.predictive(x, m)[:, : train.shape[1], 1]
+                    for x, m in zip(test.split(250), mask.split(250), strict=True)
+                ]
+            )
+        )
+        print(f"styles={count}: {found[count]:.4f} nats, {time.process_time() - started:.0f} s of processor time")
+    classes = LatentClasses([2] * train.shape[1], styles)
+    classes.learn(train, iterations=100, generator=torch.Generator().manual_seed(0))
+    log_theta = classes.log_theta
+    hot = torch.nn.functional.one_hot(test, 2) * mask[..., None]
+    shares = (torch.einsum("ndk,dkc->nc", hot.float(), log_theta) + classes.log_weights).softmax(1)
+    alone = nats(shares @ log_theta[:, 1].exp().T)
+    print(f"latent classes: {alone:.4f} nats")
+    assert found[styles] < found[0] - (0.003 if name == "nltcs" else 0.1)
+    assert found[styles] < alone + 0.004

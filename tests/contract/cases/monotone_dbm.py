@@ -1,5 +1,7 @@
 """Monotone deep Boltzmann machines: groups, and images."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,12 @@ DBM = ModelCase(
         Bad("mask", lambda m: m.marginals(torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 3)), "mask"),  # type: ignore[operator]
     ],
 )
+STYLED = replace(
+    DBM,
+    name="monotone_dbm_styles",
+    build=lambda: MonotoneDBM([3] * 4, rank=4, styles=2),
+    data=lambda dtype: {"observed": states(dtype)["observed"].repeat(2, 1)},  # a style needs 32 rows
+)
 CONVOLUTION = ModelCase(
     name="conv_monotone_dbm",
     build=lambda: ConvMonotoneDBM((1, 8, 8), num_bins=2, num_classes=3),
@@ -61,4 +69,4 @@ CONVOLUTION = ModelCase(
     not_finite=("images",),
 )
 
-CASES = [DBM, CONVOLUTION]
+CASES = [DBM, STYLED, CONVOLUTION]
