@@ -4,7 +4,9 @@
 
 for any subset S of the variables (Lazarsfeld and Henry, "Latent structure analysis", 1968).  It is learned by EM
 (Dempster, Laird and Rubin, JRSS B 39, 1977), where missing values simply take no part in the products, and is the
-maximum of the posterior under a Dirichlet prior on each ``theta_cj`` around the variable's own frequencies.
+maximum of the posterior under a Dirichlet prior on each ``theta_cj`` around the variable's own frequencies.  It starts
+from rows far from one another (k-means++; Arthur and Vassilvitskii, SODA 2007): from any rows, two classes often share
+a kind of rows and a third stands for two.
 """
 
 import torch
@@ -15,6 +17,7 @@ __all__ = ["LatentClasses", "before"]
 
 _PRIOR = 2.0  # observations that a class has beforehand of each variable
 _MOST = 1 << 27  # numbers in the one-hot rows: half a gigabyte
+_CANDIDATES = 100  # rows a class among which the starts are looked for
 _FLOOR = 1e-6  # of a probability: its logarithm and gradients stay of usual size in float32
 
 
@@ -81,7 +84,7 @@ class LatentClasses(nn.Module):
 
     @torch.no_grad()
     def learn(self, values: Tensor, *, iterations: int = 100, generator: torch.Generator | None = None) -> None:
-        """EM from random rows.
+        """EM from rows far from one another.
 
         Args:
             values: ``(N, D)``, -1 where missing; a class needs 32 rows, so fewer rows make fewer classes.  Of more rows
@@ -99,9 +102,9 @@ class LatentClasses(nn.Module):
         if classes == 1:
             weights, theta = hot.new_ones(1), base.unsqueeze(2)
         else:
-            chosen = torch.randperm(len(values), generator=generator, device=values.device)[:classes]
+            starts = self._apart(hot, classes, generator)
             # A class starts between a row and the frequencies: at a row alone it would keep that row and no other.
-            theta = (hot[chosen].mT.unflatten(0, self.possible.shape) + 2.0 * base.unsqueeze(2)).clamp(min=_FLOOR)
+            theta = (starts.mT.unflatten(0, self.possible.shape) + 2.0 * base.unsqueeze(2)).clamp(min=_FLOOR)
             theta = theta / theta.sum(1, keepdim=True)
             weights = hot.new_full((classes,), 1.0 / classes)
         for _ in range(iterations if classes > 1 else 0):
@@ -114,3 +117,19 @@ class LatentClasses(nn.Module):
         theta = functional.pad(theta, (0, len(self.log_weights) - classes), value=1.0)
         self.log_theta.copy_(theta.clamp(min=_FLOOR).log())
         self.log_weights[:classes] = weights.log()
+
+    def _apart(self, hot: Tensor, classes: int, generator: torch.Generator | None) -> Tensor:
+        """Rows ``(C, D K)``, each with a chance that grows with the squared number of values in which it differs from
+        the one before it that is most like it.
+        """
+        order = torch.randperm(len(hot), generator=generator, device=hot.device)
+        some = hot[order[: _CANDIDATES * classes]]
+        known = some.unflatten(1, self.possible.shape).sum(2)
+        far = torch.full_like(known[:, 0], torch.inf)
+        places = [torch.zeros(1, dtype=torch.long, device=hot.device)]
+        for _ in range(classes - 1):
+            alike, both = (rows @ rows.index_select(0, places[-1])[0] for rows in (some, known))
+            far = torch.minimum(far, both - alike)
+            # Where no row differs, any.
+            places.append(torch.multinomial(far.square() + _FLOOR, 1, generator=generator))
+        return some[torch.cat(places)]
