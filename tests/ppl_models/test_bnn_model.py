@@ -104,6 +104,18 @@ def test_without_hidden_layers_the_posterior_is_bayesian_linear_regression(param
     assert (w.std(0) / sd - 1).abs().max() < 0.06
 
 
+@pytest.mark.parametrize(("rows", "batch_size"), [(60, None), (256, None), (257, 32)])
+def test_few_rows_are_taken_whole(rows: int, batch_size: int | None) -> None:
+    """The noise of minibatches widens a posterior, and few rows cost as little as a minibatch of them."""
+    x, y = torch.randn(2, rows, 1, generator=torch.Generator().manual_seed(0))
+    draws = []
+    for options in ({}, {"batch_size": batch_size}):
+        bnn = FunctionalPriorBNN(1, hidden=(3,))
+        options = {"num_chains": 2, "warmup_steps": 5, "num_samples": 2, "thin": 1, "progress": False, **options}
+        draws.append(bnn.fit(x, y, **options).weights["W1"])  # type: ignore[arg-type]
+    assert torch.equal(*draws)
+
+
 def test_hmc_gives_the_closed_form_prediction_in_the_users_units() -> None:
     x, y = linear_data()
     y = 7 + 5 * y
