@@ -28,6 +28,7 @@ from ppl_models.monotone_dbm.operators import PairwiseMap, PairwiseOperator
 
 __all__ = ["MeanField", "PairwiseModel", "Query", "to_mask"]
 
+_AT_ONCE = 1 << 20  # numbers in the queries that a sum over a group makes of some rows
 _ADJOINT = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
@@ -292,9 +293,16 @@ class PairwiseModel(Model):
             RuntimeError: a query did not converge (with a solver other than the default).
         """
         query = self._query(observed, mask)
-        with torch.no_grad():
-            q = self.groups.softmax(self.predictive_logits(query, **options))
-            return self.groups.padded(torch.where(self._free(query), q, self._clamped(query)))
+        rows = len(query.states)
+        if self.summed is not None and not options:  # each row makes many queries
+            cases = self.most or self.groups.sizes[self.summed]
+            rows = max(1, _AT_ONCE // (cases * self.groups.num_states))
+        made = []
+        for part in (Query(*pair) for pair in zip(query.states.split(rows), query.mask.split(rows), strict=True)):
+            with torch.no_grad():
+                q = self.groups.softmax(self.predictive_logits(part, **options))
+                made.append(self.groups.padded(torch.where(self._free(part), q, self._clamped(part))))
+        return torch.cat(made)
 
     def complete(self, observed: Any = None, mask: Any = None) -> Tensor:
         """The observed states, and the most probable state of each other group by the predictive, ``(B, G)``, without

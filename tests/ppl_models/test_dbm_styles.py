@@ -10,6 +10,7 @@ from torch import Tensor
 from inference.latent_classes import LatentClasses
 from inference.runtime.generators import generator
 from ppl_models import ConvMonotoneDBM, MonotoneDBM
+from ppl_models.monotone_dbm import pairwise
 from ppl_models.monotone_dbm.convolution import ConvOperator
 from ppl_models.monotone_dbm.styles import StyledOperator, class_styles
 from tests.ppl_models.dbm_cases import D, check_gradients, random_starts
@@ -303,6 +304,19 @@ def test_rows_leave_the_styles_out() -> None:
     assert dbm.sample(3, 2, observed[0], mask[0]).shape == (3, 2, 5)
     with pytest.raises(ValueError, match=r"observed must be \(B, 5\)"):
         dbm.predictive(observed[:, :3], mask[:, :3])
+
+
+def test_many_rows_are_answered_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a sum over the styles of all rows at once would need grows with rows, styles and states together."""
+    dbm, _ = begun()
+    observed, mask = table(50, seed=2)
+    whole = dbm.predictive(observed, mask)
+    asked = []
+    solved = dbm.solved_logits
+    monkeypatch.setattr(pairwise, "_AT_ONCE", 7 * 16 * 14)  # seven rows of 16 cases, of 11 states and three styles
+    monkeypatch.setattr(dbm, "solved_logits", lambda query, **options: asked.append(len(query.states)) or solved(query))
+    torch.testing.assert_close(dbm.predictive(observed, mask), whole, rtol=0, atol=1e-9)
+    assert asked == [7 * 3] * 7 + [3]
 
 
 def test_calibrating_tables_with_styles() -> None:
