@@ -51,7 +51,7 @@ class MonotoneDBM(BoltzmannModel):
             gives a unique fixed point just as well; ``"pinsker"`` for the widest, which bounds the distances between
             the columns of A within a group (see ``operators``) and allows all that 2 does.
         summed: a group that is summed over exactly instead of by mean field, k queries for one; see
-            :class:`~ppl_models.monotone_dbm.pairwise.PairwiseModel`.  Its potentials need no bound and have none.  It is
+            :class:`~ppl_models.monotone_dbm.pairwise.PairwiseModel`.  It needs no bound and has none.  It is
             for a group with data, such as a label: the states of a hidden one begin alike and stay so (see ``styles``).
         styles: states of a hidden group behind the others that is summed over, the 16 most probable ones of each query.
             A fit begins with a mixture of as many products of categoricals, learned by EM, and goes on from there (see
