@@ -24,7 +24,7 @@ from inference.runtime.generators import derive_seed, generator, scoped_seed
 from ppl_models.base import Model, Standardiser, check_batch_size, check_count, check_counts, to_precision, to_tensor
 from ppl_models.compositional_ebm.distribution import EnergyDistribution, check_energy
 from ppl_models.compositional_ebm.methods import EnergyFit, check_schedule, optimise, split_of_few
-from ppl_models.compositional_ebm.networks import EnergyNetwork, mlp
+from ppl_models.compositional_ebm.networks import LOW_DIMENSION, EnergyNetwork, mlp
 from ppl_models.compositional_ebm.noise import (
     as_noise,
     covering_mixture,
@@ -40,6 +40,7 @@ _NORMALISERS = ("table", "network", "minibatch", "joint")
 _GRID = 512  # points in one dimension; 64 a side in two
 _IMPORTANCE = 4096  # shared noise draws for log Z(x) in more than two dimensions
 _VALUES_AT_ONCE = 1 << 20
+_Y_BANDWIDTH = 1.0  # beside many columns of x
 _EFFECTIVE = 25.0  # noise draws that must carry log Z(x)
 _MOST_ASIDE = 200  # rows: each has noise of its own
 _BY_HEART = 0.1  # rows a parameter; 2,000 rows of 12,700 parameters are better learned from as a whole
@@ -62,12 +63,17 @@ class ConditionalPrediction(NamedTuple):
 
 
 class PairEnergy(nn.Module):
-    """The default network: ``(x, y)`` side by side, standardised, with Fourier features where they are few."""
+    """The default network: ``(x, y)`` side by side, standardised, with Fourier features where they are few, else of y
+    alone, in which the law is sharp.
+    """
 
     def __init__(self, x_columns: int, y_columns: int, hidden: tuple[int, ...], seed: int) -> None:
         super().__init__()
         # at a bandwidth of 1 pairs are learned by heart: two branches' held-out excess was 0.07 nats, here 0.025
-        self.network = EnergyNetwork(x_columns + y_columns, hidden, bandwidth=0.5, seed=seed)
+        columns = x_columns + y_columns
+        few = columns <= LOW_DIMENSION
+        sharp, bandwidth = (columns, 0.5) if few else (y_columns, _Y_BANDWIDTH)
+        self.network = EnergyNetwork(columns, hidden, bandwidth=bandwidth, seed=seed, sharp=sharp)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """``(row, Dx)`` and ``(row, Dy)`` to ``(row,)``."""
@@ -107,7 +113,8 @@ class ConditionalEnergyModel(Model):
 
     Args:
         energy: a module ``(x (B, Dx), y (B, Dy)) -> (B,)`` without an output bias; None: a perceptron on standardised
-            inputs, with random Fourier features where x and y have up to four columns together.
+            inputs, with random Fourier features where x and y have up to four columns together, else of up to four
+            columns of y.
         normaliser: how log Z(x) is followed in training: ``"table"`` (one running estimate a row of data),
             ``"network"`` (a network of x), ``"minibatch"`` (each row's own noise draws), or ``"joint"`` (one constant
             for all x, which is right only for families closed under a factor that depends on x).

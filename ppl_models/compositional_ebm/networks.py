@@ -11,9 +11,9 @@ from inference.objectives.unnormalised.heavy_tails import heavy_tailed
 from inference.runtime.generators import generator, scoped_seed
 from ppl_models.base import Standardiser
 
-__all__ = ["EnergyNetwork", "mlp"]
+__all__ = ["LOW_DIMENSION", "EnergyNetwork", "mlp"]
 
-_LOW_DIMENSION = 4
+LOW_DIMENSION = 4
 _FREQUENCIES = 64
 _NORMAL = 1.4826  # standard deviations in the median deviation of a normal law
 
@@ -37,7 +37,8 @@ class EnergyNetwork(nn.Module):
     with the logarithm of x, so that the density falls with a power of it and the middle keeps its detail.
 
     In up to four dimensions the inputs are joined by the sines and cosines of 64 random projections, without which
-    perceptrons are slow to learn sharp densities (Tancik et al., NeurIPS 2020).
+    perceptrons are slow to learn sharp densities (Tancik et al., NeurIPS 2020).  With ``sharp`` the last
+    ones alone are.
 
     Args:
         columns: size of a flattened event.
@@ -45,6 +46,7 @@ class EnergyNetwork(nn.Module):
         outputs: 1 gives ``(row,)``, more ``(row, outputs)``.
         bandwidth: standard deviation of the frequencies, in radians per standard deviation of the data; 0: no Fourier
             features, for functions as smooth as the data are few.
+        sharp: how many of the last columns have Fourier features; None: all.
         seed: of frequencies and initial weights.
     """
 
@@ -52,12 +54,21 @@ class EnergyNetwork(nn.Module):
     squashed: Tensor
 
     def __init__(
-        self, columns: int, hidden: Sequence[int] = (64, 64), outputs: int = 1, bandwidth: float = 2.0, seed: int = 0
+        self,
+        columns: int,
+        hidden: Sequence[int] = (64, 64),
+        outputs: int = 1,
+        bandwidth: float = 2.0,
+        seed: int = 0,
+        *,
+        sharp: int | None = None,
     ) -> None:
         super().__init__()
         self.units = Standardiser(columns)
-        fourier = _FREQUENCIES if bandwidth and columns <= _LOW_DIMENSION else 0
+        sharp = columns if sharp is None else sharp
+        fourier = _FREQUENCIES if bandwidth and sharp <= LOW_DIMENSION else 0
         draw = torch.randn(columns, fourier, generator=generator(seed, "frequencies"))
+        draw[: columns - sharp] = 0.0
         self.register_buffer("frequencies", draw * bandwidth)
         self.register_buffer("squashed", torch.tensor(False))
         self.layers = mlp((columns + 2 * fourier, *hidden, outputs), seed)
