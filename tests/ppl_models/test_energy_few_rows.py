@@ -102,7 +102,7 @@ def test_chunks_of_held_out_rows_share_one_estimate_until_a_parameter_changes() 
 
 
 def test_a_sharp_law_beside_many_columns() -> None:
-    """Two branches that one of five columns moves: features of y alone tell them apart, a plain perceptron is slow to."""
+    """Two branches that one of five columns moves: features of y tell them apart, a perceptron is slow to."""
     noise = torch.Generator().manual_seed(0)
     x = torch.randn(4000, 5, generator=noise)
     side = 2.0 * (torch.rand(4000, 1, generator=noise) < 0.5) - 1
