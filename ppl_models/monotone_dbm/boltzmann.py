@@ -1,5 +1,6 @@
 """What all Boltzmann machines share beyond their queries: sampling, log Z, corrections of mean field, and training."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -293,13 +294,18 @@ class BoltzmannModel(PairwiseModel):
         random = torch.rand(
             num_chains, len(sizes), generator=generator(seed, "chains", device=sizes.device), device=sizes.device
         )
-        with torch.no_grad():
-            colours = self.colours(self.operator.prepare().matrix)
+
+        @functools.cache
+        def colours() -> list[Tensor]:
+            """When a fit begins with styles they couple to all, and before it to nothing."""
+            with torch.no_grad():
+                return self.colours(self.operator.prepare().matrix)
+
         return PersistentContrastiveDivergence(
             self,
             lambda states: -clamped(states),
             self.log_density,
-            lambda: self._energy(nothing, colours=colours),
+            lambda: self._energy(nothing, colours=colours()),
             (random * sizes).long(),
             num_sweeps,
         )

@@ -319,6 +319,24 @@ def test_many_rows_are_answered_some_at_a_time(monkeypatch: pytest.MonkeyPatch) 
     assert asked == [7 * 3] * 7 + [3]
 
 
+@pytest.mark.parametrize("images", [False, True])
+def test_persistent_chains_see_what_styles_couple_to(monkeypatch: pytest.MonkeyPatch, images: bool) -> None:
+    """Styles are alike until a fit begins: what does not interact by then may not be drawn together after it."""
+    model: MonotoneDBM | ConvMonotoneDBM = (
+        ConvMonotoneDBM((1, 2, 2), 2, 2, styles=2) if images else MonotoneDBM(SIZES, styles=3)
+    )
+    drawn: list[list[Tensor]] = []
+    energy = model._energy
+    monkeypatch.setattr(
+        model, "_energy", lambda *a, colours, **k: drawn.append(colours) or energy(*a, colours=colours, **k)
+    )
+    data = (rows()[0].view(-1, 1, 2, 2).float(), rows()[1]) if images else (table()[0],)
+    model.fit(*data, objective="pcd", num_steps=2, progress=False)  # type: ignore[arg-type]
+    styles = model.summed
+    assert drawn
+    assert [len(colour) for colour in drawn[0] if styles in colour] == [1]
+
+
 def test_calibrating_tables_with_styles() -> None:
     """The styles' temperature, by the likelihood of what is known: the truth of a style nobody knows."""
     dbm, _ = begun()
