@@ -30,7 +30,6 @@ _TEMPERATURE = 10.0  # of pixels at the start of a fit: the setting that matters
 _LABEL_TEMPERATURE = 5.0  # of labels that are not summed over
 _STYLE_TEMPERATURE = 0.5  # of styles of 64 pixels, which are not as independent as EM takes them to be
 _STYLES_SUMMED = 8  # at most
-_AT_ONCE = 512  # images solved at once, of each style
 _SMALL = 256  # pixels up to which a dense model is the default
 
 
@@ -369,10 +368,6 @@ class ConvMonotoneDBM(BoltzmannModel):
 
     def _predicted_pixels(self, query: Query) -> Tensor:
         return self._predicted(query)[:, : self.num_pixels * self.num_bins].unflatten(1, (-1, self.num_bins))
-
-    def _chunks(self, query: Query) -> list[Query]:
-        at_once = _AT_ONCE // (self.most or 1)
-        return [Query(s, m) for s, m in zip(query.states.split(at_once), query.mask.split(at_once), strict=True)]
 
     def _check_images(self, name: str, images: Any, shown: Tensor | None = None) -> Tensor:
         """Finite images ``(N, C, H, W)`` in [0, 1], zero where they are not shown."""

@@ -28,7 +28,7 @@ from ppl_models.monotone_dbm.operators import PairwiseMap, PairwiseOperator
 
 __all__ = ["MeanField", "PairwiseModel", "Query", "to_mask"]
 
-_AT_ONCE = 1 << 20  # numbers in the queries that a sum over a group makes of some rows
+_AT_ONCE = 1 << 20  # numbers in the queries that are answered at once
 _ADJOINT = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
@@ -293,12 +293,8 @@ class PairwiseModel(Model):
             RuntimeError: a query did not converge (with a solver other than the default).
         """
         query = self._query(observed, mask)
-        rows = len(query.states)
-        if self.summed is not None and not options:  # each row makes many queries
-            cases = self.most or self.groups.sizes[self.summed]
-            rows = max(1, _AT_ONCE // (cases * self.groups.num_states))
         made = []
-        for part in (Query(*pair) for pair in zip(query.states.split(rows), query.mask.split(rows), strict=True)):
+        for part in [query] if options else self._chunks(query):
             with torch.no_grad():
                 q = self.groups.softmax(self.predictive_logits(part, **options))
                 made.append(self.groups.padded(torch.where(self._free(part), q, self._clamped(part))))
@@ -503,6 +499,12 @@ class PairwiseModel(Model):
         states, known = states.expand(rows, -1), known.expand(rows, -1)
         kept = torch.where(known, states, torch.zeros_like(states))
         return Query(self._check_states("observed", kept), known)
+
+    def _chunks(self, query: Query) -> list[Query]:
+        """Rows that are answered at once: each makes a query for each state that is summed over."""
+        cases = 1 if self.summed is None else self.most or self.groups.sizes[self.summed]
+        rows = max(1, _AT_ONCE // (cases * self.groups.num_states))
+        return [Query(*part) for part in zip(query.states.split(rows), query.mask.split(rows), strict=True)]
 
     def _with_styles(self, rows: Tensor) -> Tensor:
         """Rows or masks ``(..., G)`` with a column of zeros for the styles, if they leave it out."""
