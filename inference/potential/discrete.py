@@ -27,6 +27,8 @@ from inference.runtime.generators import generator, scoped_seed
 
 __all__ = ["DiscreteEnergy", "DiscretePotential", "EnergyPotential", "draw_states", "gibbs_sweep"]
 
+_TRIALS = 7  # configurations at which the graph is compared with the model
+
 
 @runtime_checkable
 class DiscreteEnergy(Protocol):
@@ -230,9 +232,12 @@ class DiscretePotential(_States):
         try:
             graph = trace(lambda x: self._model_density.joint(x), example)
             self._joint: Callable[[Tensor], Tensor] = vmap(graph)
-            other = torch.tensor([[k - 1 for k in self.sizes]], device=self.device)
-            direct = self._model_density.joint(other[0])
-            if not torch.isclose(self._joint(other)[0], direct, rtol=1e-4, atol=1e-4, equal_nan=True):
+            sizes = torch.tensor(self.sizes, device=self.device)
+            noise = generator(0, "trial", device=self.device)
+            uniform = torch.rand(_TRIALS, self.dim, generator=noise, device=self.device)
+            others = torch.cat([(uniform * sizes).long(), (sizes - 1)[None]])
+            direct = torch.stack([self._model_density.joint(other) for other in others])
+            if not torch.isclose(self._joint(others), direct, rtol=1e-4, atol=1e-4, equal_nan=True).all():
                 raise CaptureError("the model takes another path at other states")
         except (CaptureError, RuntimeError) as error:
             warnings.warn(

@@ -195,14 +195,7 @@ def _merge_repeated(graph: fx.Graph) -> None:
         if node.op not in ("call_function", "get_attr") or is_random(node):
             continue
         target = node.target
-        plain_zero = (
-            target is torch.ops.aten.add.Tensor
-            and len(node.args) == 2
-            and node.args[1] in (0, 0.0)
-            and not isinstance(node.args[1], fx.Node)
-        )
-        first_power = target is torch.ops.aten.pow.Tensor_Scalar and node.args[1] == 1
-        if target in _IDENTITIES or plain_zero or first_power:
+        if target in _IDENTITIES or _changes_nothing(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
             continue
@@ -214,6 +207,21 @@ def _merge_repeated(graph: fx.Graph) -> None:
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
+
+
+def _changes_nothing(node: fx.Node) -> bool:
+    """Whether it adds the number zero or takes the first power, of what has its dtype already: ``0 + flag`` makes an
+    integer of a flag.
+    """
+    if node.target is torch.ops.aten.add.Tensor:
+        plain = len(node.args) == 2 and not isinstance(node.args[1], fx.Node) and node.args[1] == 0
+    else:
+        plain = node.target is torch.ops.aten.pow.Tensor_Scalar and node.args[1] == 1
+    if not plain:
+        return False
+    assert isinstance(node.args[0], fx.Node)
+    given, made = node.args[0].meta.get("val"), node.meta.get("val")
+    return isinstance(given, Tensor) and isinstance(made, Tensor) and given.dtype == made.dtype
 
 
 def _hashable(value: Any) -> Any:

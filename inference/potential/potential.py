@@ -32,6 +32,7 @@ Batch = Mapping[str, Tensor]
 # a copy of the density in the graph, so there are few.
 _CACHE_BYTES = 1 << 20
 _MOST_PASSES = 4
+_SCALES = (2.0, 1.0, 0.5, 0.1, 0.001)  # of points at which the graph is compared with the model: the first that works
 
 
 class Density(Protocol):
@@ -311,23 +312,38 @@ class Potential:
             return
         self.captured, self._widest = True, widest.bytes
 
-    def _trial(self, attempt: int) -> Tensor:
+    def _trial(self, attempt: int, scale: float | None = None) -> Tensor:
         noise = torch.Generator().manual_seed(derive_seed(attempt, "trial"))
-        scale = 0.5 * 0.8**attempt
+        if scale is None:
+            scale = 0.5 * 0.8**attempt
         return (scale * torch.randn(self.dim, generator=noise)).to(device=self.device, dtype=self.dtype)
 
+    def _far_point(
+        self, attempt: int, indices: list[Tensor], row: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """A point as far from zero as the model has a density at, with its energy and slope; None if it has none."""
+        for scale in _SCALES:
+            z = self._trial(attempt, scale)
+            try:
+                energy, slope = self._one(z, *indices, *row)
+            except (ValueError, RuntimeError):
+                continue
+            if bool(torch.isfinite(energy)):
+                return z, energy, slope
+        return None
+
     def _check_against_model(self) -> None:
-        """The graph at another point, minibatch and chain must be the model there: a branch that was frozen while
-        recording would show.
+        """The graph at other points, another minibatch and another chain must be the model there: a branch that was
+        frozen while recording would show.
         """
         batch = self.density.minibatch(101)
         indices = [batch[n] for n in self._plate_names]
-        z = torch.stack([self._trial(101), self._trial(102)])
         data = [d[[0, -1]] for d in self.data]
-        try:
-            direct = [self._one(z[c], *indices, *(d[c] for d in data)) for c in range(2)]
-        except (ValueError, RuntimeError):
+        tried = [self._far_point(attempt, indices, [d[c] for d in data]) for c, attempt in enumerate((101, 102))]
+        points = [point for point in tried if point is not None]
+        if len(points) < len(tried):
             return
+        z, direct = torch.stack([point[0] for point in points]), [point[1:] for point in points]
         assert self._graph is not None and self._constrain_graph is not None
         try:
             with torch.no_grad():

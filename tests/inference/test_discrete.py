@@ -91,6 +91,18 @@ def test_the_elements_of_a_vector_are_variables_and_the_joint_sums_to_the_eviden
     torch.testing.assert_close(potential.log_density(rows), terms)
 
 
+def test_a_count_of_comparisons_is_a_count() -> None:
+    def counted(y: Tensor) -> None:
+        with pyro.plate("site", 4):
+            z = pyro.sample("z", dist.Categorical(torch.ones(3) / 3))
+        k = sum(z[i] == 1 for i in range(4))
+        pyro.sample("y", dist.Normal(1.0 * k, 0.5), obs=y)
+
+    states = torch.cartesian_prod(*[torch.arange(3)] * 4)
+    expected = dist.Normal((states == 1).sum(1).float(), 0.5).log_prob(torch.tensor(3.0)) - 4 * math.log(3)
+    torch.testing.assert_close(DiscretePotential(counted, (torch.tensor(3.0),)).log_density(states), expected)
+
+
 def test_states_of_probability_zero_are_not_drawn() -> None:
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]]).repeat(4, 1)
     drawn = draw_states(logits, torch.tensor([0.0, 0.49, 0.5, 1 - 2**-24]))

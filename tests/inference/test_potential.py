@@ -287,6 +287,38 @@ def test_a_model_that_reads_values_back_runs_chain_by_chain(kind):
     torch.testing.assert_close(-potential(z), torch.stack(expected), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("power", [False, True])
+def test_a_count_of_comparisons_is_a_count(power: bool):
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.zeros(3, dtype=zoo.F64), 2.0).to_event(1))
+        k = sum((x[i] > 1) ** 1 if power else x[i] > 1 for i in range(3))  # begins with the number zero: 0 + flag
+        pyro.sample("y", dist.Normal(1.0 * k, 0.5), obs=torch.tensor(3.0, dtype=zoo.F64))
+
+    potential = Potential(LogDensity(model))
+    assert potential.captured
+    z = torch.tensor([[2.0, 2, 2], [2, 2, 0], [2, 0, 0], [0, 0, 0]], dtype=zoo.F64)
+    counts = torch.tensor([3.0, 2, 1, 0], dtype=zoo.F64)
+    expected = dist.Normal(0.0, 2.0).log_prob(z).sum(1) + dist.Normal(counts, 0.5).log_prob(torch.tensor(3.0))
+    torch.testing.assert_close(-potential(z), expected)
+
+
+def test_the_graph_is_compared_with_the_model_where_the_prior_is(monkeypatch):
+    """A graph that is wrong beyond one standard deviation alone is found out: no point near zero shows it."""
+
+    def drop_flags(node):
+        flag = getattr(node.args[1], "meta", {}).get("val") if node.target is torch.ops.aten.mul.Tensor else None
+        return isinstance(flag, Tensor) and flag.dtype == torch.bool
+
+    monkeypatch.setattr(graph, "_changes_nothing", drop_flags)
+
+    def model():
+        a = pyro.sample("a", dist.Normal(torch.zeros(8, dtype=zoo.F64), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal((a * (a.abs() < 1)).sum(), 1.0), obs=torch.tensor(1.0, dtype=zoo.F64))
+
+    with pytest.warns(CaptureWarning, match="other latent values"):
+        assert not Potential(LogDensity(model)).captured
+
+
 def test_a_random_density_is_refused():
     def model():
         a = pyro.sample("a", dist.Normal(0.0, 1.0))
