@@ -147,7 +147,7 @@ def figure(kept: dict[str, dict[str, Tensor]], path: Path) -> None:
     drawn, axes = plt.subplots(len(strips), frames, figsize=(0.5 * frames, 0.53 * len(strips)))
     for line, (label, strip) in zip(axes, strips, strict=True):
         for axis, frame in zip(line, strip, strict=True):
-            axis.imshow(frame[0], cmap="gray", vmin=0, vmax=1)
+            axis.imshow(frame[0].numpy(), cmap="gray", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=7)
     drawn.subplots_adjust(wspace=0.06, hspace=0.06)

@@ -4,7 +4,8 @@ A particle is a draw ``z`` of the guide with
 
     log w = log p(x, z) - log q(z),
 
-and the sum of ``log q`` over those sites whose draws carry no gradient, which a score-function estimator needs.
+and the sum of ``log q``, without scales, over those sites whose draws carry no gradient, which a score-function
+estimator needs.
 """
 
 import functools
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceEnum_ELBO, config_enumerate
 from pyro.infer.traceenum_elbo import _compute_model_factors
 from pyro.nn import PyroModule
@@ -207,7 +209,7 @@ class Pair:
             model_trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(*args, **kwargs)
             log_p = _log_prob_sum(model_trace)
             log_q = _log_prob_sum(guide_trace)
-            score = _log_prob_sum(guide_trace, self.scored) if self.scored else log_p.new_zeros(())
+            score = sum((_score(guide_trace.nodes[n]) for n in sorted(self.scored)), log_p.new_zeros(()))
             if self._fixed is not None:
                 log_q = self._fixed.log_prob(guide_trace, args, kwargs)
         return Particle(log_p - log_q, score)
@@ -224,7 +226,7 @@ class Pair:
             [(model_trace, guide_trace)] = enum._get_traces(model, self.guide, args, kwargs)
         log_p = _log_marginal(model_trace, guide_trace)
         log_q = {n: s["packed"]["log_prob"].sum() for n, s in guide_trace.nodes.items() if s["type"] == "sample"}
-        score = sum((log_q[n] for n in sorted(self.scored)), log_p.new_zeros(()))
+        score = sum((_score(guide_trace.nodes[n]) for n in sorted(self.scored)), log_p.new_zeros(()))
         return Particle(log_p - sum(log_q.values()), score)
 
 
@@ -281,10 +283,13 @@ def _observed(trace: Any) -> list[Any]:
     return [s for s in trace.nodes.values() if s["type"] == "sample" and s["is_observed"]]
 
 
-def _log_prob_sum(trace: Any, names: frozenset[str] | None = None) -> Tensor:
-    total = trace.log_prob_sum(
-        lambda name, site: not isinstance(site["fn"], _Subsample) and (names is None or name in names)
-    )
+def _score(site: Any) -> Tensor:
+    """log q of a draw without scales: they are of what the draw earns, and its law knows nothing of them."""
+    return scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"]).sum()
+
+
+def _log_prob_sum(trace: Any) -> Tensor:
+    total = trace.log_prob_sum(lambda _, site: not isinstance(site["fn"], _Subsample))
     return total if isinstance(total, Tensor) else torch.zeros(())
 
 

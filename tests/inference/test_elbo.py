@@ -304,6 +304,35 @@ def test_score_function_gradients_against_quadrature(bound, particles):
     assert (error < 0.3).all() and ((mean - expected).abs() < 4.5 * error).all()
 
 
+@pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize(("rows", "batch", "weight"), [(40, 10, 1.0), (5, 5, 0.1)])
+def test_scales_are_of_what_a_draw_earns_and_not_of_its_score(rows, batch, weight, summed):
+    """One in the score too made the gradient N / B times too large, which moves the optimum of shared parameters."""
+    half = torch.tensor(0.5, dtype=F64)
+
+    def model() -> None:
+        with pyro.plate("data", rows, subsample_size=batch), poutine.scale(scale=weight):
+            if summed:
+                pyro.sample("other", dist.Bernoulli(half), infer={"enumerate": "parallel"})
+            z = pyro.sample("z", dist.Bernoulli(0.8 * half))
+            pyro.sample("y", dist.Normal(2 * z - 1, 1.0), obs=torch.ones(batch, dtype=F64))
+
+    def guide() -> None:
+        logit = pyro.param("logit", torch.tensor(0.3, dtype=F64))
+        with pyro.plate("data", rows, subsample_size=batch), poutine.scale(scale=weight):
+            pyro.sample("z", dist.Bernoulli(logits=logit.expand(batch)))
+
+    logit = torch.tensor(0.3, dtype=F64, requires_grad=True)
+    q = torch.stack([1 - logit.sigmoid(), logit.sigmoid()])
+    log_p = torch.tensor([0.6, 0.4], dtype=F64).log() + dist.Normal(1.0, 1.0).log_prob(torch.tensor([-1.0, 1.0]))
+    (expected,) = torch.autograd.grad(-rows * weight * (q * (log_p - q.log())).sum(), logit)
+    objective = ELBO(model, guide, 20)
+    with torch.no_grad():
+        objective()
+    mean, error = repeated(objective, 300)
+    assert (error < 0.1 * expected.abs()).all() and ((mean - expected).abs() < 4.5 * error).all()
+
+
 def test_draws_of_a_mixture_count_by_their_score_alone():
     """The components could be differentiated, but ``has_rsample`` is False: both routes at once would count twice."""
 

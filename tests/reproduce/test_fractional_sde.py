@@ -305,6 +305,7 @@ def test_stochastic_lorenz_with_its_own_drift() -> None:
     assert abs(float(model.hurst) - 0.5) < 0.1
 
 
+@pytest.mark.changes_globals("rng_python")  # joblib, which scikit-learn imports when it is first used, draws from it
 def test_moving_digits(tmp_path: Path) -> None:
     """Two digits on 32x32, 2,000 series, ten minutes of a core (R4): held-out reconstruction at least 2 dB above each
     series' mean frame; prior samples move as reconstructions do, their frame differences having their energy.
