@@ -5,8 +5,9 @@ In a subsampled plate each row i holds a discrete variable of its own, and the b
 
     log p = N / B  sum_{i in batch}  log sum_{k} p(z_i = k, y_i | theta)
 
-The plate's scale multiplies the logarithm of a row's sum.  Within the sum it would temper the row's posterior, and
-where one variable is shared by rows of which the batch holds a part, no scale makes the estimate right.
+The plate's scale, and the user's, multiply the logarithm of a row's sum.  Within the sum they would temper the row's
+posterior, and where one variable is shared by rows of which the batch holds a part, no scale makes the estimate right.
+A mask leaves out what depends on the variable, whose own law sums to one with or without it.
 """
 
 from collections import OrderedDict
@@ -46,32 +47,41 @@ def enumerated_trace(
 
 def log_joint(trace: Any) -> Tensor:
     """The log-joint with the discrete sites summed out, a scalar."""
-    total: Tensor | float = 0.0
     factors, states = _factors(trace)
-    by_scale: dict[frozenset[str], list[_Factor]] = {}
-    for factor in factors:
-        by_scale.setdefault(factor.subsampled, []).append(factor)
-    for group in by_scale.values():
+    total = sum(f.scaled.sum() for f in factors if not states & set(f.value._pyro_dims))
+    for group in _components(factors, states):
         total = total + group[0].scale * contract_to_tensor(_tree(group), states)
     assert isinstance(total, Tensor)
     return total
 
 
 def refuse_split_sums(trace: Any) -> None:
-    """See to it that a minibatch holds every row that a discrete variable is in.
+    """See to it that a minibatch holds every row that a discrete variable is in, and that one scale is for all of it.
 
     Raises:
-        ValueError: it holds a part of them, so that the sum over the variable's states cannot be estimated.
+        ValueError: it holds a part of them, so that the sum over the variable's states cannot be estimated; or sites
+            that share a variable have different scales, or one for each row.
     """
     factors, states = _factors(trace)
     for group in _components(factors, states):
         split = frozenset.union(*(f.subsampled for f in group)) - frozenset.intersection(*(f.subsampled for f in group))
+        latent = next(f.name for f in group if f.enumerated)
         if split:
-            latent = [f.name for f in group if f.enumerated]
             raise ValueError(
-                f"the discrete site {latent[0]!r} is summed out, and the subsampled plate {min(split)!r} holds some of "
+                f"the discrete site {latent!r} is summed out, and the subsampled plate {min(split)!r} holds some of "
                 "the sites that depend on it and not the others: a minibatch does not tell the sum over its states. "
                 "Use the full plate, or put the site into the plate"
+            )
+        if any(isinstance(f.scale, Tensor) and f.scale.dim() for f in group):
+            raise ValueError(
+                f"the discrete site {latent!r} is summed out, and a poutine.scale of it or of what depends on it is a "
+                "tensor: only a number can be one. Write the sum over its states into the model for weights of rows"
+            )
+        scales = {f.name: float(f.scale) for f in group}
+        if len(set(scales.values())) > 1:
+            raise ValueError(
+                f"the discrete site {latent!r} is summed out, and it and the sites that depend on it must have one "
+                f"poutine.scale, got {scales}: put all of them into it, or write the sum into the model"
             )
 
 
@@ -113,48 +123,51 @@ class _Factor(NamedTuple):
 
     Attributes:
         name: the site's.
-        value: packed log-probabilities, masked, with the user's scale and without those of plates.
+        value: packed log-probabilities, masked where it is not itself enumerated, without scales.
+        scaled: the same with scales.
         ordinal: symbols of the plates that it is in.
         subsampled: names of those of its plates that are subsampled.
-        scale: of these plates.
+        scale: of these plates and the user's.
         enumerated: whether its value is all states.
         data: whether it is observed, by the user and not by a handler that gives latent values.
     """
 
     name: str
     value: Any
+    scaled: Any
     ordinal: frozenset[str]
     subsampled: frozenset[str]
-    scale: float
+    scale: Tensor | float
     enumerated: bool
     data: bool
 
 
 def _factors(trace: Any) -> tuple[list[_Factor], set[str]]:
     """The joint's factors, and the symbols of the enumerated dimensions."""
-    nodes = {n: s for n, s in trace.nodes.items() if s["type"] == "sample" and not isinstance(s["fn"], _Subsample)}
-    scales = {}
-    for name, site in nodes.items():
-        scales[name] = 1.0
-        for frame in site["cond_indep_stack"]:
-            scales[name] *= frame.full_size / frame.size
-        if scales[name] != 1.0:
-            site["scale"] = site["scale"] / scales[name]
+    nodes = {
+        n: s
+        for n, s in trace.nodes.items()
+        if s["type"] == "sample" and not isinstance(s["fn"], _Subsample) and not s["infer"].get("_deterministic")
+    }
     trace.compute_log_prob(site_filter=lambda name, _: name in nodes)
     trace.pack_tensors()
     states = set(trace.symbol_to_dim) - set(trace.plate_to_symbol.values())
-    factors = [
-        _Factor(
-            name,
-            site["packed"]["log_prob"],
-            frozenset(trace.plate_to_symbol[f.name] for f in site["cond_indep_stack"] if f.vectorized),
-            frozenset(f.name for f in site["cond_indep_stack"] if f.size != f.full_size),
-            scales[name],
-            site["infer"].get("_enumerate_dim") is not None,
-            site["is_observed"] and not (site["infer"].get("_given") or site["infer"].get("_deterministic")),
+    factors = []
+    for name, site in nodes.items():
+        made, enumerated = site["packed"], site["infer"].get("_enumerate_dim") is not None
+        value = made["unscaled_log_prob"]
+        factors.append(
+            _Factor(
+                name,
+                value if enumerated else packed.scale_and_mask(value, mask=made["mask"]),
+                made["log_prob"],
+                frozenset(trace.plate_to_symbol[f.name] for f in site["cond_indep_stack"] if f.vectorized),
+                frozenset(f.name for f in site["cond_indep_stack"] if f.size != f.full_size),
+                site["scale"],
+                enumerated,
+                site["is_observed"] and not site["infer"].get("_given"),
+            )
         )
-        for name, site in nodes.items()
-    ]
     return factors, states
 
 

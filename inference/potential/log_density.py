@@ -220,7 +220,7 @@ class LogDensity:
             self.dtype = torch.promote_types(self.dtype, site.dtype)
         self._enumerated = bool(enumerated)
         self._max_plate_nesting = plate_nesting(trace) if max_plate_nesting is None else max_plate_nesting
-        if enumerated and self.plates:
+        if enumerated:
             z = torch.zeros(self.dim, dtype=self.dtype, device=self.device)
             with scoped_model(validate=False):
                 messenger = _Unconstrained(self.unflatten(z), self.minibatch(), self.transforms)
