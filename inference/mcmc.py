@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inference._errors import NonFiniteError, SamplerWarning
+from inference._errors import CheckpointError, NonFiniteError, SamplerWarning
 from inference.citation import Citable
 from inference.kernels.base import Kernel, Noise, count
 from inference.potential import InDims, LogDensity, Potential, PotentialFunction, Program
@@ -192,9 +192,7 @@ class MCMC(Citable):
                 raise ValueError("a kernel with potential_fn needs initial_params")
             if self.in_dims is not None:
                 raise ValueError("in_dims maps the arguments of a model; a kernel with potential_fn has none")
-            example = {
-                n: v if self.num_chains == 1 and not self._leading(v) else v[0] for n, v in self.initial_params.items()
-            }
+            example = {n: v if self.num_chains == 1 else v[0] for n, v in self.initial_params.items()}
             density: LogDensity = PotentialFunction(kernel.potential_fn, example, transforms)
         else:
             assert kernel.model is not None
@@ -216,10 +214,6 @@ class MCMC(Citable):
                 )
         return Potential(density, chunk_size=self.chunk_size, capture=self.capture)
 
-    @staticmethod
-    def _leading(value: Tensor) -> bool:
-        return value.dim() > 0 and value.shape[0] == 1
-
     def _sample(self, potential: Potential) -> None:
         kernel, own = self.kernel, distributed.shard(self.num_chains)
         noise_spec = kernel.noise(potential)
@@ -238,25 +232,32 @@ class MCMC(Citable):
         resumed = None if files is None else files.load(streams)
         state = kernel.init(self._starting_points(potential, own), potential)
         done, drawn, gradients, stats_example = 0, 0, 0, None
+        watch = StopWatch(self.stop)
         if resumed is not None:
             state = restore(state, resumed[0])
             done, drawn, gradients = resumed[1]["step"], resumed[1]["drawn"], resumed[1]["num_gradients"]
-            stats_example = resumed[1]["stats"]
+            stats_example, watch.next_look = resumed[1]["stats"], resumed[1]["next_look"]
         store = self._make_store(len(own), None if files is None else files.folder)
         example = self._select(potential.constrain(state.position))
+        if resumed is not None and resumed[1]["sites"] != list(example):
+            raise CheckpointError(
+                f"the run in {self.checkpoint} keeps the sites {resumed[1]['sites']}, not {list(example)}: give it the "
+                "save_params that it was started with, or another folder"
+            )
         if stats_example is not None:
             store.allocate(self._columns(example, {n: state.position[:, 0] for n in stats_example}), resume=True)
+            self.stopped = watch.agreed(drawn, self._shard_of_draws(store, drawn))
         shown = self.progress if distributed.is_main() else False
         bar = Progress(total, "sample" if not self.warmup_steps else "warmup", shown)
         kept_set = {self.warmup_steps + k for k in kept}
-        last_saved, watch = time.perf_counter(), StopWatch(self.stop)
+        last_saved = time.perf_counter()
         divergences = 0.0
         lost: list[int] = []
         ended = False
         with bar, distributed.ending_together() as ending:
             try:
                 for start, stop in itertools.pairwise(edges):
-                    if stop <= done:
+                    if self.stopped or stop <= done:
                         continue
                     positions, records = [], []
                     diverged: Tensor | None = None
@@ -306,6 +307,7 @@ class MCMC(Citable):
                     if files is not None and (due or self.stopped):
                         store.flush()
                         progress = {"step": done, "drawn": drawn, "num_gradients": gradients, "stats": stats_example}
+                        progress["next_look"] = 0 if self.stopped else watch.next_look  # a stopped run looks again
                         files.save(state, streams, {**progress, "sites": list(example)})
                         last_saved = time.perf_counter()
                     if self.stopped:

@@ -104,15 +104,14 @@ class CyclicalSchedule(Schedule):
 
     def kept_steps(self, num_samples: int, thin: int) -> Sequence[int]:
         """The last steps of each cycle, ``thin`` apart, in its sampling phase; the cycle is as long as they need."""
-        per_cycle = -(-num_samples // self.num_cycles)
-        sampling = per_cycle * thin
-        self._length = math.ceil(sampling / (1 - self.exploration) - 1e-9)
-        steps = [
-            cycle * self._length + (self._length - sampling) + (draw + 1) * thin - 1
-            for cycle in range(self.num_cycles)
-            for draw in range(per_cycle)
+        least, left = divmod(num_samples, self.num_cycles)
+        draws = [least + (cycle >= self.num_cycles - left) for cycle in range(self.num_cycles)]
+        self._length = math.ceil(draws[-1] * thin / (1 - self.exploration) - 1e-9)
+        return [
+            (cycle + 1) * self._length - later * thin - 1
+            for cycle, count in enumerate(draws)
+            for later in reversed(range(count))
         ]
-        return steps[:num_samples]
 
     def warmup(self, step: int) -> StepControl:
         """The warm-up explores at the largest step size."""

@@ -69,19 +69,22 @@ class StochasticGradientKernel(Kernel):
 
     def noise(self, potential: Potential) -> Noise:
         """One normal a coordinate, and a gamma for each variance that has a Gibbs update."""
-        self._bound = tuple(g.bind(potential) for g in self.gibbs)
+        self._bound = tuple(g.bind(potential, self.temperature) for g in self.gibbs)
         gamma = torch.cat([b.concentration for b in self._bound]) if self._bound else None
         return Noise(normal=potential.dim, gamma=gamma)
 
     def step(self, state: State, inputs: StepInputs, potential: Potential) -> tuple[State, Info]:
-        """Gradient, update, Gibbs."""
+        """Gradient, update, Gibbs.
+
+        Recorded is ``gradient_energy``: U by the step's minibatch where its gradient was taken, before the update.
+        """
         energy, gradient = potential.value_and_grad(state.position, inputs.batch)
         gradient = gradient / self.temperature
         if self.max_grad_norm is not None:
             shrink = (self.max_grad_norm / self.temperature / per_chain_norm(gradient).clamp(min=1e-30)).clamp(max=1.0)
             gradient = torch.where(inputs.control["warmup"] > 0, gradient * shrink, gradient)
         new, info = self.move(state, gradient, inputs.noise["normal"], inputs.control)
-        info = {"potential_energy": energy, **info}
+        info = {"gradient_energy": energy, **info}
         if self._bound:
             new = new._replace(position=self._apply_gibbs(state.position, new.position, inputs))
         return new, info

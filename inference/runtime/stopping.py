@@ -56,11 +56,14 @@ class StopWatch:
 
     Args:
         rule: the criteria; ``None`` never stops.
+
+    Attributes:
+        next_look: draws a chain at which the diagnostics are computed again.
     """
 
     def __init__(self, rule: Stop | None) -> None:
         self._rule, self._started = rule, time.perf_counter()
-        self._next = 0 if rule is None else rule.least
+        self.next_look = 0 if rule is None else rule.least
 
     def agreed(self, drawn: int, own: Mapping[str, Tensor]) -> str | None:
         """``reason`` for the chains of all ranks, each of which gives its ``own``: rank 0 looks, the others follow."""
@@ -76,7 +79,11 @@ class StopWatch:
     def due(self, drawn: int) -> bool:
         """Whether ``reason`` wants to see the ``drawn`` draws a chain; the clock alone needs none."""
         rule = self._rule
-        return rule is not None and (rule.rhat is not None or rule.ess is not None) and drawn >= self._next
+        return (
+            rule is not None
+            and (rule.rhat is not None or rule.ess is not None)
+            and drawn >= max(self.next_look, rule.least)
+        )
 
     def reason(self, drawn: int, samples: Mapping[str, Tensor] | None) -> str | None:
         """Why the run should end now, or ``None``; ``samples`` are ``(chain, draw, ...)`` if they are due."""
@@ -88,16 +95,21 @@ class StopWatch:
             return f"{seconds:.0f} seconds have gone by"
         if samples is None:
             return None
-        self._next = max(drawn + 1, int(_GROWTH * drawn))
-        values = [v.reshape(*v.shape[:2], -1) for v in samples.values() if v.is_floating_point()]
+        self.next_look = max(drawn + 1, int(_GROWTH * drawn))
+        # Entries that never change (a corner of a Cholesky factor) have no diagnostics; all others must have them.
+        scalars = [v.reshape(*v.shape[:2], -1).double() for v in samples.values()]
+        values = [v[..., (v != v[:1, :1]).any(1).any(0)] for v in scalars]
+        values = [v for v in values if v.shape[-1]]
+        if not values:
+            return None
         found = []
         if rule.rhat is not None:
-            worst = max(float(rhat(v).max()) for v in values)
+            worst = float(torch.stack([rhat(v).max() for v in values]).max())
             if not worst <= rule.rhat:
                 return None
             found.append(f"R-hat is {worst:.4g}")
         if rule.ess is not None:
-            least = min(float(torch.minimum(ess_bulk(v), ess_tail(v)).min()) for v in values)
+            least = float(torch.stack([torch.minimum(ess_bulk(v), ess_tail(v)).min() for v in values]).min())
             if not least >= rule.ess:
                 return None
             found.append(f"the effective sample size is {least:.0f}")

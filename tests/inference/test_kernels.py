@@ -239,6 +239,54 @@ def test_gibbs_leaves_the_hierarchy_invariant():
     assert stats.kstest(position[:, 0].exp().numpy(), stats.invgamma(3.0, scale=3.0).cdf).pvalue > 0.001
 
 
+def test_gibbs_draws_of_a_tempered_law():
+    """p(v, w)^(1/T) with log v in place of v: without data v ~ InvGamma((a + n/2)/T - n/2, r/T)."""
+
+    def model():
+        variance = pyro.sample("v", dist.InverseGamma(torch.tensor(3.0, dtype=F64), torch.tensor(2.0, dtype=F64)))
+        with pyro.plate("weight", 3):
+            pyro.sample("w", dist.Normal(0.0, variance.sqrt()))
+
+    kernel = SGLD(model, step_size=0.02, temperature=0.5, gibbs=[ScaleGibbs("v", "w")], gibbs_every=5)
+    drawn = MCMC(kernel, 400, 500, num_chains=200, thin=5, progress=False, seed=1).run().get_samples()["v"].log()
+    exact = stats.invgamma((3.0 + 1.5) / 0.5 - 1.5, scale=2.0 / 0.5).rvs(400_000, random_state=0)
+    exact = torch.as_tensor(exact).log()
+    assert drawn.mean().item() == pytest.approx(exact.mean().item(), abs=0.02)
+    assert drawn.std().item() == pytest.approx(exact.std().item(), rel=0.04)
+
+
+def test_gibbs_refuses_another_pairing_and_what_many_data_would_hide():
+    noise = torch.Generator().manual_seed(0)
+    many = torch.randn(200_000, generator=noise, dtype=F64)
+
+    def standard_deviation():
+        v = pyro.sample("v", dist.InverseGamma(torch.tensor(3.0, dtype=F64), 2.0))
+        with pyro.plate("k", 2):
+            w = pyro.sample("w", dist.Normal(0.0, v))
+        with pyro.plate("data", len(many)):
+            pyro.sample("y", dist.Normal(w.sum(), 1.0), obs=many)
+
+    def permuted():
+        v = pyro.sample("v", dist.InverseGamma(torch.full((2,), 3.0, dtype=F64), 2.0).to_event(1))
+        pyro.sample("w", dist.Normal(0.0, v.flip(0).sqrt()).to_event(1))
+
+    for model in (standard_deviation, permuted):
+        with pytest.raises(ValueError, match="another posterior"):
+            MCMC(SGLD(model, step_size=1e-7, gibbs=[ScaleGibbs("v", "w")]), 1, 0, progress=False).run()
+
+
+def test_the_recorded_energy_is_that_of_the_gradient():
+    """A stochastic-gradient step knows U before it moves, and its draws have no lp."""
+
+    def model():
+        pyro.sample("a", dist.Normal(torch.zeros(3, dtype=F64), 1.0).to_event(1))
+
+    mcmc = MCMC(SGLD(model, step_size=0.1), 6, 5, progress=False).run()
+    energy = mcmc.potential(mcmc.get_samples()["a"])
+    torch.testing.assert_close(mcmc.sample_stats["gradient_energy"][0, 1:], energy[:-1])
+    assert "lp" not in mcmc.to_arviz()["sample_stats"]
+
+
 def test_gibbs_inside_sghmc_and_its_refusals():
     """The variances follow InvGamma(a + n / 2, r + sum w^2 / 2), since w is observed to the kernel as a latent held
     near data.
@@ -285,6 +333,16 @@ def test_cyclical_schedule():
     # the rate, epsilon squared, is cosine-shaped: half of its top a quarter turn in
     assert steps[0].step_size == pytest.approx(0.1) and steps[20].step_size ** 2 == pytest.approx(0.1**2 / 2)
     assert steps[39].step_size < 0.01
+
+
+@pytest.mark.parametrize(("draws", "cycles"), [(9, 8), (12, 8), (100, 30), (3, 5)])
+def test_draws_are_shared_among_all_cycles(draws: int, cycles: int):
+    schedule = CyclicalSchedule(0.1, num_cycles=cycles, exploration=0.5)
+    kept = list(schedule.kept_steps(draws, thin=3))
+    starts = [t for t in range(kept[-1] + 1) if schedule.sampling(t).restart]
+    assert len(kept) == len(set(kept)) == draws and kept == sorted(kept) and len(starts) == cycles
+    share = [sum(start <= t < start + starts[1] for t in kept) for start in starts]
+    assert max(share) - min(share) <= 1 and all(schedule.sampling(t).noise for t in kept)
 
 
 def test_cyclical_sghmc_finds_both_modes():

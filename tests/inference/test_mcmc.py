@@ -118,6 +118,14 @@ def test_potential_fn_with_initial_params():
     assert draws.mean(0).sub(3).abs().max() < 0.15 and draws.std(0).sub(2).abs().max() < 0.1
 
 
+def test_one_chain_of_a_potential_fn_has_the_shape_that_is_given():
+    """As in Pyro: with one chain nothing is taken off, even where the first dimension is one."""
+    start = {"a": torch.zeros(1, 3, dtype=F64)}
+    kernel = HMC(potential_fn=lambda z: 0.5 * (z["a"] @ z["a"].T).sum(), num_steps=3)
+    draws = MCMC(kernel, 5, 5, initial_params=start, progress=False).run().get_samples()["a"]
+    assert draws.shape == (5, 1, 3)
+
+
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_a_potential_that_pyro_made_is_recorded(jit_compile: bool) -> None:
     """The pattern of Pyro's baseball example: Beta and Uniform read values back where validation is on."""
@@ -307,6 +315,22 @@ def test_checkpoint_of_another_run_is_refused_and_a_finished_one_is_read(tmp_pat
     ):
         with pytest.raises(CheckpointError, match="other settings, data or model"):
             run(kernel, *args, **options, **other)
+
+
+def test_a_run_that_kept_other_sites_is_not_gone_on_with(tmp_path):
+    """Columns are found by their place: a would have been taken for b."""
+
+    def two():
+        pyro.sample("a", dist.Normal(torch.tensor(10.0, dtype=F64), 1.0))
+        pyro.sample("b", dist.Normal(torch.tensor(-10.0, dtype=F64), 1.0))
+
+    for kept in (["a"], ["a", "b"]):
+        folder = tmp_path / "".join(kept)
+        run(HMC(two, num_steps=3), save_params=kept, checkpoint=folder)
+        for other in (kept[::-1], ["b"], None):
+            if other != kept and not (other is None and kept == ["a", "b"]):
+                with pytest.raises(CheckpointError, match="keeps the sites"):
+                    run(HMC(two, num_steps=3), save_params=other, checkpoint=folder)
 
 
 def test_a_truncated_checkpoint_falls_back_and_a_hostile_one_is_refused(tmp_path):

@@ -153,7 +153,7 @@ def test_sites_that_share_a_discrete_one_have_one_scale(weights):
             with poutine.scale(scale=weights):
                 pyro.sample("y", dist.Normal(z, 1.0), obs=torch.zeros(2))
 
-    with pytest.raises(ValueError, match="'z' is summed out, and .*poutine.scale"):
+    with pytest.raises(ValueError, match=r"'z' is summed out, and .*poutine.scale"):
         LogDensity(model)
 
 

@@ -10,9 +10,9 @@ import torch
 from pyro.ops.stats import gelman_rubin
 from pyro.ops.streaming import CountMeanStats, StatsOfDict
 
-from inference import HMC, MCMC, Stop, StreamingMCMC
+from inference import HMC, MCMC, DiscreteGibbs, Stop, StreamingMCMC
 from inference.results.diagnostics import ess_bulk, ess_tail, rhat
-from inference.runtime.stopping import _GROWTH
+from inference.runtime.stopping import _GROWTH, StopWatch
 
 
 def model() -> None:
@@ -62,8 +62,40 @@ def test_an_impossible_criterion_runs_to_the_end() -> None:
 
 def test_a_stopped_run_resumes_and_stops_again(tmp_path: Any) -> None:
     first = run(Stop(ess=300), checkpoint=tmp_path).get_samples()["x"]
-    again = run(Stop(ess=300), checkpoint=tmp_path).get_samples()["x"]
-    assert torch.equal(again[: len(first)], first) or len(again) > len(first)
+    again = run(Stop(ess=300), checkpoint=tmp_path)
+    assert torch.equal(again.get_samples()["x"], first) and again.stopped
+    further = run(Stop(ess=1000), checkpoint=tmp_path).get_samples(group_by_chain=True)["x"]
+    assert torch.equal(further, run(Stop(ess=1000)).get_samples(group_by_chain=True)["x"])
+
+
+@pytest.mark.parametrize("order", [("a", "L"), ("L", "a")])
+def test_entries_that_never_change_are_left_out(order: tuple[str, str]) -> None:
+    laws = {"a": lambda: dist.Normal(0.0, 1.0).expand([3]).to_event(1), "L": lambda: dist.LKJCholesky(3, 1.0)}
+
+    def with_corner() -> None:
+        for name in order:
+            pyro.sample(name, laws[name]())
+
+    kernel = HMC(with_corner, num_steps=8)
+    mcmc = MCMC(kernel, 4000, 300, num_chains=8, progress=False, stop=Stop(rhat=1.05, ess=100)).run()
+    assert mcmc.stopped and mcmc.get_samples(group_by_chain=True)["a"].shape[1] < 1000
+
+
+def test_a_lost_chain_or_nothing_to_look_at_goes_on() -> None:
+    fine = torch.randn(4, 200, 2, generator=torch.Generator().manual_seed(0))
+    lost = fine.clone()
+    lost[1] = torch.nan
+    for samples in ({"a": fine, "b": lost}, {"b": lost, "a": fine}, {"a": torch.zeros(4, 200)}):
+        assert StopWatch(Stop(rhat=1.5, ess=10)).reason(200, samples) is None
+    assert StopWatch(Stop(rhat=1.5, ess=10)).reason(200, {"a": fine, "c": torch.zeros(4, 200)})
+
+
+def test_draws_of_integers_count() -> None:
+    def die() -> None:
+        pyro.sample("z", dist.Categorical(torch.ones(3) / 3))
+
+    run = MCMC(DiscreteGibbs(die), 2000, 50, num_chains=4, progress=False, stop=Stop(rhat=1.05, ess=200)).run()
+    assert run.stopped and len(run.get_samples()["z"]) < 8000
 
 
 @pytest.mark.parametrize(
