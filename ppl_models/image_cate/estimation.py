@@ -18,7 +18,9 @@ from ppl_models.image_cate.members import HeldOut, Members, fit_members, make_fi
 from ppl_models.image_cate.nuisance import (
     Baseline,
     CrossFit,
+    as_outcome,
     cross_fit_baseline,
+    fit_baseline,
     folds_of_images,
     what_baselines_see,
 )
@@ -39,12 +41,25 @@ Progress = bool | Callable[[dict[str, Any]], None]
 
 
 def image_groups(trial: Trial) -> Tensor:
-    """Group of each image ``(S,)``: that of its units where they share one; else each image is its own."""
-    first = trial.groups.new_zeros(trial.num_images)
-    first[trial.image_index] = trial.groups
-    if bool((first[trial.image_index] == trial.groups).all()):
-        return first
-    return torch.arange(trial.num_images, device=first.device)
+    """Group of each image ``(S,)``; groups that share an image, or are linked by others that do, are one."""
+    count = int(trial.groups.max()) + 1
+    group = torch.arange(count, device=trial.groups.device)
+    while True:
+        image = group.new_full((trial.num_images,), count).scatter_reduce(
+            0, trial.image_index, group[trial.groups], "amin"
+        )
+        joined = group.scatter_reduce(0, trial.groups, image[trial.image_index], "amin")
+        if torch.equal(joined, group):
+            return image
+        group = joined
+
+
+def warnings_of_groups(trial: Trial) -> tuple[str, ...]:
+    """What to say where groups share images."""
+    given, kept = len(trial.groups.unique()), len(image_groups(trial).unique())
+    if kept == given:
+        return ()
+    return (f"{given} groups share images, so that {kept} of them are left to make folds of: those that do are one",)
 
 
 def folds_of_penalties(trial: Trial, seed: int) -> Tensor:
@@ -85,20 +100,23 @@ def find_propensity(
     else:
         shown = prepare(trial, settings, trial.sample_weight)
         likelihood = make_likelihood("bernoulli").to(trial.outcome)
-        rate = trial.treatment.mean()
-        target = shown.units._replace(outcome=shown.units.treatment, treatment=torch.zeros_like(shown.units.treatment))
-        shown = replace(
-            shown,
-            units=target,
-            likelihood=likelihood,
-            average_effect=torch.zeros_like(rate).unsqueeze(0),
-            baseline_start=torch.logit(rate).unsqueeze(0),
-            noise_start=rate.new_zeros(2, 0),
-        )
+        shown = as_outcome(shown, shown.units.treatment, likelihood, torch.logit(trial.treatment.mean()))
         seen, penalties = what_baselines_see(shown, fixed), folds_of_penalties(trial, seed)
         offset = cross_fit_baseline(seen, settings, folds, penalties, derive_seed(seed, "propensity")).offset
         scores = torch.sigmoid(_per_unit(offset, trial))[:, 0]
     return scores.to(trial.outcome).clamp(_PROPENSITY_FLOOR, 1 - _PROPENSITY_FLOOR)
+
+
+def share_design(
+    trial: Trial, settings: Settings, propensity: Tensor, fixed: StandardisedFeatures | None
+) -> Prepared | None:
+    """What foretells the log odds of the treatment at any image; None where no query needs them."""
+    law = make_likelihood(settings.outcome)
+    if law.linear or settings.baseline == "joint" or bool((propensity == propensity[0]).all()):
+        return None
+    seen = what_baselines_see(prepare(trial, settings, trial.sample_weight), fixed)
+    odds = torch.logit(propensity)
+    return as_outcome(seen, odds[trial.table()[0]], make_likelihood("normal").to(odds), odds.mean())
 
 
 def _per_unit(table: Tensor, trial: Trial) -> Tensor:
@@ -179,10 +197,15 @@ def estimate_trial(
     model, design, start = heads_of(prepared, settings, members.held_out)
     samples, stats = sample_heads(model, design, start, posterior, num_samples, derive_seed(seed, "heads"), progress)
     crossed.models.requires_grad_(False)
+    share, shown = None, share_design(trial, settings, e, fixed)
+    if shown is not None:
+        every = torch.arange(trial.num_images, device=e.device)
+        share = fit_baseline(shown, settings, every, penalties, derive_seed(seed, "share")).requires_grad_(False)
     fitted = Fitted(
         network=network_of(members, prepared, settings),
         fixed=fixed,
         baselines=crossed.models,
+        share=share,
         columns=prepared.columns,
         samples=samples,
         sample_stats=stats,
@@ -208,7 +231,8 @@ def estimate_trial(
         average = clustered_mean(scores, trial.groups, trial.sample_weight).estimate
         mean = found.effect.mean(0)
         fitted.shift = average - float((trial.sample_weight * mean).sum() / trial.sample_weight.sum())
-    fitted.messages = (*fitted.messages, *warnings_of_types(held_out_probs(fitted), trial))
+    of_types = warnings_of_types(held_out_probs(fitted), trial)
+    fitted.messages = (*fitted.messages, *warnings_of_groups(trial), *of_types)
     return fitted
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ppl_models.image_cate.data import Trial
 from ppl_models.image_cate.ensemble import GateEnsemble, MeanTower
+from ppl_models.image_cate.estimation import share_design
 from ppl_models.image_cate.fitted import Fitted
 from ppl_models.image_cate.fixed_features import StandardisedFeatures
 from ppl_models.image_cate.members import HeldOut, make_fixed
@@ -33,6 +34,7 @@ def pack(state: Fitted) -> dict[str, Any]:
         "fixed": None if state.fixed is None else dict(state.fixed.state_dict()),
         "held_out": list(state.held_out),
         "baselines": dict(state.baselines.state_dict()),
+        "share": None if state.share is None else dict(state.share.state_dict()),
         "columns": {f"{i}": dict(m.state_dict()) for i, m in enumerate(state.columns)},
         "trial": {n: getattr(state.trial, n) for n in _TENSORS},
         "cross_fitted": None if state.cross_fitted is None else list(state.cross_fitted),
@@ -54,10 +56,12 @@ def unpack(held: Mapping[str, Any], settings: Settings) -> Fitted:
     network.load_state_dict(held["network"])
     count = len({name.split(".")[0] for name in held["baselines"]})
     seen = what_baselines_see(prepared, fixed)
-    baselines = nn.ModuleList([Baseline(seen, settings, 0) for _ in range(count)]).requires_grad_(False).eval()
-    for model in baselines:
-        model._data = ()  # type: ignore[assignment]
+    baselines = nn.ModuleList([_baseline(seen, settings) for _ in range(count)])
     baselines.load_state_dict(held["baselines"])
+    shown = None if held["share"] is None else share_design(trial, settings, held["propensity"], fixed)
+    share = None if shown is None else _baseline(shown, settings)
+    if share is not None:
+        share.load_state_dict(held["share"])
     for i, module in enumerate(prepared.columns):
         module.load_state_dict(held["columns"][f"{i}"])
     crossed = held["cross_fitted"]
@@ -65,6 +69,7 @@ def unpack(held: Mapping[str, Any], settings: Settings) -> Fitted:
         network=network,
         fixed=fixed,
         baselines=baselines,
+        share=share,
         columns=prepared.columns,
         held_out=HeldOut(*held["held_out"]),
         shift=held["shift"],
@@ -75,6 +80,12 @@ def unpack(held: Mapping[str, Any], settings: Settings) -> Fitted:
         cross_fitted=None if crossed is None else (crossed[0], crossed[1]),
         **{name: held[name] for name in _AS_THEY_ARE},
     )
+
+
+def _baseline(seen: Prepared, settings: Settings) -> Baseline:
+    model = Baseline(seen, settings, 0).requires_grad_(False).eval()
+    model._data = ()  # type: ignore[assignment]
+    return model
 
 
 def _network(

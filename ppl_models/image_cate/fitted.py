@@ -49,6 +49,7 @@ class Fitted:
         network: the Pyro model, in eval mode.
         fixed: fixed features, shared by gate and baselines; None without them.
         baselines: of each fold.
+        share: foretells the log odds of the treatment at any image; None where no query needs them.
         columns: standardisation of images and columns.
         samples: draws of the sites ``(chain, draw, ...)``, double precision.
         sample_stats: of the sampler.
@@ -72,6 +73,7 @@ class Fitted:
     network: ImageEffectModel
     fixed: StandardisedFeatures | None
     baselines: nn.ModuleList
+    share: Baseline | None
     columns: Columns
     samples: dict[str, Tensor]
     sample_stats: dict[str, Tensor]
@@ -93,7 +95,7 @@ class Fitted:
 
     def apply(self, fn: Any) -> None:
         """Move or convert the networks and what they read; draws and the trial are moved and keep their precision."""
-        for module in (self.network, self.baselines, self.fixed, *self.columns):
+        for module in (self.network, self.baselines, self.share, self.fixed, *self.columns):
             if module is not None:
                 module._apply(fn)
         self.samples = {n: fn(v).to(v.dtype) for n, v in self.samples.items()}
@@ -105,19 +107,26 @@ class Fitted:
                     object.__setattr__(holder, field.name, fn(value).to(value.dtype))
 
     @torch.no_grad()
-    def at(self, images: Tensor, modifiers: Tensor, controls: Tensor) -> AtImages:
-        """Draws at images ``(N, ...)`` and columns ``(N, M)``, all in their own units."""
-        parts = [
-            self._at(images[i : i + _CHUNK], modifiers[i : i + _CHUNK], controls[i : i + _CHUNK])
-            for i in range(0, len(images), _CHUNK)
-        ]
+    def at(self, images: Tensor, modifiers: Tensor, controls: Tensor, share: Tensor | None = None) -> AtImages:
+        """Draws at images ``(N, ...)`` and columns ``(N, M)``, all in their own units.
+
+        ``share`` is the propensity there ``(N,)``, where it is known; else it is foretold.
+        """
+        parts = []
+        for start in range(0, len(images), _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            own = None if share is None else share[rows]
+            parts.append(self.differentiable_at(images[rows], modifiers[rows], controls[rows], own))
         if len(parts) == 1:
             return parts[0]
         wide = parts[0].effects.shape[1] == 1 < len(parts[0].probs[0])
         effects = parts[0].effects if wide else torch.cat([p.effects for p in parts], 1)
         return AtImages(torch.cat([p.probs for p in parts], 1), effects)
 
-    def _at(self, images: Tensor, modifiers: Tensor, controls: Tensor) -> AtImages:
+    def differentiable_at(
+        self, images: Tensor, modifiers: Tensor, controls: Tensor, share: Tensor | None = None
+    ) -> AtImages:
+        """``at`` of all images at once, with gradients."""
         x = self.columns.pixels(images)
         m, c = self.columns.modifiers(modifiers).unsqueeze(1), self.columns.controls(controls).unsqueeze(1)
         draws = {n: v.flatten(0, 1) for n, v in self.samples.items()}
@@ -131,8 +140,8 @@ class Fitted:
         if law.linear:
             return AtImages(probs, law.scale.to(dtype) * effect[..., 0] + self.shift)
         base = self._baseline(x, m, c, draws, probs).to(dtype)
-        share = 0.0 if self.settings.baseline == "joint" else float(self.propensity.mean())
-        base = base - share * (probs.unsqueeze(-1) * effect).sum(-2)  # (D, N, L)
+        share = self._shares(x, m, c) if share is None else share
+        base = base - share.to(base).unsqueeze(-1) * (probs.unsqueeze(-1) * effect).sum(-2)  # (D, N, L)
         noise = draws["rho"].mT if "rho" in draws else effect.new_zeros(len(effect), 2, effect.shape[-2], 0)
         low = _mean(law, base.unsqueeze(-2).expand(*base.shape[:2], *effect.shape[-2:]), noise[:, 0].unsqueeze(1))
         high = _mean(law, base.unsqueeze(-2) + effect, noise[:, 1].unsqueeze(1))
@@ -177,10 +186,21 @@ class Fitted:
         if self.network.baseline is not None:
             found = self.network.baseline(x, torch.cat([m, c], -1))[:, 0]
         else:
-            seen = x if self.fixed is None else self.fixed(x)
+            seen = self._seen(x)
             found = torch.stack([model.predict(seen, m, c)[0][:, 0] for model in self._models()]).mean(0)
         found = found.to(draws["mu"].dtype)
         return probs.to(found) @ draws["intercept"] + draws["slope"].unsqueeze(1) * found
+
+    def _shares(self, x: Tensor, m: Tensor, c: Tensor) -> Tensor:
+        """Share of the effect that is part of the baseline, ``(N,)``."""
+        if self.settings.baseline == "joint":
+            return self.propensity.new_zeros(len(x))
+        if self.share is None:
+            return self.propensity.mean().expand(len(x))
+        return torch.sigmoid(self.share.predict(self._seen(x), m, c)[0][:, 0, 0])
+
+    def _seen(self, x: Tensor) -> Tensor:
+        return x if self.fixed is None else self.fixed(x)
 
     def _models(self) -> list[Baseline]:
         return [model for model in self.baselines if isinstance(model, Baseline)]
@@ -188,6 +208,8 @@ class Fitted:
     def on_units(self) -> AtImages:
         """Draws at the units of the trial, ``(D, N)``."""
         trial = self.trial
+        if self.share is not None:
+            return self.at(trial.images[trial.image_index], trial.modifiers, trial.controls, self.propensity)
         if trial.modifiers.shape[1] + trial.controls.shape[1] == 0:
             found, index = self.at(trial.images, *self.average_columns(trial.num_images)), trial.image_index
             effects = found.effects if found.effects.shape[1] == 1 else found.effects[:, index]

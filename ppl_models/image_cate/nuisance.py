@@ -9,6 +9,9 @@ on all folds but that of i.  Its error is orthogonal to that of the effects (Nie
 
 With fixed features both are linear in these and in the units' columns, by ``generalised_ridge``; a propensity from
 images is the same with the treatment for an outcome.  Without, they are a trained network's.
+
+Where the law is not linear, the effect at an image that is not of the trial needs f0 = b - e tau, and so the propensity
+e there: the same again with the log odds of the units' e for an outcome (``as_outcome``).
 """
 
 from dataclasses import replace
@@ -23,10 +26,11 @@ from ppl_models.image_cate.backbones import AsTheyAre
 from ppl_models.image_cate.data import Units
 from ppl_models.image_cate.fixed_features import StandardisedFeatures
 from ppl_models.image_cate.generalised_ridge import generalised_ridge
+from ppl_models.image_cate.likelihoods import Likelihood
 from ppl_models.image_cate.towers import Tower
 from ppl_models.image_cate.training import Prepared, Settings, flipped, images_of_batch, make_backbone, one_cycle
 
-__all__ = ["Baseline", "cross_fit_baseline", "folds_of_images", "what_baselines_see"]
+__all__ = ["Baseline", "as_outcome", "cross_fit_baseline", "fit_baseline", "folds_of_images", "what_baselines_see"]
 
 _VALIDATION_SHARE = 0.2
 _CHECKS = 12  # looks at the held-out loss
@@ -40,6 +44,21 @@ def what_baselines_see(prepared: Prepared, fixed: StandardisedFeatures | None) -
         return prepared
     with torch.no_grad():
         return replace(prepared, images=fixed(prepared.images))
+
+
+def as_outcome(prepared: Prepared, outcome: Tensor, likelihood: Likelihood, start: Tensor) -> Prepared:
+    """The trial with another outcome ``(S, U)`` and no treatment, so that b alone foretells it; ``start`` is b's mean,
+    a scalar.
+    """
+    none = torch.zeros_like(outcome)
+    return replace(
+        prepared,
+        units=prepared.units._replace(outcome=outcome, treatment=none, propensity=none),
+        likelihood=likelihood,
+        average_effect=torch.zeros_like(start).unsqueeze(0),
+        baseline_start=start.unsqueeze(0),
+        noise_start=outcome.new_zeros(2, likelihood.num_noise),
+    )
 
 
 class Baseline(nn.Module):
@@ -124,20 +143,25 @@ def cross_fit_baseline(
     for fold in range(int(folds.max()) + 1):
         own = derive_seed(seed, "baseline fold", fold)
         rows = (folds != fold).nonzero()[:, 0]
-        model = Baseline(prepared, settings, own)
-        if settings.fixed_features:
-            _solve(model, prepared.images_of(rows), penalty_folds[rows], rows, own)
-        else:
-            _train(model, prepared, settings, rows, own)
-        model.eval()
+        model = fit_baseline(prepared, settings, rows, penalty_folds, own)
         rest = folds == fold
         with torch.no_grad():
             found = model.predict(prepared.images[rest], units.modifiers[rest], units.controls[rest])
             for table, part in zip((offset, effect), found, strict=True):
                 table[rest] = part.expand(-1, units.mask.shape[1], -1)
-        model._data = ()  # type: ignore[assignment]
         models.append(model)
     return CrossFit(nn.ModuleList(models), offset, effect)
+
+
+def fit_baseline(prepared: Prepared, settings: Settings, rows: Tensor, penalty_folds: Tensor, seed: int) -> Baseline:
+    """A baseline, in eval mode, from the images ``rows``."""
+    model = Baseline(prepared, settings, seed)
+    if settings.fixed_features:
+        _solve(model, prepared.images_of(rows), penalty_folds[rows], rows, seed)
+    else:
+        _train(model, prepared, settings, rows, seed)
+    model._data = ()  # type: ignore[assignment]
+    return model.eval()
 
 
 def _solve(model: Baseline, part: Prepared, penalty_folds: Tensor, rows: Tensor, seed: int) -> None:

@@ -40,26 +40,18 @@ def salience(fitted: Fitted, images: Tensor, kind: str, cluster: int) -> Tensor:
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    network, k = fitted.network, fitted.network.mixture.num_clusters
+    k = fitted.network.mixture.num_clusters
     if not -k <= cluster < k:
         raise ValueError(f"cluster must lie in {-k}..{k - 1}, got {cluster}")
-    leaf = images.clone().requires_grad_()
+    leaf, columns = images.clone().requires_grad_(), fitted.average_columns(len(images))
     with torch.enable_grad():
-        x = fitted.columns.pixels(leaf)
-        m = fitted.columns.modifiers(fitted.average_columns(len(images))[0]).unsqueeze(1)
-        probs = fitted.probs(x, m)
         if kind == "type":
-            p = probs.mean(0)[:, fitted.order[cluster]]
+            m = fitted.columns.modifiers(columns[0]).unsqueeze(1)
+            p = fitted.probs(fitted.columns.pixels(leaf), m).mean(0)[:, fitted.order[cluster]]
             mixed = (1 - _SMOOTHING) * p + _SMOOTHING / k
             target = torch.logit(mixed).sum()
         else:
-            found = fitted.at(images, *fitted.average_columns(len(images)))
-            effects = found.effects.to(probs.dtype)
-            target = (probs * effects).sum(-1).mean(0).sum()
-            deviation = network.deviations(x, m)
-            if deviation is not None:
-                part = (network.mixture.likelihood.scale * deviation[:, 0, :, 0]).to(probs.dtype)
-                target = target + (probs.mean(0) * (part - part.detach())).sum()
+            target = fitted.differentiable_at(leaf, *columns).effect.mean(0).sum()
         if not target.requires_grad:
             return torch.zeros_like(images)
         found_gradient = torch.autograd.grad(target, leaf, allow_unused=True)[0]
