@@ -5,6 +5,7 @@ Jiang, Qin, Wu, Chen, Yang and Zhang, "Learning Unnormalized Statistical Models 
 correction of the running log Z; noise that adapts; guards; and log Z with its error.
 """
 
+import copy
 import itertools
 import warnings
 from collections.abc import Callable, Mapping
@@ -20,10 +21,10 @@ from inference._errors import CheckpointError, SamplerWarning
 from inference.citation import Paper
 from inference.objectives.unnormalised import CompositionalLikelihood
 from inference.objectives.unnormalised.guards import unreliable
-from inference.objectives.unnormalised.noise import Noise, noise_from_config
+from inference.objectives.unnormalised.noise import Noise
 from inference.objectives.unnormalised.objective import refuse_edges
 from inference.results.evidence import LogPartition
-from ppl_models.base import Model, Standardiser, check_batch_size, check_count, check_counts, to_precision, to_tensor
+from ppl_models.base import Model, check_batch_size, check_count, check_counts, to_precision, to_tensor
 from ppl_models.compositional_ebm.distribution import EnergyDistribution, check_energy
 from ppl_models.compositional_ebm.methods import (
     EnergyFit,
@@ -150,7 +151,7 @@ class EnergyModel(Model):
 
         def sampler(num: int) -> Tensor:
             seed = int(torch.randint(2**62, ()))
-            return sample(law, noise, num, "sir", seed, None)
+            return sample(law, noise, num, "sir", seed)
 
         law.sampler = sampler
         return law
@@ -302,7 +303,7 @@ class EnergyModel(Model):
         self.noise, self.log_z, self.result = noise, None, None
         if self._base == "tilt":
             # A noise that learns leaves behind the law that it started from: that is the model's.
-            self.tilt = _copy(noise) if frozen else noise
+            self.tilt = copy.deepcopy(noise).requires_grad_(False) if frozen else noise
 
     @torch.no_grad()
     def _log_noise(self, x: Tensor) -> Tensor:
@@ -377,8 +378,8 @@ class EnergyModel(Model):
             method: ``"sir"``: resampled noise; ``"hmc"``, ``"nuts"``, ``"sgld"``: Markov chains that start from that;
                 ``"annealed"``: tempered SMC from the noise.
             seed: same seed, same machine, same draws to the bit.
-            options: of chains ``warmup_steps``, ``thin`` (steps from one kept draw to the next) and ``step_size``; of
-                annealing those of ``inference.SMC``.
+            options: of chains ``warmup_steps``, ``thin`` (steps from one kept draw to the next) and ``step_size`` (of
+                ``"sgld"`` in units of each number's spread); of annealing those of ``inference.SMC``.
 
         Raises:
             RuntimeError: the model has not been fitted.
@@ -386,9 +387,7 @@ class EnergyModel(Model):
         """
         self._fitted("sample")
         check_count("n", n)
-        units = self.energy.units if isinstance(self.energy, EnergyNetwork) else None
-        scale = units.scale if isinstance(units, Standardiser) else None
-        return sample(self._law(None), self._noise(), n, method, seed, scale, **options)
+        return sample(self._law(None), self._noise(), n, method, seed, **options)
 
     def _noise(self) -> Noise:
         assert self.noise is not None
@@ -476,10 +475,3 @@ class EnergyModel(Model):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The energy's tensors; the noise has a place of its own in the file."""
         return without_noise(super().state_dict(*args, **kwargs), kwargs.get("prefix", ""))
-
-
-def _copy(noise: Noise) -> Noise:
-    made = noise_from_config(type(noise).__name__, noise.config(), noise.state_dict())
-    for p in made.parameters():
-        p.requires_grad_(False)
-    return made

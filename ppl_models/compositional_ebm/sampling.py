@@ -6,7 +6,7 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import AffineTransform, ComposeTransform, biject_to
 
 from inference.kernels import HMC, NUTS, SGLD
 from inference.mcmc import MCMC
@@ -20,6 +20,7 @@ __all__ = ["FlatNoise", "Unconstrained", "chains", "resample", "sample"]
 
 _CANDIDATES = 20  # noise draws for each draw that is asked for
 _MOST_CHAINS = 512
+_SPREAD = 256  # draws that the spread of a law's numbers is taken from
 _FAR = 80.0  # in unconstrained space, where a draw fell on the edge of the support
 _METHODS = ("sir", "hmc", "nuts", "sgld", "annealed")
 
@@ -109,9 +110,13 @@ def chains(
     warmup_steps: int = 100,
     thin: int = 5,
     step_size: float | None = None,
+    spread: Tensor | None = None,
     progress: bool | Callable[[dict[str, Any]], None] = False,
 ) -> MCMC:
-    """Markov chains from ``start`` ``(chain, *event)``, all in one program."""
+    """Markov chains from ``start`` ``(chain, *event)``, all in one program.
+
+    ``spread`` is the unit of each unconstrained number, for a sampler that has one step size for all of them.
+    """
     # what the engine looks at the model with, before it goes to the chains' own starts
     event = tuple(law.event_shape)
     started = EnergyDistribution(law.energy, event, law.base, law.log_z, law.support, lambda num: start[:num])
@@ -125,13 +130,16 @@ def chains(
         kernel = NUTS(model, step_size=0.1 if step_size is None else step_size)
     else:
         kernel = SGLD(model, step_size=1e-2 if step_size is None else step_size)
-    unconstrained = biject_to(law.support).inv(start)
+    to_unconstrained: Any = biject_to(law.support).inv
+    if spread is not None:
+        to_unconstrained = ComposeTransform([to_unconstrained, AffineTransform(0.0, 1 / spread, len(event))])
     mcmc = MCMC(
         kernel,
         num_samples,
         warmup_steps,
-        initial_params={"x": unconstrained},
+        initial_params={"x": to_unconstrained(start)},
         num_chains=len(start),
+        transforms={"x": to_unconstrained},
         thin=thin,
         seed=seed,
         progress=progress,
@@ -139,9 +147,7 @@ def chains(
     return mcmc.run()
 
 
-def sample(
-    law: EnergyDistribution, noise: Noise, num: int, method: str, seed: int, scale: Tensor | None, **options: Any
-) -> Tensor:
+def sample(law: EnergyDistribution, noise: Noise, num: int, method: str, seed: int, **options: Any) -> Tensor:
     """``num`` draws ``(num, *event)`` by one of the methods."""
     if method not in _METHODS:
         raise ValueError(f"method must be one of {_METHODS}, got {method!r}")
@@ -158,8 +164,10 @@ def sample(
         return space.events(smc.get_samples()["x"][:num])
     number = min(num, _MOST_CHAINS)
     each = -(-num // number)
-    if method == "sgld" and "step_size" not in options and scale is not None:
-        options["step_size"] = 0.01 * float(scale.square().mean())
-    mcmc = chains(law, resample(law, noise, number, seed), method, each, seed, **options)
+    start = resample(law, noise, max(number, _SPREAD) if method == "sgld" else number, seed)
+    if method == "sgld":
+        spread = biject_to(law.support).inv(start).clamp(-_FAR, _FAR).std(0)
+        options["spread"] = torch.where(spread > 0, spread, torch.ones_like(spread))
+    mcmc = chains(law, start[:number], method, each, seed, **options)
     draws = mcmc.get_samples(group_by_chain=True)["x"]
     return draws.transpose(0, 1).flatten(0, 1)[:num].reshape(num, *shape)

@@ -1,5 +1,6 @@
 """The steps of a fit: propensity, cross-fitted baseline and scores, members, posterior of effects and of the gate."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +98,14 @@ def find_propensity(
         features = columns if columns.shape[1] else None
         found = estimate(trial.treatment, propensity, features, folds[trial.image_index], len(folds.unique()), seed)
         scores = found.scores
+        rare = (scores < _PROPENSITY_FLOOR) | (scores > 1 - _PROPENSITY_FLOOR)
+        if bool(rare.any()):
+            warnings.warn(
+                f"{int(rare.sum())} units have a propensity nearer to 0 or 1 than {_PROPENSITY_FLOOR}, which is taken "
+                "instead: hardly any unit like them is in the other arm; consider leaving them out",
+                UserWarning,
+                stacklevel=4,
+            )
     else:
         shown = prepare(trial, settings, trial.sample_weight)
         likelihood = make_likelihood("bernoulli").to(trial.outcome)

@@ -376,15 +376,11 @@ class ConvMonotoneDBM(BoltzmannModel):
                 images = from_array(images)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise TypeError(f"{name} must be a tensor or a numeric array, got {type(images).__name__}") from error
-        value = images
-        if shown is not None and value.dim() in (3, 4) and value.is_floating_point():
-            value = value.reshape(shown.shape) if value.numel() == shown.numel() else value
-            if value.shape == shown.shape:
-                value = torch.where(shown.to(value.device), value, torch.zeros_like(value))
-        value = to_tensor(name, value).to(self.bias.device)
         channels, height, width = self.image_shape
-        if value.dim() == 3 and channels == 1:
-            value = value[:, None]
+        value = images[:, None] if images.dim() == 3 and channels == 1 else images
+        if shown is not None and value.shape == shown.shape and value.is_floating_point():
+            value = torch.where(shown.to(value.device), value, torch.zeros_like(value))
+        value = to_tensor(name, value).to(self.bias.device)
         if value.dim() != 4 or tuple(value.shape[1:]) != self.image_shape:
             raise ValueError(f"{name} must be (N, {channels}, {height}, {width}), got {tuple(value.shape)}")
         value = value if value.is_floating_point() else value.to(self.bias.dtype)

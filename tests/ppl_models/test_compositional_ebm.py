@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from inference import CheckpointError, CollapseError, NonFiniteError, SamplerWarning
+from inference.objectives.unnormalised.noise import noise_from_config
 from inference.runtime.generators import generator, scoped_seed
 from ppl_models import ConditionalEnergyModel, EnergyClassifier, EnergyModel
 from ppl_models.compositional_ebm import (
@@ -123,6 +124,25 @@ def test_draws_have_the_models_moments(fitted: EnergyModel, method: str) -> None
     assert float((drawn.mean(0) - own).abs().max()) < 0.35
     if method == "sir":
         assert torch.equal(drawn, fitted.sample(600, method=method, seed=3))
+
+
+def test_langevin_draws_of_columns_in_other_units() -> None:
+    """One step size for all numbers: chosen by the column of large unit, it widened the other (1.7 for 1)."""
+    scale = torch.tensor([1.0, 100.0])
+    x = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0)) * scale
+    ebm = EnergyModel(event_shape=(2,))
+    ebm.fit(x, num_steps=100, progress=False)
+    found, exact = (ebm.sample(2000, method=method).std(0) for method in ("sgld", "hmc"))
+    assert ((found / exact - 1).abs() < 0.12).all()
+
+
+@pytest.mark.parametrize(("mean", "sd"), [(200.0, 8.0), (5000.0, 30.0)])
+def test_counts_that_vary_less_than_poisson_ones_keep_their_digits(mean: float, sd: float) -> None:
+    """Large terms of log q that nearly cancel: whole nats were lost in single precision."""
+    counts = (mean + sd * torch.randn(500, generator=torch.Generator().manual_seed(0))).round()
+    for noise in (NegativeBinomialNoise.fit(counts), PoissonNoise.fit(counts)):
+        double = noise_from_config(type(noise).__name__, noise.config(), noise.state_dict()).double()
+        torch.testing.assert_close(noise.log_prob(counts), double.log_prob(counts.double()).float(), rtol=1e-5, atol=0)
 
 
 def test_the_distribution_serves_in_any_pyro_model(fitted: EnergyModel) -> None:
@@ -350,6 +370,29 @@ def classifier() -> tuple[EnergyClassifier, Tensor, Tensor]:
     clf = EnergyClassifier(num_classes=3, num_components=4, hidden=(32,))
     clf.fit(x[:450], y[:450], num_steps=250, progress=False)
     return clf, x[450:], y[450:]
+
+
+@pytest.mark.parametrize("given", ["distribution", "guide"])
+def test_noise_of_ones_own_may_adapt(given: str) -> None:
+    law = dist.Normal(torch.zeros(2), 2.0).to_event(1)
+
+    class Guide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loc = nn.Parameter(torch.ones(2))
+
+        def forward(self) -> Tensor:
+            drawn: Tensor = pyro.sample("x", dist.Normal(self.loc, 2.0).to_event(1))
+            return drawn
+
+    guide = Guide()
+    x = torch.randn(200, 2, generator=torch.Generator().manual_seed(0)) - 1
+    ebm = EnergyModel(event_shape=(2,))
+    ebm.fit(x, noise=law if given == "distribution" else guide, num_steps=30, adapt="data", progress=False)
+    assert torch.isfinite(ebm.log_prob(x)).all()
+    if given == "guide":  # the noise has learned, and the law that it started from is the model's
+        assert ebm.tilt is not None and not torch.equal(guide.loc, torch.ones(2))
+        assert all(torch.equal(p, torch.ones(2)) for p in ebm.tilt.parameters())
 
 
 def test_classifier(classifier: tuple[EnergyClassifier, Tensor, Tensor]) -> None:

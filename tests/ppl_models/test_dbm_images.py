@@ -173,3 +173,13 @@ def test_bad_images() -> None:
     for call, words in calls:
         with pytest.raises((TypeError, ValueError), match=words):
             call()
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 8, 6), (2, 6, 8, 1), (2, 8, 6)])
+def test_pixels_in_another_order_are_refused(shape: tuple[int, ...]) -> None:
+    """Of as many numbers, they were read in the wrong order."""
+    net = ConvMonotoneDBM((1, 6, 8), 2, 3, hidden=[(8, 4)], rank=6)
+    for ask in (net.classify, net.complete, net.pixel_probabilities):
+        with pytest.raises(ValueError, match=r"\(N, 1, 6, 8\)"):
+            ask(torch.zeros(shape))
+    assert net.classify(torch.zeros(2, 6, 8)).shape == (2, 3)

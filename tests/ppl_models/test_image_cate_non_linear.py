@@ -73,3 +73,11 @@ def test_groups_that_share_an_image_are_one() -> None:
     assert torch.equal(of_image.unsqueeze(0) == of_image.unsqueeze(1), expected.unsqueeze(0) == expected.unsqueeze(1))
     fold = state.folds[state.trial.image_index]
     assert all(len(fold[expected == g].unique()) == 1 for g in expected.unique())
+
+
+def test_a_propensity_that_is_nearly_certain_is_said() -> None:
+    y, treated, images, share, *_ = trial("bernoulli", (0.3, 0.6), 200)
+    share[:3] = torch.where(treated[:3] > 0, 1 - 1e-4, 1e-4)
+    model = ImageCATE(1, outcome="bernoulli", backbone="fixed", num_folds=2, num_samples=5)
+    with pytest.warns(UserWarning, match="3 units have a propensity nearer to 0 or 1"):
+        model.fit(y, treated, images, propensity=share, progress=False)

@@ -276,8 +276,8 @@ class PoissonNoise(Noise):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """As in ``Noise``."""
-        k = _rows(x).to(self.rate.dtype)
-        return (k * self.rate.log() - self.rate - torch.lgamma(k + 1)).sum(1)
+        k, rate = _rows(x).double(), self.rate.double()  # large terms that nearly cancel
+        return (k * rate.log() - rate - torch.lgamma(k + 1)).sum(1).to(self.rate.dtype)
 
 
 class NegativeBinomialNoise(Noise):
@@ -311,9 +311,11 @@ class NegativeBinomialNoise(Noise):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """As in ``Noise``."""
-        k, r = _rows(x).to(self.mean.dtype), self.concentration
+        k, mean, r = _rows(x).double(), self.mean.double(), self.concentration.double()
+        # Large terms that nearly cancel: whole nats would be lost in single precision.
         binomial = torch.lgamma(k + r) - torch.lgamma(k + 1) - torch.lgamma(r)
-        return (binomial - r * torch.log1p(self.mean / r) - k * torch.log1p(r / self.mean)).sum(1)
+        each = binomial - r * torch.log1p(mean / r) - k * torch.log1p(r / mean)
+        return each.sum(1).to(self.mean.dtype)
 
 
 class BernoulliNoise(Noise):
