@@ -118,7 +118,7 @@ def check_series(times: Any, observations: Any, mask: Any, shape: tuple[int, ...
 class Scales(NamedTuple):
     """Attributes:
     mean, std: of the observed values of each dimension, ``(D,)``.
-    jump: root mean square of neighbouring differences over sqrt(time between them), ``(D,)``.
+    jump: root mean square of the differences of observed neighbours over sqrt(time between them), ``(D,)``.
     slope: mean change per unit of time, ``(D,)``.
     """
 
@@ -128,18 +128,23 @@ class Scales(NamedTuple):
     slope: Tensor
 
 
-def scales(data: SeriesData, hurst: float = 0.5) -> Scales:
+def scales(data: SeriesData) -> Scales:
     """What ``(N, T, D)`` data say about scales, for starting values."""
     x, here = data.values.double(), data.mask.double()
+    times = data.times.to(x.device)
     count = here.sum((0, 1)).clamp_min(1)
     mean = (x * here).sum((0, 1)) / count
     std = (((x - mean) ** 2 * here).sum((0, 1)) / count).sqrt()
-    gap = data.times.diff().to(x.device)[:, None]
-    both = here[:, 1:] * here[:, :-1]
-    pairs = both.sum((0, 1)).clamp_min(1)
-    move = x.diff(dim=1) * both
-    jump = ((move**2 / gap ** (2 * hurst)).sum((0, 1)) / pairs).sqrt()
-    slope = move.sum((0, 1)) / (both * gap).sum((0, 1)).clamp_min(1e-12)
     std = torch.where(std > 1e-12 * mean.abs(), std, 1.0)
-    jump = torch.where(jump > 0, jump, std)
+    # Of series with times of their own, on a grid that holds those of all, neighbours on the grid are no pair.
+    place = torch.arange(x.shape[1], device=x.device)[:, None]
+    before = torch.where(data.mask, place, -1).cummax(1).values[:, :-1]
+    both = data.mask[:, 1:] & (before >= 0)
+    before = before.clamp_min(0)
+    gap = times[1:, None] - times[before]
+    move = (x[:, 1:] - x.gather(1, before)) * both
+    total = (both * gap).sum((0, 1))
+    jump = ((move**2 / gap).sum((0, 1)) / both.sum((0, 1)).clamp_min(1)).sqrt()
+    slope = torch.where(total > 0, move.sum((0, 1)) / total, 0.0)
+    jump = torch.where(jump > 0, jump, std / times[-1] ** 0.5)
     return Scales(*(part.to(data.values.dtype) for part in (mean, std, jump, slope)))

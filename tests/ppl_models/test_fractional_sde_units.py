@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ppl_models import FractionalSDE, LatentFractionalSDE
-from sde import FractionalOrnsteinUhlenbeck
+from ppl_models.fractional_sde.data import SeriesData, scales
+from sde import FractionalBrownianMotion, FractionalOrnsteinUhlenbeck
 
 TIMES = torch.arange(1, 13).double() / 10
 UNITS = [(1e6, 0.0), (1e-6, 0.0), (1.0, 1e4)]  # y becomes unit * y + offset
@@ -100,6 +101,32 @@ def test_a_prior_of_the_users_is_of_the_parameter_itself() -> None:
     same = own.log_evidence({n: v[0, 0] for n, v in full.items()})
     torch.testing.assert_close(theirs.log_evidence(one), same)
     torch.testing.assert_close(theirs._now("scale"), own._now("scale") * 0.1 ** model.hurst.double())
+
+
+@pytest.mark.parametrize("unit", [86400.0, 1 / 36525])
+def test_nor_does_the_unit_of_time_of_series_with_times_of_their_own(unit: float) -> None:
+    """On a grid that holds the times of all there are no neighbours: moves were the data's deviation, in any unit of
+    time, so that H of the same data was 0.79 in days, 0.005 in seconds and 0.87 in centuries.
+    """
+    times = torch.arange(1.0, 25.0).double()
+    y = FractionalBrownianMotion(0.7).sample(times, 4, seed=3).T.unsqueeze(-1)
+    mask = torch.zeros(4, 24, dtype=torch.bool)
+    mask[::2, ::2], mask[1::2, 1::2] = True, True
+    found = []
+    for tick in (1.0, unit):
+        model = FractionalSDE(1, "constant", num_processes=4)
+        model.fit(times * tick, y, mask, noise_std="learn", num_steps=20, progress=False)
+        found.append((float(model.hurst), float(model.log_evidence())))
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
+def test_moves_are_those_between_observed_neighbours() -> None:
+    """Each dimension with its own gaps; a single observation leaves the data's deviation over their span."""
+    mask = torch.tensor([[[1, 0], [0, 1], [1, 0], [1, 0]]]).bool()
+    y = torch.tensor([[[1.0, 0.0], [0.0, 5.0], [4.0, 0.0], [5.0, 0.0]]]).double()
+    found = scales(SeriesData(torch.tensor([1.0, 2.0, 3.0, 4.0]).double(), y, mask))
+    assert found.jump.tolist() == pytest.approx([math.sqrt((9 / 2 + 1) / 2), 1 / 2])
+    assert found.slope.tolist() == pytest.approx([4 / 3, 0])
 
 
 @pytest.mark.parametrize(("unit", "offset"), UNITS)
