@@ -13,6 +13,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from inference.lbfgs import minimize
 from ppl_models.fractional_sde.system import FractionalSystem
 from sde import LinearSDE, backward_information, kalman_filter, kalman_smoother, snap_times, step_guide
 from sde.noise import is_uniform
@@ -23,6 +24,9 @@ _DENSE = 200  # times up to which a Cholesky factor is faster than the filter's 
 _DENSE_UNIFORM = 500  # the same at equal distances, where the covariance is a product and a look-up
 _NO_ERROR = 1e-4  # of an exact observation's forecast, what stands for its error in a smoother: 1e-8 of the variance
 _DENSE_POSTERIOR = 800  # times, observed and wanted, up to which the posterior comes with its joint covariance
+_FLAT = 1e-3  # nats that the evidence changes by in a unit of a parameter, as learned, where a climb may end
+_HISTORY = 50  # most steps that a climb remembers
+_STEEP = 1e-2  # the same where it is not at the maximum
 
 
 class GaussianLaw(NamedTuple):
@@ -195,6 +199,50 @@ class ExactEvidence(nn.Module):
             self.system.linear_sde(), self.times, observations.movedim(0, 1), here, self.noise_std()
         )
         return -values.sum(-1).mean()
+
+
+def climb(objective: nn.Module, data: tuple[Tensor, Tensor], max_evaluations: int) -> bool:
+    """Go on to the maximum by L-BFGS, from where a search by gradients stands, in place.
+
+    H, theta and the errors' deviation lie on a ridge, along which Adam's steps are still far from the end when their
+    schedule is.  In float64, whatever the parameters are held in; what is worse once they are put back is not kept.
+
+    Args:
+        objective: an ``ExactEvidence``.
+        data: ``(N, T, D)`` and its mask, all series.
+        max_evaluations: of the evidence.
+
+    Returns:
+        Whether the evidence is flat where this ended.
+    """
+    free = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    count, sizes = len(data[0]), [p.numel() for p in free.values()]
+
+    def value_and_grad(z: Tensor) -> tuple[Tensor, Tensor]:
+        z = z.detach().requires_grad_()
+        parts = zip(free.items(), z[0].split(sizes), strict=True)
+        at = {name: part.view_as(p) for (name, p), part in parts}
+        value = count * torch.func.functional_call(objective, at, data).reshape(1)
+        return value.detach(), torch.autograd.grad(value.sum(), z)[0]
+
+    def put(z: Tensor) -> Tensor:
+        with torch.no_grad():
+            for p, part in zip(free.values(), z[0].split(sizes), strict=True):
+                p.copy_(part.view_as(p))
+            loss: Tensor = objective(*data)
+        return loss
+
+    start = torch.cat([p.detach().double().flatten() for p in free.values()]).unsqueeze(0)
+    before = put(start)
+    tolerance = _FLAT / max(1.0, count * abs(float(before)))
+    # With as many steps as parameters in mind it takes a fifth of the evaluations for five dimensions.
+    history = min(max(10, start.shape[1]), _HISTORY)
+    found = minimize(value_and_grad, start, max_evaluations=max_evaluations, tolerance=tolerance, history=history)
+    rounding = torch.finfo(data[0].dtype).eps * before.abs().clamp(min=1.0)
+    if not bool(put(found.position) <= before + rounding):
+        put(start)
+        return False
+    return bool(found.gradient.abs().max() <= _STEEP)
 
 
 class ParameterModel:

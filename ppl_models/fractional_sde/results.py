@@ -63,6 +63,7 @@ class FractionalSDEResult:
         history: losses (negative evidence or its bound, per series) of the optimisation, None where there was none.
         samples: parameter to draws ``(chain, draw, ...)``, of NUTS; else empty.
         sample_stats: statistics of the sampler, ``(chain, draw)``.
+        converged: whether an exact fit ended at a maximum; None where that was not looked at.
     """
 
     def __init__(
@@ -72,14 +73,17 @@ class FractionalSDEResult:
         history: FitResult | None,
         samples: Mapping[str, Tensor] | None = None,
         sample_stats: Mapping[str, Tensor] | None = None,
+        *,
+        converged: bool | None = None,
     ) -> None:
         self.model, self.method, self.history = model, method, history
         self.samples, self.sample_stats = dict(samples or {}), dict(sample_stats or {})
+        self.converged = converged
 
     def summary(self) -> str:
         """One line: how it was fitted and what H is."""
         hurst = ", ".join(f"{h:.3f}" for h in self.model.hurst.detach().reshape(-1).tolist())
-        text = f"{self.method}: H {hurst}"
+        text = f"{self.method}: H {hurst}" + ", not at a maximum" * (self.converged is False)
         return text if self.history is None else f"{text}; {self.history.summary()}"
 
     def to_arviz(self, num_samples: int = 200, seed: int = 0) -> Any:

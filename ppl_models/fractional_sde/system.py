@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_models.base import check_count
+from ppl_models.fractional_sde.data import SeriesData
 from ppl_models.fractional_sde.networks import (
     ConstantDiffusion,
     DiagonalNeuralDiffusion,
@@ -222,6 +223,18 @@ class FractionalSystem(nn.Module):
     def start_std(self) -> Tensor:
         """Standard deviation of X(0), ``(D,)``."""
         return self.log_start_std.exp() if self.learns_start else self.given_start_std
+
+    def check_start(self, data: SeriesData, noise_std: Any) -> None:
+        """Raise where an exact observation says what X(0) is, and ``initial`` as well."""
+        if isinstance(noise_std, str) or self.learns_start or float(data.times[0]) > 0:
+            return
+        exact = torch.as_tensor(noise_std, dtype=torch.float64).cpu() == 0
+        known = self.given_start_std.cpu() == 0
+        if bool((exact & known & data.mask[:, 0].any(0).cpu()).any()):
+            raise ValueError(
+                "times start at 0 with observations without error, and initial fixes X(0) as well: leave time 0 out, "
+                "or give initial a std above 0"
+            )
 
     @torch.no_grad()
     def put_start(self, mean: Tensor, std: Tensor, unit: Tensor) -> None:
