@@ -361,6 +361,44 @@ def default_priors(system: FractionalSystem, noise_std: Tensor, span: float, lea
     return priors
 
 
+def checked_priors(system: FractionalSystem, priors: Mapping[str, Any] | None, learns_noise: bool) -> dict[str, Any]:
+    """The user's priors, with that of one number spread over the dimensions.
+
+    Raises:
+        TypeError: one that is no distribution.
+        ValueError: a name or a shape that is no parameter's, or a parameter that the model lacks or does not learn.
+    """
+    shapes = {name: value.shape for name, value in system.parameters_now().items()}
+    shapes["noise_std"] = shapes["scale"]
+    free = {
+        "hurst": (system.noise.learned, "noise='fractional' and hurst='learn'"),
+        "scale": (getattr(system.diffusion, "learned", False), "diffusion='constant'"),
+        "theta": ("theta" in shapes, "drift='linear'"),
+        "constant": ("constant" in shapes, "drift='linear' or 'constant'"),
+        "noise_std": (learns_noise, "noise_std='learn' in fit"),
+    }
+    out = {}
+    for name, prior in dict(priors or {}).items():
+        if name not in free:
+            raise ValueError(f"priors names {name}; parameters are {', '.join(free)}")
+        if not isinstance(prior, dist.Distribution):
+            raise TypeError(f"priors[{name!r}] must be one of pyro.distributions, got {type(prior).__name__}")
+        learned, how = free[name]
+        if not learned:
+            raise ValueError(
+                f"priors[{name!r}] is of a parameter that this model lacks or holds fixed: it needs {how}; or leave "
+                "the prior out"
+            )
+        law: Any = prior
+        wanted, given = shapes[name], law.shape()
+        if not law.event_shape and len(given) <= len(wanted) and all(n == 1 for n in given):
+            law = law.expand(wanted)
+        if law.shape() != wanted:
+            raise ValueError(f"priors[{name!r}] must have shape {tuple(wanted)}, got {tuple(given)}")
+        out[name] = law
+    return out
+
+
 def one_step_ahead(
     linear: LinearSDE, times: Tensor, values: Tensor, mask: Tensor, noise_std: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ from ppl_models.fractional_sde.data import SeriesData, check_series, scales
 from ppl_models.fractional_sde.exact import (
     ExactEvidence,
     ParameterModel,
+    checked_priors,
     climb,
     default_priors,
     gaussian_log_likelihood,
@@ -331,7 +332,8 @@ class FractionalSDE(PathModel):
             average_last: share of the steps, from the end, over which parameters are averaged.
             checkpoint_segments: of a solve, for long series: ``"sqrt"`` makes memory grow like the root of its steps.
             priors: for NUTS: parameter (``hurst``, ``scale``, ``theta``, ``constant``, ``noise_std``) of
-                dX = (constant - theta X) dt + scale dB to a Pyro distribution; those given replace the defaults, see
+                dX = (constant - theta X) dt + scale dB to a Pyro distribution, of one number for all dimensions or
+                ``(D,)``, if the model learns that parameter; those given replace the defaults, see
                 ``default_priors``, which are in the data's own units.
             num_samples, warmup_steps, num_chains: of NUTS.
             checkpoint: file to resume from (of NUTS, a folder beside it holds the chains).
@@ -363,6 +365,8 @@ class FractionalSDE(PathModel):
         check_count("num_particles", num_particles)
         self.likelihood.check(noise_std, positive=method == "variational")
         self.system.check_start(data, noise_std)
+        if method == "nuts":
+            priors = checked_priors(self.system, priors, isinstance(noise_std, str))
         fresh = self._data is None
         self._see(data, max_step)
         self.likelihood.set(noise_std, scales(data).std)
@@ -410,9 +414,6 @@ class FractionalSDE(PathModel):
             raise ValueError("parameters can be sampled with the paths integrated out for linear models only")
         data = self.data
         chosen = default_priors(self.system, self.likelihood().detach(), float(data.times[-1]), self.likelihood.learned)
-        unknown = sorted(set(priors or {}) - {"hurst", "scale", "theta", "constant", "noise_std"})
-        if unknown:
-            raise ValueError(f"priors names {', '.join(unknown)}; parameters are {', '.join(chosen)}")
         chosen |= dict(priors or {})
         here = data.mask.double().movedim(0, 1)
         here = here[:, :1] if data.shared else here

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pyro.distributions as dist
 import pytest
 import torch
 
@@ -63,3 +64,57 @@ def test_a_maximum_that_single_precision_cannot_hold_is_not_taken() -> None:
     model.fit(times, (torch.sin(times) + times / 2).reshape(1, 40, 1), noise_std=0.0, num_steps=60, progress=False)
     assert 0.9 < float(model.hurst) < 1
     assert float(model.log_evidence()) > 80
+
+
+# ---------------------------------------------------------------- priors of the user's
+@pytest.mark.filterwarnings("ignore::inference.SamplerWarning")  # short chains
+def test_a_prior_of_one_number_is_that_of_each_dimension() -> None:
+    """It ended in an error after the optimisation; draws from the same prior given a dimension are the same."""
+    y = torch.randn(2, 5, 2, generator=torch.Generator().manual_seed(0)).double()
+    drawn = []
+    for shape in ((), (2,)):
+        zero = torch.zeros(shape)
+        priors = {"scale": dist.LogNormal(zero, 1.0), "constant": dist.Normal(zero, 2.0), "hurst": dist.Beta(2.0, 2.0)}
+        model = FractionalSDE(2, "constant", num_processes=2)
+        result = model.fit(
+            TIMES, y, method="nuts", priors={**priors, "noise_std": dist.LogNormal(zero, 1.0)}, noise_std="learn",
+            num_steps=2, num_samples=3, warmup_steps=2, num_chains=2, progress=False,
+        )  # fmt: skip
+        assert result.samples["scale"].shape == result.samples["constant"].shape == (2, 3, 2)
+        assert result.samples["hurst"].shape == (2, 3)
+        drawn.append(result.samples)
+    assert all(torch.equal(drawn[0][name], value) for name, value in drawn[1].items())
+
+
+ONE = dist.LogNormal(0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "priors", "match"),
+    [
+        ({}, {"noise_std": ONE}, "noise_std='learn'"),
+        ({"diffusion": 1.0}, {"scale": ONE}, "diffusion='constant'"),
+        ({"noise": "brownian"}, {"hurst": dist.Beta(2.0, 2.0)}, "hurst='learn'"),
+        ({"hurst": 0.3}, {"hurst": dist.Beta(2.0, 2.0)}, "hurst='learn'"),
+        ({"drift": "constant"}, {"theta": ONE}, "drift='linear'"),
+        ({"drift": "none"}, {"constant": ONE}, "drift='linear' or 'constant'"),
+        ({}, {"start": ONE}, "parameters are"),
+        ({}, {"scale": dist.LogNormal(torch.zeros(3), 1.0)}, r"shape \(2,\), got \(3,\)"),
+        ({}, {"hurst": dist.Beta(torch.ones(2), 1.0)}, r"shape \(\), got \(2,\)"),
+    ],
+)
+def test_priors_that_would_not_be_used_are_refused(
+    settings: dict[str, Any], priors: dict[str, Any], match: str
+) -> None:
+    """Before any work.  One of a fixed error or scale was of the predictions alone, that of H beside Brownian noise
+    came back as its own posterior, and one of a drift that is not there was a KeyError at the end.
+    """
+    model = FractionalSDE(2, **{"drift": "linear", **settings})
+    with pytest.raises(ValueError, match=match):
+        model.fit(TIMES, torch.zeros(1, 5, 2), method="nuts", priors=priors, progress=False)
+    assert model.result is None
+
+
+def test_a_prior_is_a_distribution() -> None:
+    with pytest.raises(TypeError, match="one of pyro"):
+        FractionalSDE(1, "none").fit(TIMES, torch.zeros(1, 5, 1), method="nuts", priors={"hurst": 0.3})
