@@ -469,7 +469,7 @@ class LatentFractionalSDE(PathModel):
             frames = self.decode(w.unsqueeze(0), x)  # (T', P B, *shape)
             parts.append(frames.unflatten(1, (count, -1)).movedim(0, 2))
         samples = torch.cat(parts)
-        std = self.likelihood().detach()
+        std = None if self.family == "bernoulli" else self.likelihood().detach()
         return PathPrediction(wanted, samples.mean(0), samples.var(0, unbiased=num_samples > 1), samples, std)
 
     def reconstruct(self, num_samples: int = 20, seed: int = 0, **series: Any) -> PathPrediction:

@@ -29,10 +29,13 @@ class PathPrediction:
         mean: of X, ``(N, T, D)``.
         variance: of X, ``(N, T, D)``.
         samples: joint draws of X, ``(num_samples, N, T, D)``.
-        noise_std: of an observation, ``(D,)`` or one a draw, ``(num_samples, 1, 1, D)``.
+        noise_std: of an observation, ``(D,)`` or one a draw, ``(num_samples, 1, 1, D)``; None of a Bernoulli
+            likelihood, whose X (here and in what follows) is the probability of a one.
     """
 
-    def __init__(self, times: Tensor, mean: Tensor, variance: Tensor, samples: Tensor, noise_std: Tensor) -> None:
+    def __init__(
+        self, times: Tensor, mean: Tensor, variance: Tensor, samples: Tensor, noise_std: Tensor | None
+    ) -> None:
         self.times, self.mean, self.variance, self.samples = times, mean, variance, samples
         self.noise_std = noise_std
 
@@ -47,8 +50,10 @@ class PathPrediction:
         return torch.quantile(self.samples, level, dim=0)
 
     def observations(self, seed: int = 0) -> Tensor:
-        """Draws of observations, X with their noise, ``(num_samples, N, T, D)``."""
+        """Draws of observations, X with their noise or zeros and ones, ``(num_samples, N, T, D)``."""
         source = generator(seed, "observations", device=self.samples.device)
+        if self.noise_std is None:
+            return torch.bernoulli(self.samples, generator=source)
         noise = torch.randn(self.samples.shape, generator=source, dtype=self.samples.dtype, device=self.samples.device)
         return self.samples + self.noise_std.to(self.samples) * noise
 
@@ -110,6 +115,7 @@ class FractionalSDEResult:
                 dims={**names, "y": dims["y"]}, coords=coords, attrs=attrs,
             )  # fmt: skip
         prediction = model.predict(data.times, num_samples=num_samples, seed=seed)
+        assert prediction.noise_std is not None
         error = (data.values - prediction.samples) / prediction.noise_std
         density = -0.5 * (error.square() + _LOG_2PI) - prediction.noise_std.log().expand_as(error)
         groups: dict[str, Any] = {}

@@ -181,3 +181,17 @@ def test_bytes_are_no_means_of_a_sigmoid() -> None:
 def test_bernoulli_frames_are_probabilities() -> None:
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
         LatentFractionalSDE((3,), 2, likelihood="bernoulli", **SMALL).fit(TIMES, torch.full((2, 5, 3), 2.0))
+
+
+def test_observations_of_bernoulli_frames_are_zeros_and_ones() -> None:
+    """They were probabilities with Gaussian noise."""
+    y = (torch.rand(4, 5, 3, generator=torch.Generator().manual_seed(0)) > 0.3).float()
+    model = LatentFractionalSDE((3,), 1, 2, likelihood="bernoulli", **SMALL)
+    model.fit(TIMES, y, num_steps=1, progress=False)
+    prediction = model.predict(TIMES, num_samples=400)
+    drawn = prediction.observations(seed=1)
+    assert prediction.noise_std is None and drawn.dtype == prediction.samples.dtype
+    assert bool(((drawn == 0) | (drawn == 1)).all())
+    # 4 standard errors of 400 draws are at most 0.1
+    assert float((drawn.mean(0) - prediction.mean).abs().max()) < 0.1
+    assert torch.equal(drawn, prediction.observations(seed=1))
