@@ -59,8 +59,9 @@ class PathModel(Model):
 
     @property
     def hurst(self) -> Tensor:
-        """H, ``()`` or ``(D,)``; the posterior mean after NUTS."""
-        return self.system.noise.hurst.detach()
+        """H, ``()`` or ``(D,)``; the posterior mean after NUTS, NaN of a noise of yours without an H of its own."""
+        noise = self.system.noise
+        return noise.hurst.detach() if noise.has_hurst else torch.full_like(noise.raw_hurst.detach(), torch.nan)
 
     @property
     def noise(self) -> MarkovNoise:

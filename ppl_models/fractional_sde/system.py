@@ -110,11 +110,19 @@ class HurstNoise(nn.Module):
 
     @property
     def hurst(self) -> Tensor:
-        """H, ``()`` or ``(D,)``; 1/2 of Brownian noise."""
-        if self.brownian:
+        """H, ``()`` or ``(D,)``; 1/2 of Brownian noise, and of a noise of the user's that has none."""
+        own = getattr(self.given, "hurst", None)
+        if own is not None:
+            return torch.as_tensor(own).to(self.raw_hurst)
+        if self.given is not None or self.brownian:
             return torch.full_like(self.raw_hurst, 0.5)
         raw = self.raw_hurst
         return torch.sigmoid(raw if self.held is None else torch.where(self.held, raw.detach(), raw))
+
+    @property
+    def has_hurst(self) -> bool:
+        """Whether ``hurst`` is the noise's: a mixture or another noise of the user's may have none."""
+        return self.given is None or isinstance(self.given, BrownianMotion) or hasattr(self.given, "hurst")
 
     def hurst_at(self, times: Tensor) -> Tensor:
         """H(t), ``(T,)``."""

@@ -15,7 +15,7 @@ from inference._errors import CheckpointError
 from inference.runtime.generators import scoped_seed
 from ppl_models import FractionalSDE
 from ppl_models.fractional_sde.bound import PathBound
-from sde import FractionalOrnsteinUhlenbeck, NoiseWarning
+from sde import BrownianMotion, FractionalOrnsteinUhlenbeck, MarkovFractionalBrownianMotion, MixedNoise, NoiseWarning
 from tests.accelerator import fake_accelerator, place
 
 QUICK: dict[str, Any] = {"progress": False, "num_particles": 4}
@@ -207,6 +207,21 @@ def test_numbers_of_any_kind_fit_and_have_a_file_form(tmp_path: Path, settings: 
 def test_own_modules_have_no_file_form(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="state_dict"):
         FractionalSDE(1, Well()).save(tmp_path / "model")
+
+
+def test_h_of_a_noise_of_the_users_is_its_own() -> None:
+    """It was said to be 1/2; a mixture has none."""
+    values = series(1)[0]
+    for noise, hurst in (
+        (MarkovFractionalBrownianMotion(0.8, horizon=2.0), 0.8),
+        (BrownianMotion(horizon=2.0), 0.5),
+        (MixedNoise([(1.0, BrownianMotion(horizon=2.0))]), math.nan),
+    ):
+        model = FractionalSDE(1, "none", noise=noise, horizon=2.0)
+        result = model.fit(TIMES, values, num_steps=1, progress=False)
+        torch.testing.assert_close(model.hurst.double(), torch.tensor(hurst).double(), equal_nan=True)
+        assert f"H {hurst:.3f}" in result.summary()
+        assert math.isfinite(model.log_evidence())
 
 
 def test_arviz_of_paths() -> None:
