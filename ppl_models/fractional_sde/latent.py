@@ -41,7 +41,7 @@ from ppl_models.fractional_sde.video import (
     frame_encoder,
     interpolate,
 )
-from sde import MarkovNoise
+from sde import MarkovNoise, snap_times
 from sde._checks import as_number, as_times
 
 __all__ = ["LatentFractionalSDE"]
@@ -457,7 +457,8 @@ class LatentFractionalSDE(PathModel):
         wanted = as_times(new_times, "new_times").cpu()
         check_count("num_samples", num_samples)
         self._within(wanted, "new_times")
-        grid = self._grid(fitted.times, wanted)
+        asked, place = torch.unique(snap_times(wanted, fitted.times), return_inverse=True)
+        grid = self._grid(fitted.times, asked)
         values = data.values.to(self.system.start_mean)
         alike = self._shared and observations is None
         encoded = self._encode(fitted.times.to(values), values, data.mask.to(values.device), grid, alike)
@@ -466,7 +467,7 @@ class LatentFractionalSDE(PathModel):
             count, stream = min(at_once, num_samples - i), derive_seed(seed, "predict", i)
             w = self._contents(encoded, count, stream)[0]
             x = self.posterior.draw(self.system, grid, encoded.evidence, count, stream).x
-            frames = self.decode(w.unsqueeze(0), x)  # (T', P B, *shape)
+            frames = self.decode(w.unsqueeze(0), x[place])  # (T', P B, *shape)
             parts.append(frames.unflatten(1, (count, -1)).movedim(0, 2))
         samples = torch.cat(parts)
         std = None if self.family == "bernoulli" else self.likelihood().detach()

@@ -48,7 +48,7 @@ from ppl_models.fractional_sde.posterior import Draws, Evidence, PathPosterior, 
 from ppl_models.fractional_sde.pyro_form import ControlledPath, PriorPath
 from ppl_models.fractional_sde.results import FractionalSDEResult, PathPrediction
 from ppl_models.fractional_sde.system import FractionalSystem, HurstNoise
-from sde import MarkovNoise
+from sde import MarkovNoise, snap_times
 from sde._checks import as_number, as_times
 
 __all__ = ["FractionalSDE"]
@@ -524,7 +524,8 @@ class FractionalSDE(PathModel):
             )  # fmt: skip
             mean, variance, samples, noise = (part.to(dtype) for part in found)
             return PathPrediction(wanted, mean, variance, samples, noise)
-        grid, evidence = self._grid(data.times, wanted), self._evidence(data.values, data.mask)
+        asked, place = torch.unique(snap_times(wanted, data.times), return_inverse=True)
+        grid, evidence = self._grid(data.times, asked), self._evidence(data.values, data.mask)
         at_once = particles_of(len(data.values))
         parts = [
             self.posterior.draw(
@@ -532,7 +533,7 @@ class FractionalSDE(PathModel):
             ).x.unflatten(1, (-1, len(data.values)))
             for i in range(0, num_samples, at_once)
         ]
-        samples = torch.cat(parts, 1).permute(1, 2, 0, 3)
+        samples = torch.cat(parts, 1)[place].permute(1, 2, 0, 3)
         unbiased = num_samples > 1
         return PathPrediction(
             wanted, samples.mean(0), samples.var(0, unbiased=unbiased), samples, self.likelihood().detach()

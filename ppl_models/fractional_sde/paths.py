@@ -14,7 +14,7 @@ from ppl_models.fractional_sde.bound import PathBound, PathLikelihood
 from ppl_models.fractional_sde.data import SeriesData, check_series
 from ppl_models.fractional_sde.posterior import Draws, PathPosterior, SolverGrid, start_state
 from ppl_models.fractional_sde.system import FractionalSystem
-from sde import MarkovNoise, Path, observation_grid, snap_times, solve
+from sde import MarkovNoise, Path, observation_grid, solve
 from sde._checks import as_number, as_numbers, as_times
 
 __all__ = ["PathModel"]
@@ -131,9 +131,9 @@ class PathModel(Model):
         return self
 
     def _grid(self, times: Tensor, wanted: Tensor | None = None, checkpoint: int | str | None = None) -> SolverGrid:
-        """Solver times that meet ``times`` (whose states are kept) or, if given, ``wanted`` as well (kept instead)."""
-        if wanted is not None:
-            wanted = snap_times(wanted, times)
+        """Solver times that meet ``times`` (whose states are kept) or, if given, ``wanted`` as well (kept instead),
+        strictly increasing and snapped.
+        """
         union = times if wanted is None else torch.unique(torch.cat([times, wanted]))
         step = float(times[-1]) / _SOLVER_STEPS if self._max_step is None else self._max_step
         grid = observation_grid(union, step)

@@ -384,6 +384,16 @@ def test_times_that_differ_by_rounding_are_one_time(settings: dict[str, Any], la
         assert bool(((found.mean - expected.mean).abs() <= 5 * error + 1e-4).all())
 
 
+@pytest.mark.parametrize("method", ["exact", "variational"])
+def test_times_that_round_to_one_are_predicted_alike(method: str) -> None:
+    """Two new times that are one of the data's but for rounding were an error of positions, where no exact fit was."""
+    model = FractionalSDE(1, "linear", hidden=(8,))
+    model.fit([0.5, 1.0], torch.ones(2, 2, 1), method=method, num_steps=1, num_particles=2, progress=False)
+    found = model.predict([0.5, 0.9999999, 1.0], num_samples=4)
+    assert found.samples.shape == (4, 2, 3, 1)
+    torch.testing.assert_close(found.samples[:, :, 1], found.samples[:, :, 2], rtol=0, atol=1e-5)
+
+
 def test_observations_closer_than_single_precision_tells_apart() -> None:
     times = torch.tensor([0.25, 0.5, 0.5 + 1e-9, 1.0], dtype=torch.float64)
     y = torch.tensor([0.1, 0.2, 0.2, -0.1]).view(1, 4, 1)
