@@ -24,6 +24,7 @@ _DENSE = 200  # times up to which a Cholesky factor is faster than the filter's 
 _DENSE_UNIFORM = 500  # the same at equal distances, where the covariance is a product and a look-up
 _NO_ERROR = 1e-4  # of an exact observation's forecast, what stands for its error in a smoother: 1e-8 of the variance
 _DENSE_POSTERIOR = 800  # times, observed and wanted, up to which the posterior comes with its joint covariance
+_DRAWS_AT_ONCE = 50  # of the parameters, whose filters run side by side
 _FLAT = 1e-3  # nats that the evidence changes by in a unit of a parameter, as learned, where a climb may end
 _HISTORY = 50  # most steps that a climb remembers
 _STEEP = 1e-2  # the same where it is not at the maximum
@@ -406,6 +407,28 @@ def one_step_ahead(
     filtered = kalman_filter(linear, times, values, noise_std.double(), mask)
     std = filtered.innovation_variance.sqrt().expand_as(filtered.innovation)
     return torch.where(mask.bool(), filtered.innovation, torch.nan), std
+
+
+def one_step_log_density(model: ParameterModel, samples: Mapping[str, Tensor]) -> Tensor:
+    """log p of each observation given those before it and a draw of the parameters, the paths integrated out.
+
+    Args:
+        model: with the data.
+        samples: parameters of the SDE, ``(chain, draw, ...)``.
+
+    Returns:
+        ``(chain, draw, B, T, D)``, 0 where masked; each draw's sum is its log evidence.
+    """
+    shape = next(iter(samples.values())).shape[:2]
+
+    def of_one(draw: dict[str, Tensor]) -> Tensor:
+        v = {**model.fixed, **draw}
+        error, std = one_step_ahead(model.system.linear_sde(v), model.times, model.values, model.mask, v["noise_std"])
+        density = -0.5 * (error / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
+        return torch.where(model.mask.bool(), density, 0.0)
+
+    flat = {name: value.flatten(0, 1).double() for name, value in samples.items()}
+    return torch.func.vmap(of_one, chunk_size=_DRAWS_AT_ONCE)(flat).movedim(1, 2).unflatten(0, shape)
 
 
 def posterior_draws(

@@ -10,6 +10,7 @@ from inference.fit import FitResult
 from inference.results.brief import brief
 from inference.results.export import to_arviz
 from inference.runtime.generators import generator
+from ppl_models.fractional_sde.exact import one_step_log_density
 
 if TYPE_CHECKING:
     from ppl_models.fractional_sde.latent import LatentFractionalSDE
@@ -93,11 +94,14 @@ class FractionalSDEResult:
 
     def to_arviz(self, num_samples: int = 200, seed: int = 0) -> Any:
         """ArviZ object: posterior (parameters of NUTS; else paths ``x`` at the observation times), posterior_predictive
-        and log_likelihood of ``y``, observed_data (NaN where masked), sample_stats of NUTS.
+        and log_likelihood of ``y`` (0 where masked), observed_data (NaN where masked), sample_stats of NUTS.
+
+        The log-likelihood of an observation is that given its path; after NUTS, which knows no paths, given the
+        observations before it: a draw's sum is then its log evidence.
 
         Args:
-            num_samples: draws of paths, unless NUTS made the draws.
-            seed: of the draws.
+            num_samples: draws of paths, unless NUTS made the draws; the posterior predictive has as many.
+            seed: of the draws of paths and observations.
         """
         model = self.model
         data = model.data
@@ -110,8 +114,13 @@ class FractionalSDEResult:
             stats = dict(self.sample_stats)
             if "potential_energy" in stats:
                 stats["lp"] = -stats.pop("potential_energy")
+            shape = next(iter(self.samples.values())).shape[:2]
+            drawn = model.predict(data.times, shape.numel(), seed).observations(seed)
+            with torch.no_grad():
+                each = one_step_log_density(model._parameter_model({}), self.samples)
             return to_arviz(
                 dict(self.samples), sample_stats=stats or None, observed_data={"y": y},
+                posterior_predictive={"y": drawn.unflatten(0, shape)}, log_likelihood={"y": each},
                 dims={**names, "y": dims["y"]}, coords=coords, attrs=attrs,
             )  # fmt: skip
         prediction = model.predict(data.times, num_samples=num_samples, seed=seed)

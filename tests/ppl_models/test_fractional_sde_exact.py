@@ -9,7 +9,8 @@ import torch
 
 from inference import SamplerWarning
 from ppl_models import FractionalSDE
-from ppl_models.fractional_sde.exact import ExactEvidence
+from ppl_models.fractional_sde.exact import ExactEvidence, gaussian_log_likelihood
+from ppl_models.fractional_sde.results import FractionalSDEResult
 from sde import FractionalOrnsteinUhlenbeck
 
 TIMES = torch.tensor([0.1, 0.2, 0.35, 0.6, 1.0])
@@ -61,7 +62,8 @@ def test_a_maximum_that_single_precision_cannot_hold_is_not_taken() -> None:
     """H of an exact smooth curve goes to 1, where it rounds to 1 and the evidence is lost."""
     times = torch.arange(1, 41) / 8
     model = FractionalSDE(1, "none", initial=(0.0, 0.0))
-    model.fit(times, (torch.sin(times) + times / 2).reshape(1, 40, 1), noise_std=0.0, num_steps=60, progress=False)
+    y = (torch.sin(times) + times / 2).reshape(1, 40, 1)
+    model.fit(times, y, noise_std=0.0, num_steps=60, progress=False)
     assert 0.9 < float(model.hurst) < 1
     assert float(model.log_evidence()) > 80
 
@@ -118,3 +120,30 @@ def test_priors_that_would_not_be_used_are_refused(
 def test_a_prior_is_a_distribution() -> None:
     with pytest.raises(TypeError, match="one of pyro"):
         FractionalSDE(1, "none").fit(TIMES, torch.zeros(1, 5, 1), method="nuts", priors={"hurst": 0.3})
+
+
+# ---------------------------------------------------------------- draws of the parameters
+def test_arviz_of_parameters() -> None:
+    """Each draw's densities of one observation given those before it sum to its evidence; of 100 draws of an
+    observation the mean lies within 4 standard errors of the prediction.
+    """
+    g = torch.Generator().manual_seed(0)
+    y, mask = torch.randn(3, 5, 2, generator=g).double(), torch.rand(3, 5, 2, generator=g) > 0.25
+    model = FractionalSDE(2, "linear", num_processes=3)
+    model.fit(TIMES, y, mask, noise_std="learn", num_steps=1, progress=False)
+    now = {**model.system.parameters_now(), "noise_std": model.noise_std}
+    draws = {name: now[name].detach().double() for name in ("hurst", "scale", "theta", "noise_std")}
+    spread = torch.linspace(0.8, 1.2, 100).double().reshape(2, 50)
+    samples = {name: spread.reshape(2, 50, *[1] * v.ndim) * v for name, v in draws.items()}
+    model.result = FractionalSDEResult(model, "nuts", None, samples)
+    exported = model.result.to_arviz()
+    found = torch.as_tensor(exported["log_likelihood"]["y"].values)
+    assert found.shape == exported["posterior_predictive"]["y"].shape == (2, 50, 3, 5, 2)
+    assert bool((found[:, :, ~mask] == 0).all())
+    data = (model.data.times, model.data.values.movedim(0, 1), mask.double().movedim(0, 1))
+    one = {**model.system.parameters_now(), **{name: v[1, 7] for name, v in samples.items()}}
+    evidence = gaussian_log_likelihood(model.system.linear_sde(one), *data, one["noise_std"])
+    torch.testing.assert_close(found[1, 7].sum((0, 1)), evidence.sum(0))
+    predicted = torch.as_tensor(exported["posterior_predictive"]["y"].values).flatten(0, 1)
+    error = (predicted.mean(0) - model.predict(TIMES, 100).mean) / predicted.std(0)
+    assert float(error.abs().max()) < 4 / 100**0.5
