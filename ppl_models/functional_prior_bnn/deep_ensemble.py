@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inference._checks import nonnegative
 from inference.fit import FitResult, fit
 from inference.runtime.generators import scoped_seed
 from ppl_models.base import Standardiser, check_batch_size, check_count, check_inputs
@@ -88,7 +89,7 @@ class DeepEnsemble:
                 ``"auto"`` for 32 or, where there are fewer, all.
             lr: learning rate.
             seed: same seed, same result to the bit.
-            weight_decay: Adam's L2 penalty.
+            weight_decay: Adam's L2 penalty on each member, as if it were trained alone.
             progress: progress bar, or a function that receives its fields.
 
         Raises:
@@ -98,6 +99,8 @@ class DeepEnsemble:
         x = check_inputs("x_train", x_train, self.network.in_features, self.image_shape)
         y = self.likelihood.check(y_train, len(x), self.out_features, x)
         size = check_batch_size(min(32, len(x)) if batch_size == "auto" else batch_size, len(x))
+        # The loss is a mean over members: it divides the gradient of each by their number, so the penalty's is too.
+        decay = nonnegative("weight_decay", weight_decay) / self.num_members
         for units in (self.input_units, self.target_units):
             units.to(dtype=x.dtype, device=x.device)
         self.input_units.learn(x)
@@ -110,7 +113,7 @@ class DeepEnsemble:
             (self.input_units(x), y),
             num_steps=num_steps,
             batch_size=size,
-            optimizer=lambda parameters: torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay),
+            optimizer=lambda parameters: torch.optim.Adam(parameters, lr=lr, weight_decay=decay),
             seed=seed,
             progress=progress,
         )

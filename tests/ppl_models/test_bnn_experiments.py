@@ -62,6 +62,18 @@ def test_deep_ensemble_learns_the_noise_where_it_is() -> None:
     assert classifier.predict(X).accuracy(LABELS) > 0.95
 
 
+def test_the_penalty_on_a_member_does_not_depend_on_their_number() -> None:
+    """A mean over members divides each one's gradient by their number, but not Adam's penalty: ten members collapsed to
+    a constant (errors of 0.6).
+    """
+    errors = []
+    for num_members in (1, 10):
+        ensemble = DeepEnsemble(2, hidden=(30,), num_members=num_members)
+        ensemble.fit(X, Y, num_steps=500, weight_decay=0.003, progress=False)
+        errors.append(float((ensemble.predict(X).samples[..., 0] - Y).square().mean().sqrt()))
+    assert errors[0] < 0.2 and errors[1] < 1.3 * errors[0]
+
+
 def test_temperature_search_keeps_the_best_on_validation_data() -> None:
     bnn = FunctionalPriorBNN(2, hidden=(10,))
     found = search_temperature(bnn, X[:80], Y[:80], X[80:], Y[80:], temperatures=(1.0, 0.01), **RUN)
