@@ -129,6 +129,7 @@ def active_learning(
         raise ValueError(f"acquisition must be 'posterior' or 'random', got {acquisition!r}")
     check_count("num_initial", num_initial, 2)
     check_count("num_queries", num_queries)
+    bnn._follow(x, "x")
     x = bnn._check_x("x", x)
     y = bnn.likelihood.check(y, len(x), bnn.network.out_features, x)
     if num_initial + num_queries > len(x):

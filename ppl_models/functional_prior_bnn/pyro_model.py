@@ -183,9 +183,9 @@ class BayesianNetwork(Model):
     def _check_x(self, name: str, x: Any) -> Tensor:
         return check_inputs(name, x, self.network.in_features, self.image_shape).to(self.target_units.shift)
 
-    def _follow(self, x: Any) -> None:
+    def _follow(self, x: Any, name: str = "x_train") -> None:
         """Take on dtype and device of the data."""
-        x = check_inputs("x_train", x, self.network.in_features, self.image_shape)
+        x = check_inputs(name, x, self.network.in_features, self.image_shape)
         self.to(dtype=x.dtype, device=x.device)
 
     def prior_functions(self, x: Tensor, n: int) -> Tensor:

@@ -130,6 +130,16 @@ def test_active_learning_asks_where_the_posterior_is_unsure() -> None:
             active_learning(bnn, x, y, x, y, **options)  # type: ignore[arg-type]
 
 
+def test_active_learning_keeps_the_precision_of_the_pool() -> None:
+    """In single precision all inputs near 1e8 are one number; such a pool used to be rounded without a word."""
+    x = 1e8 + X[:30].double()
+    options = {"num_initial": 10, "num_queries": 1, "acquisition": "random", **RUN, "batch_size": None}
+    found = active_learning(FunctionalPriorBNN(2, hidden=(3,)), x, Y[:30], x, Y[:30], **options)  # type: ignore[arg-type]
+    assert torch.equal(found.posterior.x_train, x[found.chosen])
+    with pytest.raises(ValueError, match="x varies by"):
+        active_learning(FunctionalPriorBNN(2, hidden=(3,)), x.numpy(), Y[:30], x, Y[:30], **options)  # type: ignore[arg-type]
+
+
 def _far_rows_are_initial(seed: int, n: int, num_initial: int) -> bool:
     from inference.runtime.generators import generator
 
