@@ -128,7 +128,13 @@ class Prediction:
         return y if self.noise_variance is None else self.target_units.inverse(y)
 
     def rmse(self, y: Any) -> Tensor:
-        """Root mean squared error of the predictive mean against ``y``; scalar, in the user's units."""
+        """Root mean squared error of the predictive mean against ``y``; scalar, in the user's units.
+
+        Raises:
+            TypeError, ValueError: y is of the wrong kind or shape, or holds labels of more than two classes.
+        """
+        if isinstance(self.likelihood, Categorical):
+            raise ValueError("rmse is not for a categorical likelihood: use accuracy or nll")
         y = self._check(y)
         return (self.mean - y).square().mean().sqrt()
 
@@ -137,7 +143,12 @@ class Prediction:
         return -self.log_prob(y, mixture).mean()
 
     def accuracy(self, y: Any) -> Tensor:
-        """Share of points (and outputs) whose most probable label is right; scalar."""
+        """Share of points (and outputs) whose most probable label is right; scalar.
+
+        Raises:
+            TypeError, ValueError: y is of the wrong kind or shape, or the targets are real numbers.
+        """
+        self._need_classes("accuracy", "rmse")
         y = self._check(y)
         mean = self.mean
         labels = mean.argmax(-1) if isinstance(self.likelihood, Categorical) else (mean > 0.5).to(y.dtype)
@@ -146,14 +157,17 @@ class Prediction:
     def _check(self, y: Any) -> Tensor:
         return self.likelihood.check(y, self.functions.shape[2], self.functions.shape[3], self.functions)
 
+    def _need_classes(self, query: str, instead: str) -> None:
+        if self.noise_variance is not None:
+            raise ValueError(
+                f"{query} is for classification; this is a {self.likelihood.name} likelihood: use {instead}"
+            )
+
     def _probabilities(self) -> Tensor:
         """Class probabilities of each draw with the classes in the last dimension, ``(chain, draw, N, classes)`` or
         ``(chain, draw, N, K, 2)``.
         """
-        if self.noise_variance is not None:
-            raise ValueError(
-                f"entropy is for classification; this is a {self.likelihood.name} likelihood: use variance"
-            )
+        self._need_classes("entropy", "variance")
         p = self.likelihood.mean(self.functions)
         return p if isinstance(self.likelihood, Categorical) else torch.stack([1 - p, p], -1)
 

@@ -402,6 +402,16 @@ def test_entropy_and_mutual_information() -> None:
     assert torch.allclose(binary.predict(X).log_prob(LABELS), torch.where(LABELS == 1, q, 1 - q).log(), atol=1e-5)
 
 
+def test_scores_of_another_kind_of_target_are_refused(fitted: FunctionalPriorBNN) -> None:
+    """Three probabilities of three rows less three labels broadcast to a number that means nothing."""
+    bnn = FunctionalPriorBNN(3, 3, hidden=(4,), likelihood="categorical")
+    bnn.fit(X, LABELS, **QUICK)
+    with pytest.raises(ValueError, match="rmse is not for a categorical likelihood"):
+        bnn.predict(X[:3]).rmse(LABELS[:3])
+    with pytest.raises(ValueError, match="accuracy is for classification; this is a gaussian likelihood: use rmse"):
+        fitted.predict(X).accuracy(Y)
+
+
 # ---------------------------------------------------------------- convergence
 def test_chains_agree_on_the_function_in_one_dimension() -> None:
     """Sheet S3: rank-normalised split R-hat of predictions below 1.05 with four chains, prior matched first."""
