@@ -104,16 +104,32 @@ def test_without_hidden_layers_the_posterior_is_bayesian_linear_regression(param
     assert (w.std(0) / sd - 1).abs().max() < 0.06
 
 
-@pytest.mark.parametrize(("rows", "batch_size"), [(60, None), (256, None), (257, 32)])
-def test_few_rows_are_taken_whole(rows: int, batch_size: int | None) -> None:
-    """The noise of minibatches widens a posterior, and few rows cost as little as a minibatch of them."""
+@pytest.mark.parametrize(
+    ("rows", "width", "batch_size"),
+    [(60, 3, None), (257, 3, None), (256, 2000, None), (257, 2000, 32), (400, 1000, None), (401, 1000, 32)],
+)
+def test_few_rows_are_taken_whole(rows: int, width: int, batch_size: int | None) -> None:
+    """The noise of minibatches widens a posterior, and few rows cost little more than a minibatch of them."""
     x, y = torch.randn(2, rows, 1, generator=torch.Generator().manual_seed(0))
     draws = []
     for options in ({}, {"batch_size": batch_size}):
-        bnn = FunctionalPriorBNN(1, hidden=(3,))
+        bnn = FunctionalPriorBNN(1, hidden=(width,))
         options = {"num_chains": 2, "warmup_steps": 5, "num_samples": 2, "thin": 1, "progress": False, **options}
         draws.append(bnn.fit(x, y, **options).weights["W1"])  # type: ignore[arg-type]
     assert torch.equal(*draws)
+
+
+def test_by_default_the_posterior_is_as_wide_as_it_should_be() -> None:
+    """Hundreds of rows with little noise: minibatches of 32 made the posterior 2.4 times too wide."""
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(500, 3, generator=g)
+    y = x.sum(1, keepdim=True) + 0.05 * torch.randn(500, 1, generator=g)
+    _, covariance = bayesian_linear_regression(x, y, 0.001)
+    run: dict[str, Any] = {"num_chains": 16, "warmup_steps": 800, "num_samples": 40, "thin": 20, "progress": False}
+    bnn = FunctionalPriorBNN(3, hidden=(), noise_variance=0.001)
+    weights = bnn.fit(x, y, **run).weights
+    w = torch.cat([weights["W1"][..., 0], weights["b1"]], -1).double().flatten(0, 1)
+    assert (w.std(0) / covariance.diagonal().sqrt()).mean() == pytest.approx(1, abs=0.1)
 
 
 def test_hmc_gives_the_closed_form_prediction_in_the_users_units() -> None:
