@@ -327,7 +327,8 @@ class Queries(MarginalizationNetworks):
             log_p = self._along_orders(values, context, draws, seed)
             return log_p.logsumexp(0) - math.log(draws)
         nothing = torch.full_like(values[:1], -1)
-        return self._log_sum(values, draws, seed) - self._log_sum(nothing, max(draws, 4096), seed)
+        log_p = self._log_sum(values, draws, seed) - self._log_sum(nothing, max(draws, 4096), seed)
+        return log_p.masked_fill((values < 0).all(1), 0.0)
 
     def _log_sum(self, values: Tensor, draws: int, seed: int) -> Tensor:
         """log of the sum of the energy's exponential over the missing variables of each row."""

@@ -355,6 +355,8 @@ def test_importance_refines_where_enumeration_is_too_long() -> None:
     row[0, 5] = 1
     exact = math.log((1 + lattice.mean_spin()) / 2)
     assert abs(float(mam.log_prob(row, refine=4096)) - exact) < 0.03
+    # Two estimates of log Z from other draws do not cancel; the probability of nothing is one by definition.
+    assert float(mam.log_prob(torch.full_like(row, -1), refine=8)) == 0.0
 
 
 @pytest.mark.parametrize("objective", ["kl", pytest.param("fm", marks=pytest.mark.slow)])
