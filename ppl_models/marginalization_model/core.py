@@ -172,11 +172,6 @@ class MarginalizationNetworks(Model):
 
         After a fit to data f is 0 there by structure; of an energy the row of nothing travels along.
         """
-        if self.marginals.kind == "none":
-            raise RuntimeError(
-                "the model was fitted as an autoregressive baseline and has no marginals: use "
-                "distribution(order=range(D)) or log_prob_autoregressive, or fit it anew"
-            )
         if self.marginals.kind == "data":
             return self.marginals(values, context)
         f = self.marginals(torch.cat([values, torch.full_like(values[:1], -1)]), context)

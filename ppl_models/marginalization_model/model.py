@@ -185,11 +185,11 @@ class MarginalizationModel(Training):
         path = None if checkpoint is None else Path(checkpoint)
         settings: dict[str, Any] = {"batch": size, "lr": lr, "weight_decay": weight_decay}
         settings |= {"patience": patience, "progress": progress}
+        judged = (values, c) if held_out is None else (held_out, held_c)
         self._learn_context(c)
         c, held_c = self._in_own_units(c), self._in_own_units(held_c)
         self._start("data", None)
         self.marginals.base.learn(values, generator=generator(seed, "classes", device=values.device))
-        judged = (values, c) if held_out is None else (held_out, held_c)
         kept, kept_c = values, c
         if held_out is None and len(values) >= _FEWEST_TO_SPLIT:
             (kept, kept_c), (held_out, held_c) = self._split(values, c, seed)
@@ -388,7 +388,8 @@ class MarginalizationModel(Training):
             progress=progress,
         )
         if objective.startswith("arm"):
-            return MarginalizationResult(self, history, None, None)
+            order = torch.arange(self.num_variables) if found is None else found
+            return MarginalizationResult(self, history, None, None, order=order)
         if objective == "kl":
             self._level = self._level_of(target, seed)
         check = compare(self, self.sample(self._check_count(), seed=seed), None, CHECK_ORDERS, seed)

@@ -412,7 +412,16 @@ class MarginalNetwork(nn.Module):
         return self.kind == "data" and self.causal is not None
 
     def forward(self, values: Tensor, context: Tensor | None = None) -> Tensor:
-        """``(B,)``."""
+        """``(B,)``.
+
+        Raises:
+            RuntimeError: f was not learned.
+        """
+        if self.kind == "none":
+            raise RuntimeError(
+                "the model was fitted as an autoregressive baseline and has no marginals: use "
+                "distribution(order=range(D)) or log_prob_autoregressive, or fit it anew"
+            )
         if self.normalised:
             assert self.causal is not None
             return self.causal(values, context)

@@ -125,6 +125,9 @@ class MarginalizationResult:
         check: one pass against the chain rule, on validation rows (training rows without them; draws, of an energy).
         restarts: chains that disagreed and were drawn anew (energy training).
         refit: history of the conditionals' fit to their own draws, if there was one.
+        context: contexts of the rows that were held out, or else of all, ``(N, C)`` in the user's units; None of a
+            model without.
+        order: of drawing, of an autoregressive baseline; None of a model with marginals.
     """
 
     model: "Queries"
@@ -133,6 +136,8 @@ class MarginalizationResult:
     check: Evaluation | None
     restarts: int = 0
     refit: FitResult | None = None
+    context: Tensor | None = None
+    order: Tensor | None = None
 
     @property
     def _stages(self) -> dict[str, FitResult]:
@@ -157,17 +162,27 @@ class MarginalizationResult:
     def to_arviz(self, num_samples: int = 1000, seed: int = 0) -> Any:
         """ArviZ object: draws of the model with their one-pass log-probability, and the history of the losses.
 
+        A model with contexts draws under ``context``, in turn.  The log-probability of an autoregressive baseline is
+        its chain rule.
+
         Args:
             num_samples: draws.
             seed: of the draws.
         """
-        draws = self.model.sample(num_samples, seed=seed)
+        given = None if self.context is None else self.context[torch.arange(num_samples) % len(self.context)]
+        draws = self.model.sample(num_samples, self.order, given, seed)
         check = {} if self.check is None else {k: +v for k, v in self.check._asdict().items() if not math.isnan(v)}
-        log_p = self.model.log_prob(draws)
+        if self.order is None:
+            log_p = self.model.log_prob(draws, given)
+        else:
+            log_p = self.model.distribution(order=self.order).log_prob(draws).detach()
+        known, dims = {"loss": self.losses}, {"x": ["variable"], "loss": ["update"]}
+        if given is not None:
+            known["context"], dims["context"] = given, ["row", "feature"]
         return to_arviz(
             posterior={"x": draws.unsqueeze(0)},
             sample_stats={"lp": log_p.unsqueeze(0)},
-            constant_data={"loss": self.losses},
-            dims={"x": ["variable"], "loss": ["update"]},
+            constant_data=known,
+            dims=dims,
             attrs={"seconds": self.seconds, **check},
         )

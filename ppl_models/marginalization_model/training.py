@@ -246,5 +246,6 @@ class Training(Queries):
         refit: FitResult | None = None,
     ) -> MarginalizationResult:
         count = self._check_count()
-        check = compare(self, values[:count], None if context is None else context[:count], CHECK_ORDERS, seed)
-        return MarginalizationResult(self, first, second, check, refit=refit)
+        few = self._in_own_units(None if context is None else context[:count])
+        check = compare(self, values[:count], few, CHECK_ORDERS, seed)
+        return MarginalizationResult(self, first, second, check, refit=refit, context=context)

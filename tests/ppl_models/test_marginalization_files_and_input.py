@@ -174,6 +174,19 @@ def test_results_are_read_by_arviz() -> None:
     assert idata.constant_data["loss"].shape == (6,)
 
 
+def test_results_without_marginals_or_with_contexts_are_read_by_arviz() -> None:
+    mam, order = MarginalizationModel([2] * 9, **SMALL), [8, 0, 7, 1, 6, 2, 5, 3, 4]
+    idata = mam.fit_energy(LATTICE.log_density, "arm", order=order, **ENERGY).to_arviz(num_samples=7)
+    along = mam.distribution(order=order).log_prob(torch.as_tensor(idata.posterior["x"].values[0])).detach()
+    torch.testing.assert_close(torch.as_tensor(idata.sample_stats["lp"].values[0]), along)
+    mam, context = MarginalizationModel([2] * 9, context_features=1, **SMALL), 1e6 * torch.arange(60.0)[:, None]
+    idata = mam.fit(X, context=context, **QUICK).to_arviz(num_samples=70)
+    used = torch.as_tensor(idata.constant_data["context"].values)
+    assert torch.equal(used, torch.cat([context, context[:10]]))
+    log_p = mam.log_prob(torch.as_tensor(idata.posterior["x"].values[0]), used)
+    torch.testing.assert_close(torch.as_tensor(idata.sample_stats["lp"].values[0]), log_p)
+
+
 def test_the_papers_own_measure() -> None:
     mam = MarginalizationModel([2] * 9, **SMALL)
     mam.fit(X, **QUICK)

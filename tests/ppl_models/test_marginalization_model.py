@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -378,8 +379,16 @@ def test_autoregressive_baselines_have_no_marginals() -> None:
     along = mam.distribution(order=range(9)).log_prob(STATES).detach().double()
     assert float((along.exp() * (along - log_p)).sum()) < 0.15
     assert abs(mam.log_partition(order=range(9)).value - LATTICE.log_partition()) < 0.1
-    with pytest.raises(RuntimeError, match="baseline"):
-        mam.log_prob(STATES[:2])
+    asked: list[Callable[[], Any]] = [
+        lambda: mam.log_prob(STATES[:2]),
+        lambda: mam.log_partition("network"),
+        lambda: mam.sample(2, source="marginal"),
+        lambda: mam.impute(STATES[:2].masked_fill(STATES[:2] == 0, -1), block=2, candidates=2),
+        lambda: mam.consistency_report(STATES[:2]),
+    ]
+    for ask in asked:  # f was not learned, and answered as the uniform law
+        with pytest.raises(RuntimeError, match="baseline"):
+            ask()
 
 
 def test_a_density_that_is_not_pairwise() -> None:
