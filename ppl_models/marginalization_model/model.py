@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inference._checks import nonnegative
 from inference.any_order import ancestral, as_proposal, block_gibbs, chain_rule, random_ranks
 from inference.objectives.energy_consistency import EnergyConsistency
 from inference.objectives.persistent_chains import uniform_values
@@ -27,7 +28,7 @@ from ppl_models.marginalization_model.networks import Lattice
 from ppl_models.marginalization_model.pairwise import find_pairwise
 from ppl_models.marginalization_model.results import Evaluation, MarginalizationResult
 from ppl_models.marginalization_model.target import EnergyTarget, make_target
-from ppl_models.marginalization_model.training import CHECK_ORDERS, Progress, Training, present
+from ppl_models.marginalization_model.training import CHECK_ORDERS, Progress, Training, check_settings, present
 
 __all__ = ["MarginalizationModel"]
 
@@ -174,6 +175,8 @@ class MarginalizationModel(Training):
             held_c = self._raw_context(valid_context, len(held_out), "valid_context")
         check_count("num_steps", num_steps)
         check_count("num_rows", num_rows, 2)
+        steps = -(-num_steps // 2) if marginal_steps is None else check_count("marginal_steps", marginal_steps)
+        check_settings(lr, depth, children, penalty, weight_decay, patience)
         count = check_count("refit_rows", refit_rows, 0)
         if count and method == "joint":
             raise ValueError("refit_rows is of two-stage fits: a joint one has no stage to refit after")
@@ -214,7 +217,6 @@ class MarginalizationModel(Training):
             refit = self._refit(values, c, count, held, num_steps, seed, again, **settings)
         if (history if refit is None else refit).interrupted:
             return self._result(history, None, *judged, seed, refit)
-        steps = -(-num_steps // 2) if marginal_steps is None else check_count("marginal_steps", marginal_steps)
         with_paths = loss == "path"
         few = None if held_out is None or not with_paths else held_out[:num_rows]
         drawn = own is None and rows in ("model", "mixture")
@@ -324,6 +326,12 @@ class MarginalizationModel(Training):
             raise ValueError("fit_energy has no context: make the model with context_features=0")
         check_count("num_steps", num_steps)
         check_count("batch_size", batch_size, 2)
+        check_settings(lr, depth, children, penalty)
+        nonnegative("likelihood", likelihood)
+        if nonnegative("uniform", uniform) >= 1:
+            raise ValueError(f"uniform must be at least 0 and below 1, got {uniform!r}")
+        if length is not None:
+            check_count("length", length)
         if block is None:
             block = max(4, self.num_variables // 16) if metropolis and objective == "consistency" else 4
         check_count("block", block)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 
+from inference._checks import nonnegative, positive
 from inference.any_order import ancestral, as_proposal, chain_rule, hide, random_ranks
 from inference.fit import FitResult, fit
 from inference.objectives.masked_completion import MaskedCompletion
@@ -20,14 +21,16 @@ from inference.objectives.small_sets import SingleConditions, pair_frequencies, 
 from inference.runtime import distributed
 from inference.runtime.generators import derive_seed, generator
 from inference.runtime.progress import Progress as Bar
+from ppl_models.base import check_count
 from ppl_models.marginalization_model.evaluation import compare
 from ppl_models.marginalization_model.queries import Queries
 from ppl_models.marginalization_model.results import MarginalizationResult
 from ppl_models.marginalization_model.target import EnergyTarget
 
-__all__ = ["CHECK_ORDERS", "Progress", "Training", "present"]
+__all__ = ["CHECK_ORDERS", "Progress", "Training", "check_settings", "present"]
 
 CHECK_ORDERS = 5
+_DEPTHS = ("uniform", "poisson")
 _SAVE_EVERY = 250  # updates between two saves of a checkpoint
 _WARM_UP = 0.1  # of the updates
 _CHECK_ROWS = 256  # fewer where a row costs more
@@ -39,6 +42,24 @@ Progress = bool | Callable[[dict[str, Any]], None]
 def present(*parts: Tensor | None) -> tuple[Tensor, ...]:
     """Those that are there."""
     return tuple(part for part in parts if part is not None)
+
+
+def check_settings(
+    lr: float, depth: str, children: int, penalty: float, weight_decay: float = 0.0, patience: int | None = None
+) -> None:
+    """Refuse at the door what the optimiser or an objective would refuse once the model is changed.
+
+    Raises:
+        TypeError, ValueError: a setting of the wrong kind or out of range.
+    """
+    positive("lr", lr)
+    nonnegative("weight_decay", weight_decay)
+    nonnegative("penalty", penalty)
+    check_count("children", children)
+    if depth not in _DEPTHS:
+        raise ValueError(f"depth must be one of {_DEPTHS}, got {depth!r}")
+    if patience is not None:
+        check_count("patience", patience)
 
 
 class Training(Queries):

@@ -274,6 +274,14 @@ def test_bad_models(arguments: dict[str, Any], error: type[Exception], message: 
         (X, {"rows": X[:, :2]}, ValueError, "rows"),
         (X, {"context": torch.zeros(60, 2)}, ValueError, "context_features"),
         (X, {"seed": 1.5}, TypeError, "seed"),
+        (X, {"marginal_steps": -1}, ValueError, "marginal_steps"),
+        (X, {"depth": "deep"}, ValueError, "depth must be one of"),
+        (X, {"children": 0}, ValueError, "children"),
+        (X, {"lr": -1.0}, ValueError, "lr"),
+        (X, {"lr": "fast"}, TypeError, "lr"),
+        (X, {"weight_decay": -1.0}, ValueError, "weight_decay"),
+        (X, {"penalty": None, "method": "joint"}, TypeError, "penalty"),
+        (X, {"patience": -3}, ValueError, "patience"),
     ],
 )
 def test_bad_data_and_settings(x: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -282,6 +290,20 @@ def test_bad_data_and_settings(x: Any, options: dict[str, Any], error: type[Exce
     with pytest.raises(error, match=message):
         mam.fit(x, **{**QUICK, **options})
     assert same(parameters(mam), before), "nothing was done"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"lr": -1.0}, {"depth": "deep"}, {"children": 0}, {"length": 0}, {"likelihood": -1.0}, {"uniform": 1.0}]
+    + [{"penalty": "much", "objective": "kl"}],
+)
+def test_bad_settings_leave_a_fitted_model_as_it_was(options: dict[str, Any]) -> None:
+    mam = MarginalizationModel([2] * 9, **SMALL)
+    mam.fit(X, **QUICK)
+    before, answer = parameters(mam), mam.log_prob(X)
+    with pytest.raises((TypeError, ValueError), match=next(iter(options))):
+        mam.fit_energy(LATTICE.log_density, **ENERGY | options)
+    assert same(parameters(mam), before) and torch.equal(mam.log_prob(X), answer)
 
 
 def test_contexts_in_any_units(tmp_path: Path) -> None:
