@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from inference._checks import nonnegative
-from inference.any_order import ancestral, as_proposal, block_gibbs, chain_rule, random_ranks
+from inference.any_order import ancestral, as_proposal, chain_rule, random_ranks
 from inference.objectives.energy_consistency import EnergyConsistency
 from inference.objectives.persistent_chains import uniform_values
 from inference.objectives.reverse_kl import AutoregressiveKL, MarginalKL, MarginalRegression
@@ -25,7 +25,7 @@ from inference.runtime.generators import derive_seed, generator
 from ppl_models.base import check_batch_size, check_count, check_counts
 from ppl_models.marginalization_model.evaluation import compare, group_correlation
 from ppl_models.marginalization_model.networks import Lattice
-from ppl_models.marginalization_model.pairwise import find_pairwise
+from ppl_models.marginalization_model.pairwise import agrees, find_pairwise
 from ppl_models.marginalization_model.results import Evaluation, MarginalizationResult
 from ppl_models.marginalization_model.target import EnergyTarget, make_target
 from ppl_models.marginalization_model.training import CHECK_ORDERS, Progress, Training, check_settings, present
@@ -43,7 +43,6 @@ _FEWEST_TO_SPLIT, _MOST_SET_ASIDE = 20, 10_000
 _MASKS = 500  # at least, of held-out rows: few rows are looked at behind many
 _FASTER, _SMALLER = 4.0, 2  # its rate and its batches: each row teaches every step of the chain rule
 _LEVEL_DRAWS = 1024  # for the level of f after a fit by divergence
-_SWEEPS = 8  # of Metropolis blocks, from resampled draws to draws of the target
 
 
 class MarginalizationModel(Training):
@@ -315,6 +314,7 @@ class MarginalizationModel(Training):
         Raises:
             TypeError, ValueError: bad settings, or a density of another shape, NaN, or zero everywhere.
             NonFiniteError: the loss became non-finite.
+            RuntimeError: a density that was taken for one of unary and pairwise terms is none where the chains ended.
 
         Warns:
             SamplerWarning: some states have zero density.
@@ -339,10 +339,8 @@ class MarginalizationModel(Training):
         target = make_target(log_density, site, args, kwargs, self.cardinalities, self._weight, draw)
         found = self._check_order(order)
         states = None if rows is None else self._check_values("rows", rows, missing=False)
-        terms = None
-        if objective == "consistency" and structure and target.floor > -math.inf:
-            terms = find_pairwise(target.log_density, self.cardinalities, draw)
         self.conditionals.independent.zero_()  # where rows of data were, if there were any
+        terms = self._terms_of(target, draw, seed) if objective == "consistency" and structure else None
         if terms is None and objective in ("consistency", "fm"):
             target.centre(self._typical(target, batch_size, draw))
         self._start("none" if objective.startswith("arm") else "energy" if terms is None else "pairwise", target)
@@ -400,7 +398,15 @@ class MarginalizationModel(Training):
             return MarginalizationResult(self, history, None, None, order=order)
         if objective == "kl":
             self._level = self._level_of(target, seed)
-        check = compare(self, self.sample(self._check_count(), seed=seed), None, CHECK_ORDERS, seed)
+        draws = self.sample(self._check_count(), seed=seed)
+        met = draws if chains is None else torch.cat([chains.values, draws])
+        if terms is not None and not agrees(terms, target.log_density, met):
+            self._start("none", target)
+            raise RuntimeError(
+                "log_density has terms of more than two variables, at states that were met in the course of the fit "
+                "alone, so that f is wrong there: call fit_energy with structure=False"
+            )
+        check = compare(self, draws, None, CHECK_ORDERS, seed)
         return MarginalizationResult(self, history, None, check, int(chains.restarts) if chains is not None else 0)
 
     def resized(
@@ -456,17 +462,6 @@ class MarginalizationModel(Training):
         larger._start("pairwise", target)
         larger.marginals.pairwise.set_terms(**terms)
         return larger
-
-    @torch.no_grad()
-    def _typical(self, target: EnergyTarget, count: int, draw: torch.Generator) -> float:
-        """A level about which f can be learned: the mean log-density of uniform rows, and of a peaked density what rows
-        have that Metropolis steps have moved, less the logarithm of the number of states.
-        """
-        rows, block = uniform_values(self.cardinalities, count, draw), max(1, self.num_variables // 16)
-        steps = math.ceil(_SWEEPS * self.num_variables / block)
-        moved, _ = block_gibbs(self.conditionals, rows, steps, block, parallel=True, log_density=target, generator=draw)
-        uniform, typical = (float(target(x).double().mean()) for x in (rows, moved))
-        return max(uniform, typical - self.log_states)
 
     @torch.no_grad()
     def _level_of(self, target: EnergyTarget, seed: int) -> float:
@@ -542,11 +537,7 @@ class MarginalizationModel(Training):
                 "possible"
             )
         chosen = torch.multinomial((forward - forward.max()).exp(), num_samples, replacement=True, generator=draw)
-        block = max(1, self.num_variables // 16)
-        steps = math.ceil(_SWEEPS * self.num_variables / block)
-        moved, _ = block_gibbs(
-            self.conditionals, values[chosen], steps, block, parallel=True, log_density=self._energy, generator=draw
-        )
+        moved = self._moved(values[chosen], self._energy, draw)
         path = self._in_chunks(lambda v, r: chain_rule(self.conditionals, v, r)[:, -1], moved, ranks)
         backward = self._in_chunks(self._energy, moved).double() + offset - path.double()
         if method == "bridge":

@@ -419,8 +419,8 @@ class MarginalNetwork(nn.Module):
         """
         if self.kind == "none":
             raise RuntimeError(
-                "the model was fitted as an autoregressive baseline and has no marginals: use "
-                "distribution(order=range(D)) or log_prob_autoregressive, or fit it anew"
+                "the model has no marginals, as it was fitted as an autoregressive baseline or its fit was refused: "
+                "use distribution(order=range(D)) or log_prob_autoregressive, or fit it anew"
             )
         if self.normalised:
             assert self.causal is not None

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 
 from inference._checks import nonnegative, positive
-from inference.any_order import ancestral, as_proposal, chain_rule, hide, random_ranks
+from inference.any_order import ancestral, as_proposal, block_gibbs, chain_rule, hide, random_ranks
 from inference.fit import FitResult, fit
 from inference.objectives.masked_completion import MaskedCompletion
 from inference.objectives.persistent_chains import PersistentChains, uniform_values
@@ -23,6 +23,7 @@ from inference.runtime.generators import derive_seed, generator
 from inference.runtime.progress import Progress as Bar
 from ppl_models.base import check_count
 from ppl_models.marginalization_model.evaluation import compare
+from ppl_models.marginalization_model.pairwise import agrees, energy_of, find_pairwise
 from ppl_models.marginalization_model.queries import Queries
 from ppl_models.marginalization_model.results import MarginalizationResult
 from ppl_models.marginalization_model.target import EnergyTarget
@@ -35,6 +36,8 @@ _SAVE_EVERY = 250  # updates between two saves of a checkpoint
 _WARM_UP = 0.1  # of the updates
 _CHECK_ROWS = 256  # fewer where a row costs more
 _CHECK_VARIABLES = 1 << 13
+_SWEEPS = 8  # of Metropolis blocks, to draws of a density
+_MOVED = 512  # rows at which a density is compared with its terms: about a hundredth of a fit's time
 
 Progress = bool | Callable[[dict[str, Any]], None]
 
@@ -175,6 +178,39 @@ class Training(Queries):
             chosen = self._in_chunks(fill, hidden, random_ranks(hidden, draw, missing_first=True), c)
         # The order of the chain rule is a fresh one: along the order that a row was drawn in, its probability is high.
         return chosen, c, self._paths(chosen, c, seed) if with_paths else ()
+
+    @torch.no_grad()
+    def _moved(self, rows: Tensor, log_density: Callable[[Tensor], Tensor], draw: torch.Generator) -> Tensor:
+        """Rows after ``_SWEEPS`` of Metropolis blocks for a density."""
+        block = max(1, self.num_variables // 16)
+        steps = math.ceil(_SWEEPS * self.num_variables / block)
+        return block_gibbs(
+            self.conditionals, rows, steps, block, parallel=True, log_density=log_density, generator=draw
+        )[0]
+
+    def _terms_of(self, target: EnergyTarget, draw: torch.Generator, seed: int) -> dict[str, Tensor] | None:
+        """The terms of a density of unary and pairwise ones, None of another.
+
+        A further term may matter at a few states alone.  Where it draws the law to them, rows moved by the density show
+        it, and where it keeps the law away, rows moved by the terms.
+        """
+        terms = find_pairwise(target.log_density, self.cardinalities, draw)
+        if terms is None:
+            return None
+        own = generator(seed, "terms", device=self._weight.device)  # what ``draw`` gives next stays the same
+        rows = uniform_values(self.cardinalities, _MOVED, own)
+        moved = (self._moved(rows, law, own) for law in (target, energy_of(terms)))
+        return terms if agrees(terms, target.log_density, torch.cat([rows, *moved])) else None
+
+    @torch.no_grad()
+    def _typical(self, target: EnergyTarget, count: int, draw: torch.Generator) -> float:
+        """A level about which f can be learned: the mean log-density of uniform rows, and of a peaked density what rows
+        have that Metropolis steps have moved, less the logarithm of the number of states.
+        """
+        rows = uniform_values(self.cardinalities, count, draw)
+        moved = self._moved(rows, target, draw)
+        uniform, typical = (float(target(x).double().mean()) for x in (rows, moved))
+        return max(uniform, typical - self.log_states)
 
     @contextmanager
     def _reported(self, description: str, passes: int, progress: Progress) -> Iterator[None]:

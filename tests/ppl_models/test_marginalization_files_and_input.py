@@ -294,8 +294,15 @@ def test_bad_data_and_settings(x: Any, options: dict[str, Any], error: type[Exce
 
 @pytest.mark.parametrize(
     "options",
-    [{"lr": -1.0}, {"depth": "deep"}, {"children": 0}, {"length": 0}, {"likelihood": -1.0}, {"uniform": 1.0}]
-    + [{"penalty": "much", "objective": "kl"}],
+    [
+        {"lr": -1.0},
+        {"depth": "deep"},
+        {"children": 0},
+        {"length": 0},
+        {"likelihood": -1.0},
+        {"uniform": 1.0},
+        {"penalty": "much", "objective": "kl"},
+    ],
 )
 def test_bad_settings_leave_a_fitted_model_as_it_was(options: dict[str, Any]) -> None:
     mam = MarginalizationModel([2] * 9, **SMALL)

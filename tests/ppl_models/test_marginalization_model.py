@@ -404,6 +404,27 @@ def test_a_density_that_is_not_pairwise() -> None:
     assert abs(mam.log_partition("network").value - float(truth.logsumexp(0))) < 0.1
 
 
+@pytest.mark.parametrize("bonus", [8.0, -8.0])
+def test_a_term_that_matters_at_one_state_is_not_overlooked(bonus: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few uniform rows show it: f was the pairwise part's, and log Z two nats off.  A reward is where the density's own
+    chains go, a penalty where those of the pairwise part do.
+    """
+    w = 0.3 * torch.randn(10, generator=torch.Generator().manual_seed(0)) + 2.0 * (bonus < 0)
+
+    def log_density(x: torch.Tensor) -> torch.Tensor:
+        return x.float() @ w + bonus * (x == 1).all(1)
+
+    mam = MarginalizationModel([2] * 10, hidden=16, depth=1)
+    mam.fit_energy(log_density, num_steps=5, batch_size=128, progress=False)
+    assert mam.marginals.kind == "energy"
+    # Where the first look finds nothing, the last one does: at the chains' rows, and at the model's own draws.
+    monkeypatch.setattr("ppl_models.marginalization_model.training.agrees", lambda *_: True)
+    with pytest.raises(RuntimeError, match="structure=False"):
+        mam.fit_energy(log_density, num_steps=60, batch_size=128, lr=1e-2, progress=False)
+    with pytest.raises(RuntimeError, match="no marginals"):
+        mam.log_prob(torch.zeros(1, 10).long())
+
+
 def test_the_evidence_of_a_pyro_model() -> None:
     y = torch.tensor([0.5, -1.0, 1.5, 0.1])
 
