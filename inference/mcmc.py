@@ -52,7 +52,7 @@ class MCMC(Citable):
         num_samples: draws kept per chain.
         warmup_steps: adaptation steps whose positions are discarded; ``num_samples`` if not given.
         initial_params: site name to unconstrained starting values ``(num_chains, *shape)``; with one chain, ``shape``
-            alone will do, as in Pyro.
+            alone will do, as in Pyro; beside a ``potential_fn`` a first dimension of one is that of chains.
         num_chains: chains, all advanced together.
         hook_fn: called after every step as ``hook_fn(kernel, values, stage, i)`` with the chains' unconstrained
             values, stage ``"Warmup"`` or ``"Sample"``. Slow.
@@ -192,7 +192,9 @@ class MCMC(Citable):
                 raise ValueError("a kernel with potential_fn needs initial_params")
             if self.in_dims is not None:
                 raise ValueError("in_dims maps the arguments of a model; a kernel with potential_fn has none")
-            example = {n: v if self.num_chains == 1 else v[0] for n, v in self.initial_params.items()}
+            # One chain may leave out the dimension of chains: what begins with another number than one has none.
+            alone = self.num_chains == 1
+            example = {n: v if alone and v.shape[:1] != (1,) else v[0] for n, v in self.initial_params.items()}
             density: LogDensity = PotentialFunction(kernel.potential_fn, example, transforms)
         else:
             assert kernel.model is not None

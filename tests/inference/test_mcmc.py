@@ -118,12 +118,12 @@ def test_potential_fn_with_initial_params():
     assert draws.mean(0).sub(3).abs().max() < 0.15 and draws.std(0).sub(2).abs().max() < 0.1
 
 
-def test_one_chain_of_a_potential_fn_has_the_shape_that_is_given():
-    """As in Pyro: with one chain nothing is taken off, even where the first dimension is one."""
-    start = {"a": torch.zeros(1, 3, dtype=F64)}
-    kernel = HMC(potential_fn=lambda z: 0.5 * (z["a"] @ z["a"].T).sum(), num_steps=3)
+@pytest.mark.parametrize(("given", "drawn"), [((3,), (3,)), ((1, 3), (3,)), ((1, 1, 3), (1, 3)), ((), ())])
+def test_one_chain_of_a_potential_fn_may_leave_out_the_dimension_of_chains(given, drawn):
+    start = {"a": torch.zeros(given, dtype=F64)}
+    kernel = HMC(potential_fn=lambda z: 0.5 * z["a"].square().sum(), num_steps=3)
     draws = MCMC(kernel, 5, 5, initial_params=start, progress=False).run().get_samples()["a"]
-    assert draws.shape == (5, 1, 3)
+    assert draws.shape == (5, *drawn)
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])

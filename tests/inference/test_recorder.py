@@ -134,7 +134,7 @@ def test_a_step_in_place_keeps_every_draw():
         mcmc.run(torch.eye(2), torch.ones(2))
         draws = mcmc.get_samples(group_by_chain=True)["slope"]
         assert torch.equal(draws, torch.stack(seen[3:], dim=1))
-        assert len(draws[0].unique(dim=0)) == 12 and len(mcmc.sample_stats["potential_energy"][0].unique()) == 12
+        assert len(draws[0].unique(dim=0)) == 12 and len(mcmc.sample_stats["gradient_energy"][0].unique()) == 12
         runs.append(draws)
     torch.testing.assert_close(runs[1], runs[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(runs[2], runs[0], rtol=1e-4, atol=1e-4)
