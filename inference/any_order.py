@@ -50,7 +50,8 @@ class AncestralDraws(NamedTuple):
 
     Attributes:
         values: complete rows ``(B, D)``.
-        log_prob: log-probability of what was drawn, along the order that was taken ``(B,)``.
+        log_prob: log-probability of what was drawn, along the order that was taken ``(B,)``; with several candidates
+            that of the proposals, as the law of the chosen ones is not known.
         path: the same after each step, ``(B, steps + 1)``; the first column is 0.
     """
 
@@ -170,6 +171,8 @@ def ancestral(
         steps: the largest number of missing variables, where it is known; else it is read from the device.
         generator: by default torch's global one.
     """
+    if candidates > 1 and marginals is None:
+        raise ValueError(f"candidates={candidates} are chosen among by marginals=, which were not given")
     order = ranks.argsort(1)
     total = None
     path = []
@@ -181,7 +184,7 @@ def ancestral(
         log_new = log_p.expand(candidates, *log_p.shape).gather(-1, new.unsqueeze(-1)).squeeze(-1)
         log_new = torch.where(drawn, log_new, torch.zeros_like(log_new)).sum(-1)
         new = torch.where(drawn, new, values.gather(1, positions))
-        if candidates > 1 and marginals is not None:
+        if marginals is not None and candidates > 1:
             filled = values.expand(candidates, *values.shape).scatter(2, positions.expand(candidates, -1, -1), new)
             repeated = None if context is None else context.repeat(candidates, 1)
             weights = marginals(filled.flatten(0, 1), repeated).view(candidates, -1) - log_new

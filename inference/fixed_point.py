@@ -145,7 +145,7 @@ def implicit_gradient(
     value: Tensor,
     *args: Tensor,
     method: str = "anderson",
-    tolerance: float = 1e-8,
+    tolerance: float | None = None,
     max_iterations: int = 500,
 ) -> Tensor:
     """The fixed point ``value`` as a differentiable function of ``args`` and of what ``function`` closes over.
@@ -156,8 +156,11 @@ def implicit_gradient(
     Args:
         function, args: as in :func:`fixed_point`.
         value: its fixed point.
-        method, tolerance, max_iterations: of the adjoint solve.
+        method, max_iterations: of the adjoint solve.
+        tolerance: of it; by default 1e-8, or eight times the dtype's precision.
     """
+    if tolerance is None:
+        tolerance = max(1e-8, 8 * torch.finfo(value.dtype).eps)
     with torch.enable_grad():
         at = value.detach().requires_grad_()
         inner = evaluate(function, at, args)[0]

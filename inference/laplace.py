@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
 from torch.distributions import Transform
 
@@ -35,6 +36,7 @@ __all__ = ["ImportanceEstimate", "Laplace", "LaplaceResult"]
 
 _STRUCTURES = ("full", "diagonal")
 _MOST_FULL = 20_000  # entries a side of a full matrix: 3 GiB in float64, and its factor again
+_PRIOR_DRAWS = 25
 _POLISH = 10  # Newton steps at most, after the search for the mode
 _REACHED = 1e-3  # standard deviations from the mode, by the Newton step, that count as there
 
@@ -217,7 +219,21 @@ class Laplace(Citable):
         else:
             seeds = [derive_seed(self.seed, "start", i) for i in range(self.num_starts)]
             start = torch.stack([density.initial_position(s, self.init_strategy) for s in seeds])
-        return minimize(potential.value_and_grad, start, max_evaluations=self.max_evaluations)
+        unit = self._units(density)
+
+        def in_units(u: Tensor) -> tuple[Tensor, Tensor]:
+            value, slope = potential.value_and_grad(u * unit)
+            return value, slope * unit
+
+        found = minimize(in_units, start / unit, max_evaluations=self.max_evaluations)
+        return found._replace(position=found.position * unit, gradient=found.gradient / unit)
+
+    def _units(self, density: LogDensity) -> Tensor:
+        """The prior's spread of each number, ``(dim,)``: along one in millions a search sees no slope."""
+        seeds = (derive_seed(self.seed, "unit", i) for i in range(_PRIOR_DRAWS))
+        drawn = torch.stack([density.initial_position(seed, init_to_sample) for seed in seeds])
+        spread = 1.5 * (drawn - drawn.median(0).values).abs().median(0).values
+        return torch.where(spread.isfinite() & (spread > 0), spread, 1.0)
 
 
 @brief

@@ -28,7 +28,7 @@ class Minimum(NamedTuple):
         position: ``(row, dim)``.
         value: ``(row,)``.
         gradient: ``(row, dim)``.
-        converged: whether the largest entry of the gradient is below the tolerance, ``(row,)``.
+        converged: whether no more than the tolerance is left to gain by the direction's own word, ``(row,)``.
     """
 
     position: Tensor
@@ -52,19 +52,19 @@ def minimize(
             gradient is not finite counts as too far.
         start: ``(row, dim)``; a row that is not finite there stays.
         max_evaluations: most calls.
-        tolerance: a row is done when its gradient's largest entry is at most ``tolerance max(1, |value|)``; None for
-            the square root of the dtype's precision.
+        tolerance: a row is done when its direction promises a decrease of at most this, ``-g'd / 2``: half the squared
+            length of the Newton step, which neither units nor a constant in the value change.  By default it goes on to
+            a thousandth of the dtype's precision, and the precision itself will do.
         history: steps that the direction remembers.
     """
     eps = torch.finfo(start.dtype).eps
-    limit = math.sqrt(eps) if tolerance is None else tolerance
-
-    def small(value: Tensor, gradient: Tensor) -> Tensor:
-        return gradient.abs().amax(-1) <= limit * value.abs().clamp(min=1.0)
-
+    limit, enough = (1e-3 * eps, eps) if tolerance is None else (tolerance, tolerance)
     z = start
     f, g = value_and_grad(z)
-    done = small(f, g) | ~(f.isfinite() & g.isfinite().all(-1))
+    sound = f.isfinite() & g.isfinite().all(-1)
+    # Steepest descent knows no curvature, so that it promises nothing yet; where the slope is zero it is over.
+    promise = torch.where((g == 0).all(-1), 0.0, math.inf)
+    done = ~sound | (promise <= limit)
     steps = z.new_zeros((history, *z.shape))
     changes = torch.zeros_like(steps)
     direction = -g / _norm(g).clamp(min=1.0)
@@ -82,12 +82,15 @@ def minimize(
         # Near the minimum the promised decrease drowns in the value's rounding.
         decreased = finite & (f_new <= f + _DECREASE * t * slope + 4 * eps * f.abs())
         flat = (g_new * direction).sum(-1) >= _CURVATURE * slope
-        accept = decreased & flat & ~done
-        shorter, longer = ~decreased & ~done, decreased & ~flat & ~done
+        last = trials >= _MOST_TRIALS - 1
+        accept = decreased & (flat | last) & ~done
+        shorter, longer = ~decreased & ~done, decreased & ~flat & ~last & ~done
         high, low = torch.where(shorter, t, high), torch.where(longer, t, low)
         t = torch.where(shorter | longer, torch.where(high.isinf(), 2 * t, (low + high) / 2), t)
         trials = trials + (shorter | longer)
-        lost = (trials >= _MOST_TRIALS) & ~accept & ~done
+        tired = (trials >= _MOST_TRIALS) & ~accept & ~done
+        t = torch.where(tired & (low > 0), low, t)  # go back to what was gained
+        lost = tired & ((low == 0) | (trials > _MOST_TRIALS + 1))
         done = done | (lost & fresh)
         restart = lost & ~fresh
 
@@ -100,13 +103,15 @@ def minimize(
         steps, changes = (torch.where(restart.unsqueeze(-1), 0.0, x) for x in (steps, changes))
         z, g = torch.where(row, trial, z), torch.where(row, g_new, g)
         f = torch.where(accept, f_new, f)
-        done = done | small(f, g)
         turned = accept | restart
         direction = torch.where(turned.unsqueeze(-1), _direction(g, steps, changes), direction)
+        known = (steps[-1] != 0).any(-1) | (g == 0).all(-1)
+        promise = torch.where(accept, torch.where(known, -0.5 * (g * direction).sum(-1), math.inf), promise)
+        done = done | (promise <= limit)
         fresh = torch.where(turned, restart, fresh)
         t, trials = torch.where(turned, 1.0, t), torch.where(turned, 0.0, trials)
         low, high = torch.where(turned, 0.0, low), torch.where(turned, math.inf, high)
-    return Minimum(z, f, g, small(f, g))
+    return Minimum(z, f, g, sound & (promise <= enough))
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -166,7 +166,7 @@ def _trace(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _site(name: str, node: Any) -> SiteCheck:
-    plates = tuple(frame.name for frame in sorted(node.get("cond_indep_stack", ()), key=lambda f: f.dim or 0))
+    plates = tuple(frame.name for frame in node.get("cond_indep_stack", ()))
     if node["type"] == "param":
         constraint = _support(node["kwargs"].get("constraint"))
         return SiteCheck(name, "param", "", (), tuple(node["value"].shape), constraint, plates, 1.0)

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from inference._checks import nonnegative
+
 __all__ = ["Head", "MaskedConditionals"]
 
 
@@ -72,6 +74,9 @@ class MaskedConditionals(nn.Module):
         for head in heads:
             if head.shown is not None and not 0 <= head.shown <= 1:
                 raise ValueError(f"the share of rows that show a head must lie in [0, 1], got {head.shown!r}")
+            nonnegative("focal", head.focal)
+            if nonnegative("balance", head.balance) >= 1:
+                raise ValueError(f"balance must lie in [0, 1), got {head.balance!r}")
         if all((low if head.shown is None else head.shown) == 1 for head in heads):
             raise ValueError(
                 f"observed_fraction = {given!r} hides nothing, so that there is nothing to learn: give less than 1"
@@ -122,5 +127,6 @@ def _head_loss(logits: Tensor, states: Tensor, scored: Tensor, head: Head) -> Te
         weight = weight * share[states]
     loss = -own
     if head.focal:
-        loss = loss * (-torch.expm1(own)).clamp(min=0.0) ** head.focal
+        # A sure and right one has no loss; the power's own slope there is infinite below 1, and 0 times that is NaN.
+        loss = loss * (-torch.expm1(own)).clamp(min=torch.finfo(own.dtype).tiny) ** head.focal
     return (loss * weight).sum() / scored.sum().clamp(min=1.0)

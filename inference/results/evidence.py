@@ -8,18 +8,21 @@ Statistica Sinica 6, 1996, equation 4.1; on paths of states it is Bennett's acce
 """
 
 import math
+import warnings
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from inference._errors import SamplerWarning
 from inference.results.diagnostics import ess_mean
 from inference.results.pareto import pareto_k
 
 __all__ = ["LogPartition", "bridge", "from_weights", "margin", "sandwich", "tail_shape", "with_upper_bound"]
 
-_ITERATIONS = 500
-_TOLERANCE = 1e-10
+_HALVINGS = 100  # of the interval that holds the logarithm of r
+_FARTHEST = 1e9
+_FEW_TERMS = 3.0  # effective ones; below it errors of normal weights are larger than they say, above it they are right
 _ERRORS_OF_A_BOUND = 2.0
 
 
@@ -160,8 +163,8 @@ def bridge(
 
         r = mean_2[l / (s_1 l + s_2 r)] / mean_1[1 / (s_1 l + s_2 r)].
 
-    Its relative error is that of Frühwirth-Schnatter, "Estimating marginal likelihoods for mixture and Markov switching
-    models using bridge sampling techniques", Econometrics Journal 7 (2004), equation 17.
+    It is found by bisection.  Its relative error is that of Frühwirth-Schnatter, "Estimating marginal likelihoods for
+    mixture and Markov switching models using bridge sampling techniques", Econometrics Journal 7 (2004), equation 17.
 
     Args:
         proposal: log l on proposal draws ``(n_2,)``.
@@ -180,17 +183,32 @@ def bridge(
     def denominator(log_l: Tensor, log_r: Tensor) -> Tensor:
         return torch.logaddexp(log_s1 + log_l, log_s2 + log_r)
 
-    log_r = torch.logsumexp(at_proposal, 0) - math.log(n_2)
-    for _ in range(_ITERATIONS):
+    def excess(log_r: Tensor) -> bool:
         above = torch.logsumexp(at_proposal - denominator(at_proposal, log_r), 0) - math.log(len(at_proposal))
         below = torch.logsumexp(-denominator(at_target, log_r), 0) - math.log(len(at_target))
-        new = above - below
-        done = bool((new - log_r).abs() < _TOLERANCE)
-        log_r = new
-        if done:
-            break
+        return bool(above - below > log_r)
+
+    # The right side over r falls in r.  Meng and Wong's iteration crawls where the two sets of draws hardly overlap.
+    log_r = torch.logsumexp(at_proposal, 0) - math.log(n_2)
+    every = torch.cat([at_proposal, at_target])
+    if bool(log_r.isfinite()) and not bool(at_target.isnan().any()):
+        low, high = every[every.isfinite()].aminmax()
+        width = 1 + high - low
+        while not excess(low) and bool(width < _FARTHEST):  # draws of density zero pull it below all others
+            low, width = low - width, 2 * width
+        for _ in range(_HALVINGS):
+            log_r = 0.5 * (low + high)
+            low, high = (log_r, high) if excess(log_r) else (low, log_r)
     f_1 = (at_proposal - denominator(at_proposal, log_r)).exp()
     f_2 = (log_r - denominator(at_target, log_r)).exp()
+    few = min(float(f.sum().square() / f.square().sum()) for f in (f_1, f_2))
+    if few < min(_FEW_TERMS, n_1 / 4, n_2 / 4):
+        warnings.warn(
+            f"the bridge estimate of log Z rests on {few:.1f} effective draws that both laws know: neither it nor its "
+            "error can be trusted. Use more temperatures, more draws, or a proposal nearer to the target",
+            SamplerWarning,
+            stacklevel=4,
+        )
     second = f_2 / f_2.mean()
     if chains is None:
         variance_2 = _variance_of_mean(second, groups)

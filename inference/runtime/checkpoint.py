@@ -152,8 +152,9 @@ def flatten_state(state: Any, prefix: str = "state") -> tuple[dict[str, Tensor],
         if value is None or type(value) in (bool, int, float, str):
             return value
         if isinstance(value, Tensor):
-            tensors[where] = value.detach()
-            return {"tensor": where}
+            name = where if where not in tensors else f"{where}#{len(tensors)}"  # "a.b" may be a key as well as a path
+            tensors[name] = value.detach()
+            return {"tensor": name}
         if isinstance(value, np.generic):
             return pack(value.item(), where)
         if isinstance(value, Mapping):

@@ -25,9 +25,9 @@ _DENSE_UNIFORM = 500  # the same at equal distances, where the covariance is a p
 _NO_ERROR = 1e-4  # of an exact observation's forecast, what stands for its error in a smoother: 1e-8 of the variance
 _DENSE_POSTERIOR = 800  # times, observed and wanted, up to which the posterior comes with its joint covariance
 _DRAWS_AT_ONCE = 50  # of the parameters, whose filters run side by side
-_FLAT = 1e-3  # nats that the evidence changes by in a unit of a parameter, as learned, where a climb may end
+_FLAT = 1e-7  # nats that are left to gain where a climb may end
 _HISTORY = 50  # most steps that a climb remembers
-_STEEP = 1e-2  # the same where it is not at the maximum
+_STEEP = 1e-2  # nats that the evidence changes by in a unit of a parameter, as learned, where it is not at the maximum
 
 
 class GaussianLaw(NamedTuple):
@@ -235,15 +235,14 @@ def climb(objective: nn.Module, data: tuple[Tensor, Tensor], max_evaluations: in
 
     start = torch.cat([p.detach().double().flatten() for p in free.values()]).unsqueeze(0)
     before = put(start)
-    tolerance = _FLAT / max(1.0, count * abs(float(before)))
     # With as many steps as parameters in mind it takes a fifth of the evaluations for five dimensions.
     history = min(max(10, start.shape[1]), _HISTORY)
-    found = minimize(value_and_grad, start, max_evaluations=max_evaluations, tolerance=tolerance, history=history)
+    found = minimize(value_and_grad, start, max_evaluations=max_evaluations, tolerance=_FLAT, history=history)
     rounding = torch.finfo(data[0].dtype).eps * before.abs().clamp(min=1.0)
     if not bool(put(found.position) <= before + rounding):
         put(start)
         return False
-    return bool(found.gradient.abs().max() <= _STEEP)
+    return bool(found.converged.all()) or bool(found.gradient.abs().max() <= _STEEP)
 
 
 class ParameterModel:

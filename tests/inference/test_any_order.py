@@ -197,3 +197,9 @@ def test_chains_restart_when_they_disagree_and_not_otherwise() -> None:
 def test_value_counts_of_what_is_there() -> None:
     rows = torch.tensor([[0, 2], [-1, 2], [1, 0], [1, -1]])
     assert value_counts(rows, 3).tolist() == [[1, 2, 0], [1, 0, 2]]
+
+
+def test_candidates_need_marginals() -> None:
+    values = torch.full((3, 2), -1)
+    with pytest.raises(ValueError, match="chosen among by marginals="):
+        ancestral(lambda v, p, c: v.new_zeros(*p.shape, 2).float(), values, torch.zeros(3, 2), block=2, candidates=4)

@@ -458,3 +458,9 @@ def test_nested_state_refuses_what_it_cannot_hold(value):
 def test_an_unknown_layout_is_a_checkpoint_error(packed):
     with pytest.raises(CheckpointError, match="layout"):
         unflatten_state({}, packed)
+
+
+def test_keys_that_read_like_paths_come_back() -> None:
+    state = {"a": {"b": torch.zeros(1)}, "a.b": torch.ones(1), 0: torch.full((1,), 5.0), "0": torch.full((1,), 6.0)}
+    back = unflatten_state(*flatten_state(state))
+    assert [float(v) for v in (back["a"]["b"], back["a.b"], back[0], back["0"])] == [0.0, 1.0, 5.0, 6.0]

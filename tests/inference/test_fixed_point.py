@@ -58,6 +58,22 @@ def test_a_fixed_number_of_updates_without_tolerance() -> None:
     assert found.evaluations == 8
 
 
+def test_the_adjoint_in_single_precision_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tolerance was below what the dtype can resolve, so that each backward pass took all 500 products."""
+    matrix = torch.randn(20, 20, generator=torch.Generator().manual_seed(0))
+    matrix = 0.5 * matrix / torch.linalg.matrix_norm(matrix, 2)
+    x = torch.ones(4, 20, requires_grad=True)
+
+    def function(z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(z @ matrix.T + x)
+
+    made = implicit_gradient(function, fixed_point(function, torch.zeros_like(x), x.detach(), tolerance=1e-6).value, x)
+    counted, grad = [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: counted.append(1) or grad(*a, **k))
+    made.sum().backward()
+    assert len(counted) < 50
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-6])
 def test_the_implicit_gradient_of_a_linear_map(scale: float) -> None:
     matrix, b = linear(radius=0.7)

@@ -377,6 +377,45 @@ def test_the_search_solves_rosenbrocks_valley_and_rows_keep_to_themselves():
     assert minimize(rosenbrock, start, max_evaluations=200).converged.all()
 
 
+def test_a_constant_or_many_data_do_not_end_the_search():
+    """With a limit that grows with |U| any slope was small enough beside a factor of a million, and held sites stayed
+    where they had started.
+    """
+
+    def line(y, constant):
+        b = pyro.sample("b", dist.Normal(0.0, 100.0))
+        w = pyro.sample("w", dist.Normal(0.0, 100.0))
+        pyro.factor("constant", torch.tensor(constant))
+        pyro.sample("y", dist.Normal(b + torch.arange(3.0) * w, 1.0).to_event(1), obs=y)
+
+    y = torch.tensor([50.0, 51.0, 49.0])
+    for constant in (0.0, -1e6):
+        found = Laplace(line, subset=["w"], num_starts=1).run(y, constant)
+        assert found.converged
+        assert float(found.mode["b"]) == pytest.approx(50.4963, abs=0.01)
+        assert float(found.mode["w"]) == pytest.approx(-0.4977, abs=0.01)
+
+
+@pytest.mark.parametrize("subset", [None, ["s"]])
+def test_sites_in_large_units(subset):
+    """In unconstrained space a mean in millions has no slope that a search would see beside a log-scale's."""
+
+    def model(y):
+        b = pyro.sample("b", dist.Normal(torch.tensor(0.0, dtype=F64), 1e7))
+        s = pyro.sample("s", dist.LogNormal(torch.tensor(14.0, dtype=F64), 1.0))
+        pyro.sample("y", dist.Normal(b, s).expand([3]).to_event(1), obs=y)
+
+    found = Laplace(model, subset=subset, num_starts=2).run(torch.tensor([5.0e6, 5.1e6, 4.9e6], dtype=F64))
+    assert found.converged
+    assert float(found.mode["b"]) == pytest.approx(4_999_632, rel=1e-5)  # by scipy's Nelder-Mead
+    assert float(found.mode["s"]) == pytest.approx(148_427, rel=1e-4)
+
+
+def test_a_row_that_starts_where_the_value_is_infinite_has_not_converged():
+    found = minimize(lambda z: (torch.full_like(z[:, 0], math.inf), torch.full_like(z, 5.0)), torch.zeros(1, 1))
+    assert not found.converged.any()
+
+
 def test_the_search_never_climbs():
     start = 1.5 * torch.randn(64, 2, generator=generator(4, "starts"), dtype=F64)
     values = torch.stack([minimize(rosenbrock, start, max_evaluations=n).value for n in range(1, 40)])

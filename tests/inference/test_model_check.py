@@ -93,3 +93,11 @@ def test_a_faulty_model_names_the_site_and_a_thing_that_is_no_model_is_refused()
     assert "last site" in caught.value.__notes__[0]
     with pytest.raises(TypeError, match="model must be a Pyro model"):
         check_model(torch.zeros(3))  # type: ignore[arg-type]
+
+
+def test_plates_are_named_from_the_outermost() -> None:
+    def model() -> None:
+        with pyro.plate("outer", 3, dim=-1), pyro.plate("inner", 4, dim=-2):
+            pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    assert check_model(model).sites[0].plates == ("outer", "inner")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from inference.objectives.masked import Head, _head_loss
 from ppl_models import ConvMonotoneDBM
 from ppl_models.monotone_dbm import expected_calibration_error
 from tests.ppl_models.dbm_cases import D
@@ -165,6 +166,9 @@ def test_bad_images() -> None:
         (lambda: net.fit(good, labels, 1.5), "observed_fraction"),
         (lambda: net.fit(good, labels, objective="pseudo_likelihood"), "objective"),
         (lambda: net.fit(good, labels, label_weight=2.0), "label_weight"),
+        (lambda: net.fit(good, labels, focal=-1.0), "focal"),
+        (lambda: net.fit(good, labels, balance=1.0), "balance"),
+        (lambda: net.fit(good, labels, balance=-0.5), "balance"),
         (lambda: net.classify(good, torch.ones(2, 3, 3, dtype=torch.bool)), "mask must be"),
         (lambda: net.classify(good, torch.full((2, 4, 4), 0.5)), "boolean"),
         (lambda: without.classify(good), "no labels"),
@@ -183,3 +187,12 @@ def test_pixels_in_another_order_are_refused(shape: tuple[int, ...]) -> None:
         with pytest.raises(ValueError, match=r"\(N, 1, 6, 8\)"):
             ask(torch.zeros(shape))
     assert net.classify(torch.zeros(2, 6, 8)).shape == (2, 3)
+
+
+def test_the_focal_loss_of_a_sure_pixel_has_a_slope() -> None:
+    """A power below one has an infinite one at p = 1, and 0 times infinity is NaN."""
+    logits = torch.tensor([[[200.0, 0.0], [0.3, 0.1]]], requires_grad=True)
+    head = Head(torch.arange(2), focal=0.5)
+    _head_loss(logits, torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2), head).backward()
+    assert logits.grad is not None and torch.isfinite(logits.grad).all()
+    assert float(logits.grad[0, 0].abs().max()) < 1e-6 < float(logits.grad[0, 1].abs().max())
