@@ -91,7 +91,7 @@ def minimize(
         tired = (trials >= _MOST_TRIALS) & ~accept & ~done
         t = torch.where(tired & (low > 0), low, t)  # go back to what was gained
         lost = tired & ((low == 0) | (trials > _MOST_TRIALS + 1))
-        done = done | (lost & fresh)
+        done = done | (lost & fresh) | (tired & (promise <= enough))
         restart = lost & ~fresh
 
         row = accept.unsqueeze(-1)
