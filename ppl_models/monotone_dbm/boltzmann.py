@@ -184,6 +184,8 @@ class BoltzmannModel(PairwiseModel):
     ) -> DBMFit:
         """Learn the potentials from data; the parameters change in place.
 
+        A second fit goes on from the first, and keeps its styles: other data want a new model.
+
         Args:
             observed: states ``(rows, G)``; hidden groups are those that the mask never marks.
             mask: which are data, ``(rows, G)`` or ``(G,)``; all without it.

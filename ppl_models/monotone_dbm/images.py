@@ -200,7 +200,7 @@ class ConvMonotoneDBM(BoltzmannModel):
         progress: bool | Callable[[dict[str, Any]], None] = True,
         checkpoint: str | Path | None = None,
     ) -> DBMFit:
-        """Learn from images with labels.
+        """Learn from images with labels.  A second fit goes on from the first, and keeps its styles.
 
         Args:
             images: ``(N, C, H, W)`` in [0, 1].
