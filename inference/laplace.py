@@ -36,7 +36,7 @@ __all__ = ["ImportanceEstimate", "Laplace", "LaplaceResult"]
 
 _STRUCTURES = ("full", "diagonal")
 _MOST_FULL = 20_000  # entries a side of a full matrix: 3 GiB in float64, and its factor again
-_PRIOR_DRAWS = 25
+_PRIOR_DRAWS, _LARGE = 25, 1e3
 _POLISH = 10  # Newton steps at most, after the search for the mode
 _REACHED = 1e-3  # standard deviations from the mode, by the Newton step, that count as there
 
@@ -229,11 +229,13 @@ class Laplace(Citable):
         return found._replace(position=found.position * unit, gradient=found.gradient / unit)
 
     def _units(self, density: LogDensity) -> Tensor:
-        """The prior's spread of each number, ``(dim,)``: along one in millions a search sees no slope."""
+        """The unit of each number in the search, ``(dim,)``: the prior's spread where it is in thousands, along which a
+        search in steps of one sees no slope; else one, since data tell more than a usual prior.
+        """
         seeds = (derive_seed(self.seed, "unit", i) for i in range(_PRIOR_DRAWS))
         drawn = torch.stack([density.initial_position(seed, init_to_sample) for seed in seeds])
         spread = 1.5 * (drawn - drawn.median(0).values).abs().median(0).values
-        return torch.where(spread.isfinite() & (spread > 0), spread, 1.0)
+        return torch.where(spread.isfinite() & (spread > _LARGE), spread, 1.0)
 
 
 @brief

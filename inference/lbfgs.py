@@ -54,11 +54,11 @@ def minimize(
         max_evaluations: most calls.
         tolerance: a row is done when its direction promises a decrease of at most this, ``-g'd / 2``: half the squared
             length of the Newton step, which neither units nor a constant in the value change.  By default it goes on to
-            a thousandth of the dtype's precision, and the precision itself will do.
+            the dtype's precision, and four times that will do.
         history: steps that the direction remembers.
     """
     eps = torch.finfo(start.dtype).eps
-    limit, enough = (1e-3 * eps, eps) if tolerance is None else (tolerance, tolerance)
+    limit, enough = (eps, 4 * eps) if tolerance is None else (tolerance, tolerance)
     z = start
     f, g = value_and_grad(z)
     sound = f.isfinite() & g.isfinite().all(-1)

@@ -192,8 +192,7 @@ class MCMC(Citable):
                 raise ValueError("a kernel with potential_fn needs initial_params")
             if self.in_dims is not None:
                 raise ValueError("in_dims maps the arguments of a model; a kernel with potential_fn has none")
-            # One chain may leave out the dimension of chains: what begins with another number than one has none.
-            alone = self.num_chains == 1
+            alone = self.num_chains == 1  # then the dimension of chains may be left out
             example = {n: v if alone and v.shape[:1] != (1,) else v[0] for n, v in self.initial_params.items()}
             density: LogDensity = PotentialFunction(kernel.potential_fn, example, transforms)
         else:
@@ -238,7 +237,8 @@ class MCMC(Citable):
         if resumed is not None:
             state = restore(state, resumed[0])
             done, drawn, gradients = resumed[1]["step"], resumed[1]["drawn"], resumed[1]["num_gradients"]
-            stats_example, watch.next_look = resumed[1]["stats"], resumed[1]["next_look"]
+            stats_example = resumed[1]["stats"]
+            watch.next_look = resumed[1].get("next_look", watch.next_look)
         store = self._make_store(len(own), None if files is None else files.folder)
         example = self._select(potential.constrain(state.position))
         if resumed is not None and resumed[1]["sites"] != list(example):
@@ -256,13 +256,13 @@ class MCMC(Citable):
         divergences = 0.0
         lost: list[int] = []
         ended = False
+        diverged: Tensor | None = None  # since the last kept draw, over the blocks
         with bar, distributed.ending_together() as ending:
             try:
                 for start, stop in itertools.pairwise(edges):
                     if self.stopped or stop <= done:
                         continue
                     positions, records = [], []
-                    diverged: Tensor | None = None
                     taken: int | Tensor = 0
                     for t, transition in enumerate(run(state, start, stop, self.warmup_steps), start=start):
                         state, info = transition.state, transition.info

@@ -103,12 +103,15 @@ class Moments(NamedTuple):
         return Moments(size, mean, sum_over_ranks(self.scatter + self.size * spread))
 
     def regularised(self) -> Tensor:
-        """The (co)variance, shrunk towards a small multiple of the identity as in Stan."""
+        """The (co)variance, shrunk towards a small multiple of the identity as in Stan; a matrix towards its diagonal
+        too, since of fewer positions than dimensions it is of low rank in any units.
+        """
         n = self.size
         variance = self.scatter / (n - 1).clamp(min=1)
         floor = 1e-3 * 5 / (n + 5)
-        eye = torch.eye(len(self.mean), dtype=variance.dtype, device=variance.device) if variance.dim() == 2 else 1.0
-        return n / (n + 5) * variance + floor * eye
+        if variance.dim() < 2:
+            return n / (n + 5) * variance + floor
+        return n / (n + 5) * variance + floor * (1 + variance.diagonal()).diag()
 
 
 def mass_windows(warmup_steps: int) -> tuple[int, list[int]]:

@@ -183,8 +183,10 @@ class MCLMC(Kernel):
         error = energy - state.potential + work
         fine = torch.isfinite(error) & torch.isfinite(z).all(1) & torch.isfinite(gradient).all(1)
         row = fine[:, None]
-        nu = (torch.expm1(2 * state.step_size / state.trajectory_length) / normal.shape[1]).sqrt()
-        velocity = unit(torch.where(row, velocity, started) + nu * normal)
+        # exp(-r) (u + nu z), whose direction is that of u + nu z, and which does not overflow where r is large.
+        ratio = state.step_size / state.trajectory_length
+        kept, renewed = (-ratio).exp(), (-torch.expm1(-2 * ratio) / normal.shape[1]).sqrt()
+        velocity = unit(kept * torch.where(row, velocity, started) + renewed * normal)
         position = torch.where(row, z, state.position)
         adapting, lag = control["warmup"], control["lag"]
         squared = torch.where(fine, error.square() / normal.shape[1], _WORST).clamp(max=_WORST)

@@ -305,4 +305,5 @@ def largest_eigenvalue(x: Tensor, member: Tensor, *, own: bool) -> Tensor:
         squares = sum_over_ranks(torch.einsum("fc,ci,cj->fij", member, x, x)).square().sum((1, 2))
     second = squares / size.square() if own else (squares - fourth) / (size * (size - 1))
     trace = trace / size
-    return torch.maximum(second, trace.square() / dim) / trace
+    # Rows of zeros, of chains that all stand at one place or at a mode, say nothing: one, as in a law's own units.
+    return torch.where(trace == 0, 1.0, torch.maximum(second, trace.square() / dim) / trace)

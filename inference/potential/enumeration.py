@@ -27,6 +27,8 @@ from inference._errors import DependentDataError
 
 __all__ = ["data_points", "enumerated_trace", "log_joint", "plate_nesting", "refuse_split_sums"]
 
+_ROUNDING = 1e-6  # of a product of scales, whose order is that of the handlers
+
 
 def plate_nesting(trace: Any) -> int:
     """How deep a model's vectorised plates are nested."""
@@ -72,13 +74,13 @@ def refuse_split_sums(trace: Any) -> None:
                 "the sites that depend on it and not the others: a minibatch does not tell the sum over its states. "
                 "Use the full plate, or put the site into the plate"
             )
-        if any(isinstance(f.scale, Tensor) and f.scale.dim() for f in group):
+        if any(isinstance(f.scale, Tensor) and f.scale.numel() > 1 for f in group):
             raise ValueError(
                 f"the discrete site {latent!r} is summed out, and a poutine.scale of it or of what depends on it is a "
                 "tensor: only a number can be one. Write the sum over its states into the model for weights of rows"
             )
         scales = {f.name: float(f.scale) for f in group}
-        if len(set(scales.values())) > 1:
+        if max(scales.values()) - min(scales.values()) > _ROUNDING * max(scales.values()):
             raise ValueError(
                 f"the discrete site {latent!r} is summed out, and it and the sites that depend on it must have one "
                 f"poutine.scale, got {scales}: put all of them into it, or write the sum into the model"
@@ -155,6 +157,7 @@ def _factors(trace: Any) -> tuple[list[_Factor], set[str]]:
     factors = []
     for name, site in nodes.items():
         made, enumerated = site["packed"], site["infer"].get("_enumerate_dim") is not None
+        scale = site["scale"]
         value = made["unscaled_log_prob"]
         factors.append(
             _Factor(
@@ -163,7 +166,7 @@ def _factors(trace: Any) -> tuple[list[_Factor], set[str]]:
                 made["log_prob"],
                 frozenset(trace.plate_to_symbol[f.name] for f in site["cond_indep_stack"] if f.vectorized),
                 frozenset(f.name for f in site["cond_indep_stack"] if f.size != f.full_size),
-                site["scale"],
+                scale.reshape(()) if isinstance(scale, Tensor) and scale.numel() == 1 else scale,
                 enumerated,
                 site["is_observed"] and not site["infer"].get("_given"),
             )

@@ -7,6 +7,7 @@ over chains.  Recording through autograd rather than ``torch.func`` lets models 
 captured like any other.  A model that cannot be recorded runs one chain at a time, with one warning that says why.
 """
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
@@ -88,8 +89,8 @@ class PotentialFunction(LogDensity):
             constrained = self.transforms[name].inv(value) if name in self.transforms else value
             self.sites[name] = Site(name, constrained.shape, value.shape, start, start + value.numel(), value.dtype)
             start += value.numel()
-        first = next(iter(example.values()))
-        self.dim, self.device, self.dtype = start, first.device, first.dtype
+        self.dim, self.device = start, next(iter(example.values())).device
+        self.dtype = functools.reduce(torch.promote_types, (v.dtype for v in example.values()))
 
     def run(
         self, values: Mapping[str, Tensor], batch: Batch | None = None, row: Sequence[Tensor] | None = None

@@ -21,7 +21,7 @@ from inference.results.pareto import pareto_k
 __all__ = ["LogPartition", "bridge", "from_weights", "margin", "sandwich", "tail_shape", "with_upper_bound"]
 
 _HALVINGS = 100  # of the interval that holds the logarithm of r
-_FARTHEST = 1e9
+_FARTHEST, _EXACT = 1e9, 1e-13
 _FEW_TERMS = 3.0  # effective ones; below it errors of normal weights are larger than they say, above it they are right
 _ERRORS_OF_A_BOUND = 2.0
 
@@ -199,9 +199,11 @@ def bridge(
         for _ in range(_HALVINGS):
             log_r = 0.5 * (low + high)
             low, high = (log_r, high) if excess(log_r) else (low, log_r)
+            if bool(high - low <= _EXACT * (1 + log_r.abs())):
+                break
     f_1 = (at_proposal - denominator(at_proposal, log_r)).exp()
     f_2 = (log_r - denominator(at_target, log_r)).exp()
-    few = min(float(f.sum().square() / f.square().sum()) for f in (f_1, f_2))
+    few = min(float((f.sum().square() / f.square().sum()).nan_to_num(0.0)) for f in (f_1, f_2))  # 0 / 0: none at all
     if few < min(_FEW_TERMS, n_1 / 4, n_2 / 4):
         warnings.warn(
             f"the bridge estimate of log Z rests on {few:.1f} effective draws that both laws know: neither it nor its "

@@ -58,7 +58,7 @@ def unpack(held: Mapping[str, Any], settings: Settings) -> Fitted:
     seen = what_baselines_see(prepared, fixed)
     baselines = nn.ModuleList([_baseline(seen, settings) for _ in range(count)])
     baselines.load_state_dict(held["baselines"])
-    shown = None if held["share"] is None else share_design(trial, settings, held["propensity"], fixed)
+    shown = None if held.get("share") is None else share_design(trial, settings, held["propensity"], fixed)
     share = None if shown is None else _baseline(shown, settings)
     if share is not None:
         share.load_state_dict(held["share"])

@@ -399,7 +399,8 @@ class MarginalizationModel(Training):
         if objective == "kl":
             self._level = self._level_of(target, seed)
         draws = self.sample(self._check_count(), seed=seed)
-        met = draws if chains is None else torch.cat([chains.values, draws])
+        # With uniform rows, since the rounding of the terms is that of the largest values they were found from.
+        met = torch.cat([draws if chains is None else chains.values, draws, self._uniform_rows(seed)])
         if terms is not None and not agrees(terms, target.log_density, met):
             self._start("none", target)
             raise RuntimeError(

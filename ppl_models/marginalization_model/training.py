@@ -198,9 +198,12 @@ class Training(Queries):
         if terms is None:
             return None
         own = generator(seed, "terms", device=self._weight.device)  # what ``draw`` gives next stays the same
-        rows = uniform_values(self.cardinalities, _MOVED, own)
+        rows = self._uniform_rows(seed)
         moved = (self._moved(rows, law, own) for law in (target, energy_of(terms)))
         return terms if agrees(terms, target.log_density, torch.cat([rows, *moved])) else None
+
+    def _uniform_rows(self, seed: int) -> Tensor:
+        return uniform_values(self.cardinalities, _MOVED, generator(seed, "uniform", device=self._weight.device))
 
     @torch.no_grad()
     def _typical(self, target: EnergyTarget, count: int, draw: torch.Generator) -> float:

@@ -60,6 +60,22 @@ def test_the_evidence_of_partly_observed_flags():
     assert float(evidence) == pytest.approx(expected, abs=1e-6)
 
 
+def test_scales_are_one_in_any_order_of_handlers():
+    """Their products differ in the last digit; a tensor of one number is one."""
+
+    def model(scale):
+        p = pyro.sample("p", dist.Beta(torch.tensor(2.0, dtype=zoo.F64), 2.0))
+        rows = pyro.plate("row", 12, subsample_size=7)
+        with rows, poutine.scale(scale=scale):
+            z = pyro.sample("z", dist.Bernoulli(p))
+        with poutine.scale(scale=scale), rows:
+            pyro.sample("y", dist.Normal(z, 1.0), obs=torch.zeros(7, dtype=zoo.F64))
+
+    densities = [LogDensity(model, (s,)) for s in (0.1, torch.tensor([0.1]))]
+    number, tensor = (float(d(torch.tensor([0.4], dtype=zoo.F64), d.minibatch())) for d in densities)
+    assert math.isfinite(number) and number == pytest.approx(tensor, rel=1e-6)
+
+
 @pytest.mark.parametrize("weights", [0.5, torch.tensor([1.0, 2.0])])
 def test_sites_that_share_a_discrete_one_have_one_scale(weights):
     def model():

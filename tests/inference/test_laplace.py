@@ -12,7 +12,7 @@ from torch import Tensor
 from inference._errors import CurvatureError, NonFiniteError, SamplerWarning
 from inference.laplace import Laplace
 from inference.lbfgs import minimize
-from inference.potential import LogDensity
+from inference.potential import LogDensity, Potential
 from inference.runtime.generators import generator
 from tests.inference import zoo
 from tests.inference.zoo import F64
@@ -409,6 +409,29 @@ def test_sites_in_large_units(subset):
     assert found.converged
     assert float(found.mode["b"]) == pytest.approx(4_999_632, rel=1e-5)  # by scipy's Nelder-Mead
     assert float(found.mode["s"]) == pytest.approx(148_427, rel=1e-4)
+
+
+def test_a_regression_takes_few_evaluations():
+    """In single precision, beside a vague prior of the intercept: 2,000 by a limit that rounding did not let be."""
+    noise = torch.Generator().manual_seed(0)
+    x = torch.randn(5000, 10, generator=noise)
+    y = 50 + x.sum(1) + torch.randn(5000, generator=noise)
+    counted = []
+
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([10]).to_event(1))
+        b = pyro.sample("b", dist.Normal(0.0, 100.0))
+        s = pyro.sample("s", dist.HalfNormal(10.0))
+        pyro.sample("y", dist.Normal(x @ w + b, s).to_event(1), obs=y)
+
+    class Counted(Potential):
+        def value_and_grad(self, z, batch=None):
+            counted.append(1)
+            return super().value_and_grad(z, batch)
+
+    settings = Laplace(model, num_starts=1)
+    found = settings._search(Counted(LogDensity(model, (x, y))))
+    assert found.converged.all() and len(counted) < 150
 
 
 def test_a_row_that_starts_where_the_value_is_infinite_has_not_converged():

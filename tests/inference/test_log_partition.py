@@ -217,6 +217,11 @@ def test_the_bridge_of_laws_that_hardly_overlap_is_the_root_and_says_so(spread):
     assert value == pytest.approx(math.log(0.1), abs=1e-9)
 
 
+def test_the_bridge_of_laws_that_do_not_overlap_at_all_says_so():
+    with pytest.warns(SamplerWarning, match=r"rests on 0\.0 effective draws"):
+        bridge(-5000 + normals(200, 1)[:, 0], 5000 + normals(200, 1)[:, 0])
+
+
 @pytest.mark.parametrize("warp", ["none", "normal", "symmetric"])
 def test_bridge_sampling_from_markov_chains(warp):
     """Draws of HMC in constrained space, evidence by quadrature."""

@@ -147,3 +147,15 @@ def test_arviz_of_parameters() -> None:
     predicted = torch.as_tensor(exported["posterior_predictive"]["y"].values).flatten(0, 1)
     error = (predicted.mean(0) - model.predict(TIMES, 100).mean) / predicted.std(0)
     assert float(error.abs().max()) < 4 / 100**0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_series_from_time_zero_does_not_run_away(dtype: torch.dtype) -> None:
+    """The evidence of a start that is seen once has no maximum in its spread, and L-BFGS went to 1e-170."""
+    noise = torch.Generator().manual_seed(0)
+    times = (torch.arange(40) * 0.1).to(dtype)
+    y = (0.3 * torch.randn(1, 40, 1, generator=noise)).cumsum(1).to(dtype)
+    model = FractionalSDE(1, drift="linear")
+    for _ in range(2):
+        model.fit(times, y, noise_std="learn", num_steps=150, progress=False)
+        assert float(model.system.start_std.detach()) > 1e-5 and 0.1 < float(model.hurst) < 0.95

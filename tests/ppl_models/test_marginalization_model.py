@@ -560,3 +560,13 @@ def test_nothing_stays_on_the_cpu(network: str) -> None:
         loss = MaskedCompletion(mam.conditionals)(values)
         loss.backward()
         assert loss.device.type == device.type
+
+
+def test_a_pairwise_penalty_in_single_precision_is_no_further_term() -> None:
+    """Its terms have the rounding of values of 27,000, and rows of the law have ones of 4."""
+    field = torch.tensor([0.5, -0.3, 0.2, 0.1, -0.4, 0.3])
+    model = MarginalizationModel([2] * 6, hidden=16, depth=1)
+    model.fit_energy(
+        lambda x: x.float() @ field - 3000 * (x.float().sum(1) - 3) ** 2, num_steps=30, batch_size=32, progress=False
+    )
+    assert model.marginals.kind == "pairwise"
