@@ -144,8 +144,8 @@ def ais(
         args: the model's arguments; ``kwargs`` likewise.
         num_chains: independent weights.
         num_temperatures: K, one HMC transition at each.
-        direction: ``"forward"`` from prior to posterior, a lower bound; ``"reverse"`` an upper bound, which lies above log
-            Z by minus the log of the prior's share where the likelihood is not zero: reverse chains never leave that.
+        direction: ``"forward"`` from prior to posterior, a lower bound; ``"reverse"`` an upper bound, which lies above
+            log Z by minus the log of the prior's share where the likelihood is not zero: reverse chains stay there.
         posterior_samples: for ``"reverse"``: exact draws of the posterior by site, in constrained space ``(draw,
             *shape)``.  Data that were simulated from the model come with one, the latent values that made them.  Chains
             start from the draws in turn; the error counts those from the same draw as dependent, so with a single draw
