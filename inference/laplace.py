@@ -36,7 +36,7 @@ __all__ = ["ImportanceEstimate", "Laplace", "LaplaceResult"]
 
 _STRUCTURES = ("full", "diagonal")
 _MOST_FULL = 20_000  # entries a side of a full matrix: 3 GiB in float64, and its factor again
-_PRIOR_DRAWS, _LARGE = 25, 1e3
+_PRIOR_DRAWS, _LARGE = 25, 1e3  # that show the prior's spread, and one from which it is the unit of a search
 _POLISH = 10  # Newton steps at most, after the search for the mode
 _REACHED = 1e-3  # standard deviations from the mode, by the Newton step, that count as there
 

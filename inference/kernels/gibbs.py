@@ -110,9 +110,9 @@ class ScaleGibbs:
             )
         a = prior.concentration.detach().expand(site.shape).reshape(-1).to(potential.dtype)
         r = prior.rate.detach().expand(site.shape).reshape(-1).to(potential.dtype)
-        concentration = a + 0.5 * (sum(counts) if shared else 1)
-        self._verify(BoundScaleGibbs(site, weights, r, concentration, shared, 1.0), potential)
-        return BoundScaleGibbs(site, weights, r, concentration / temperature, shared, temperature)
+        bound = BoundScaleGibbs(site, weights, r, a + 0.5 * (sum(counts) if shared else 1), shared, 1.0)
+        self._verify(bound, potential)
+        return bound._replace(concentration=bound.concentration / temperature, temperature=temperature)
 
     def _verify(self, bound: BoundScaleGibbs, potential: Potential) -> None:
         """The slope of log p(z) along each variance must be that of its inverse-gamma conditional, at settings of all

@@ -340,11 +340,10 @@ class Potential:
         batch = self.density.minibatch(101)
         indices = [batch[n] for n in self._plate_names]
         data = [d[[0, -1]] for d in self.data]
-        tried = [self._far_point(attempt, indices, [d[c] for d in data]) for c, attempt in enumerate((101, 102))]
-        points = [point for point in tried if point is not None]
-        if len(points) < len(tried):
+        first, second = (self._far_point(101 + c, indices, [d[c] for d in data]) for c in range(2))
+        if first is None or second is None:
             return
-        z, direct = torch.stack([point[0] for point in points]), [point[1:] for point in points]
+        z, direct = torch.stack([first[0], second[0]]), [first[1:], second[1:]]
         assert self._graph is not None and self._constrain_graph is not None
         try:
             with torch.no_grad():

@@ -21,7 +21,7 @@ from inference.results.pareto import pareto_k
 __all__ = ["LogPartition", "bridge", "from_weights", "margin", "sandwich", "tail_shape", "with_upper_bound"]
 
 _HALVINGS = 100  # of the interval that holds the logarithm of r
-_FARTHEST, _EXACT = 1e9, 1e-13
+_FARTHEST, _EXACT = 1e9, 1e-13  # nats that it may be widened by, and its relative width in the end
 _FEW_TERMS = 3.0  # effective ones; below it errors of normal weights are larger than they say, above it they are right
 _ERRORS_OF_A_BOUND = 2.0
 

@@ -37,8 +37,8 @@ class EnergyNetwork(nn.Module):
     with the logarithm of x, so that the density falls with a power of it and the middle keeps its detail.
 
     In up to four dimensions the inputs are joined by the sines and cosines of 64 random projections, without which
-    perceptrons are slow to learn sharp densities (Tancik et al., NeurIPS 2020).  With ``sharp`` the last
-    ones alone are.
+    perceptrons are slow to learn sharp densities (Tancik et al., NeurIPS 2020).  With ``sharp`` the last ones
+    alone are.
 
     Args:
         columns: size of a flattened event.

@@ -26,7 +26,7 @@ _NO_ERROR = 1e-4  # of an exact observation's forecast, what stands for its erro
 _DENSE_POSTERIOR = 800  # times, observed and wanted, up to which the posterior comes with its joint covariance
 _DRAWS_AT_ONCE = 50  # of the parameters, whose filters run side by side
 _FLAT = 1e-7  # nats that are left to gain where a climb may end
-_SERIES = 3
+_SERIES = 3  # from which the spread of their starts has a most likely value
 _HISTORY = 50  # most steps that a climb remembers
 _STEEP = 1e-2  # nats that the evidence changes by in a unit of a parameter, as learned, where it is not at the maximum
 
@@ -218,7 +218,7 @@ def climb(objective: nn.Module, data: tuple[Tensor, Tensor], max_evaluations: in
         Whether the evidence is flat where this ended.
     """
     free = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-    if len(data[0]) < _SERIES:  # of a start that is seen in one or two the spread has no most likely value but zero
+    if len(data[0]) < _SERIES:  # that of one start is zero
         free = {name: p for name, p in free.items() if not name.endswith("log_start_std")}
     if not free:
         return True
