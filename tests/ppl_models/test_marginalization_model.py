@@ -567,6 +567,9 @@ def test_a_pairwise_penalty_in_single_precision_is_no_further_term() -> None:
     field = torch.tensor([0.5, -0.3, 0.2, 0.1, -0.4, 0.3])
     model = MarginalizationModel([2] * 6, hidden=16, depth=1)
     model.fit_energy(
-        lambda x: x.float() @ field - 3000 * (x.float().sum(1) - 3) ** 2, num_steps=30, batch_size=32, progress=False
+        lambda x: x.float() @ field - 3000 * (x.float().sum(1) - 3) ** 2,
+        num_steps=800,
+        lr=1e-2,
+        progress=False,
     )
     assert model.marginals.kind == "pairwise"
